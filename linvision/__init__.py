@@ -1,0 +1,10 @@
+"""linvision: vision transformers over very long token sequences, in linear time and memory.
+
+Importing the package registers its models with timm: `timm.create_model('linformer_vit_pico_patch1_32')`.
+"""
+
+from linvision import variants as variants
+from linvision.network import LinformerVisionTransformer
+
+__all__ = ['LinformerVisionTransformer']
+__version__ = '0.1.0'

@@ -1,0 +1,110 @@
+"""A transformer block over projected keys and values, in two pieces: a reduction of the tokens, then a map over tokens.
+
+Once a block's keys and values are known, everything else in it acts on each token alone (the local path needs a row of
+neighbours too). `forward` runs both pieces on the whole sequence and can be traced.
+"""
+
+from functools import partial
+
+from timm.layers import DropPath, LayerNorm, LayerScale, LayerType, Mlp
+from torch import Tensor, nn
+
+from linvision.attention import LinformerAttention
+
+
+class LinformerBlock(nn.Module):
+    """Pre-norm block with timm's names and arguments; the attention runs over K projected rows.
+
+    Args:
+        rows: For each layer, the K rows as a grid (K_h, K_w).
+        projection: Name of the projection, or 'none'.
+        sharing: How E and F are shared.
+        num_prefix_tokens: Tokens that bypass E.
+        local_size: Side of the local path's kernel, 0 for none.
+        attn_layer: Must stay timm's default: the attention of this block is its own.
+        depth: Index of this block.
+
+    The other arguments are those of `timm.models.vision_transformer.Block`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        rows: list[tuple[int, int]],
+        projection: str = 'linear',
+        sharing: str = 'layerwise',
+        num_prefix_tokens: int = 0,
+        local_size: int = 0,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: type[nn.Module] = LayerNorm,
+        mlp_layer: type[nn.Module] = Mlp,
+        attn_layer: LayerType = None,
+        depth: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = LinformerAttention(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            norm_layer=norm_layer,
+            projection=projection,
+            sharing=sharing,
+            rows=rows[depth],
+            num_prefix_tokens=num_prefix_tokens,
+            local_size=local_size,
+            **dd,
+        )
+        self.ls1 = scale()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = mlp_layer(
+            in_features=dim,
+            hidden_features=int(dim * mlp_ratio),
+            act_layer=act_layer,
+            norm_layer=norm_layer if scale_mlp_norm else None,
+            bias=proj_bias,
+            drop=proj_drop,
+            **dd,
+        )
+        self.ls2 = scale()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(
+        self, x: Tensor, projection: list[Tensor] | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Both pieces on the whole sequence: (B, P + N, D) -> (B, P + N, D).
+
+        Args:
+            x: Tokens.
+            projection: This layer's tensors, from the model's `Projection.forward`. Required; the default is there for
+                `nn.Sequential`, which TorchScript compiles with one argument.
+            grid: Token grid (height, width). Required.
+
+        Raises:
+            ValueError: Called without the model's projection and grid.
+        """
+        if projection is None or grid is None:
+            raise ValueError('A block needs its projection tensors and token grid, which the model passes to it.')
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), projection, grid)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,0 +1,46 @@
+"""A little locality: a depth-wise convolution of the tokens on their grid.
+
+Two places use it: beside attention in a block (`local_size`), and as a conditional position embedding
+(arXiv 2102.10882) in `position.py`. Its cost is linear in N, and a chunk of tokens needs one more row on each side.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+
+class LocalPath(nn.Module):
+    """Depth-wise convolution of the tokens on their grid, zero-padded at the border.
+
+    Args:
+        dim: Width D of the tokens.
+        size: Side of the kernel, odd.
+        num_prefix_tokens: Tokens at the head of the sequence that are not on the grid; their output is zero.
+        std: Standard deviation of the initial kernel; zero leaves whatever it is added to as it was.
+    """
+
+    def __init__(
+        self, dim: int, size: int, num_prefix_tokens: int = 0, std: float = 0.0, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f'The kernel of the local path must have an odd side, got {size}.')
+        self.num_prefix_tokens = num_prefix_tokens
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(dim, 1, size, size, device=device, dtype=dtype))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        if self.std > 0.0:
+            trunc_normal_(self.weight, std=self.std)
+        else:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, P + N, D) -> (B, P + N, D)."""
+        P = self.num_prefix_tokens
+        image = x[:, P:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, h, w), channels last
+        out = F.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=x.shape[-1])
+        out = out.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, D)
+        return F.pad(out, (0, 0, P, 0)) if P > 0 else out
