@@ -1,0 +1,96 @@
+"""Batches of a set that lives on the device as uint8, augmented there.
+
+Order and augmentation of image i in epoch e under seed s are functions of (s, e, i) alone: a run that is resumed in the
+middle of an epoch repeats nothing and skips nothing.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linvision.data.datasets import ImageSet
+
+
+class DeviceBatches:
+    """An image set on the device, cut into normalised batches.
+
+    Args:
+        images: The set.
+        batch_size: Images in a batch.
+        mean: Mean of each channel, on the scale 0..1; also the colour of the border around smaller images.
+        std: Standard deviation of each channel.
+        device: Where the set lives.
+    """
+
+    def __init__(
+        self, images: ImageSet, batch_size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        self.batch_size = batch_size
+        self.labels = images.labels.to(device)
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+        self.images = self._canvas(images.images.to(device), images.img_size)
+        self.img_size = images.img_size
+
+    def _canvas(self, images: Tensor, size: int) -> Tensor:
+        """Centre the images on a canvas of the mean colour, as timm's crop mode 'border' does: (n, C, size, size)."""
+        n, C, H, W = images.shape
+        top, left = (size - H) // 2, (size - W) // 2
+        if (H, W) == (size, size):
+            return images
+        canvas = (self.mean * 255).round().to(torch.uint8).expand(n, C, size, size).clone()
+        canvas[:, :, top : top + H, left : left + W] = images
+        return canvas
+
+    def __len__(self) -> int:
+        """Full batches in an epoch of training."""
+        return len(self.labels) // self.batch_size
+
+    def normalise(self, images: Tensor, img_size: int) -> Tensor:
+        """uint8 (B, C, H, W) to normalised float (B, C, img_size, img_size), averaged by area."""
+        x = images.float() / 255
+        if img_size != self.img_size:
+            x = F.interpolate(x, size=(img_size, img_size), mode='area')
+        return (x - self.mean) / self.std
+
+    def epoch(
+        self, seed: int, epoch: int, img_size: int, start: int = 0, hflip: float = 0.0, shift: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled, augmented batches of one epoch; the last, incomplete one is left out.
+
+        Args:
+            seed: Seed of the run.
+            epoch: Number of the epoch.
+            img_size: Size of the images, reduced by area from their own.
+            start: First batch, for a run that goes on in the middle of the epoch.
+            hflip: Probability of a horizontal flip.
+            shift: Largest shift in pixels, in each direction; what moves in has the mean colour.
+        """
+        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)  # of integers: the same in every process
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        draws = torch.rand(len(self.labels), 3, generator=generator).to(self.labels.device)
+        for i in range(start, len(self)):
+            index = order[i * self.batch_size : (i + 1) * self.batch_size]
+            images = self._augment(self.images[index], draws[index], hflip, shift)
+            yield self.normalise(images, img_size), self.labels[index]
+
+    def _augment(self, images: Tensor, draws: Tensor, hflip: float, shift: int) -> Tensor:
+        """Flip and shift each image by its own three numbers in 0..1: (B, C, H, W), (B, 3) -> (B, C, H, W)."""
+        B, C, H, W = images.shape
+        dy, dx = ((draws[:, 1:] * (2 * shift + 1)).long()).unbind(1)
+        rows = torch.arange(H, device=images.device) + dy[:, None]  # (B, H)
+        columns = torch.arange(W, device=images.device) + dx[:, None]  # (B, W)
+        columns = torch.where(draws[:, :1] < hflip, columns.flip(1), columns)
+        fill = (self.mean * 255).round().to(torch.uint8)
+        padded = fill.expand(B, C, H + 2 * shift, W + 2 * shift).clone()
+        padded[:, :, shift : shift + H, shift : shift + W] = images
+        batch = torch.arange(B, device=images.device)[:, None, None]
+        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in order, never augmented: for evaluation."""
+        for start in range(0, len(self.labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.normalise(self.images[part], img_size), self.labels[part]

@@ -1,0 +1,38 @@
+"""Scores of a model on a set, every image counted exactly once."""
+
+import torch
+from timm.task import ClassificationEvaluator
+from torch import nn
+
+from linvision.data import DeviceBatches
+from linvision.train.precision import autocast
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: DeviceBatches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
+    """Loss and accuracy.
+
+    Args:
+        model: Model in any mode; it is evaluated in eval mode and left in its own.
+        batches: The set.
+        img_size: Size of the images that the model sees.
+        precision: Precision of the forward pass.
+
+    Returns:
+        `top1` and `top5` as fractions, `loss` (cross-entropy, mean over images) and `num_samples`.
+    """
+    training = model.training
+    model.eval()
+    evaluator = ClassificationEvaluator(device=batches.labels.device)
+    for images, labels in batches.ordered(img_size):
+        with autocast(images.device, precision):
+            logits = model(images)
+        evaluator.update(logits.float(), labels)
+    model.train(training)
+    scores = evaluator.compute()
+    return {
+        'top1': scores['top1'] / 100,
+        'top5': scores['top5'] / 100,
+        'loss': scores['loss'],
+        'num_samples': evaluator.num_samples,
+    }

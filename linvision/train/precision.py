@@ -1,0 +1,53 @@
+"""Which arithmetic trains this model fastest on this machine: measured, not assumed."""
+
+import copy
+import time
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of a precision; switched off for fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
+
+
+def probe_precision(model: nn.Module, images: Tensor, steps: int = 3) -> dict[str, float]:
+    """Seconds of one forward and backward pass of a copy of the model, in fp32 and in bf16 autocast.
+
+    Args:
+        model: The model; it is copied, not touched.
+        images: One training batch.
+        steps: Repetitions after a warm-up; the fastest counts.
+
+    Returns:
+        Seconds by precision.
+    """
+    device = images.device
+    model = copy.deepcopy(model).train()
+    seconds = {}
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        for precision in ('fp32', 'bf16'):
+            times = []
+            for _ in range(steps + 1):
+                start = time.perf_counter()
+                with autocast(device, precision):
+                    loss = model(images).float().square().mean()
+                loss.backward()
+                float(loss)  # waits for the device
+                times.append(time.perf_counter() - start)
+            seconds[precision] = min(times[1:])
+    return seconds
+
+
+def choose_precision(wanted: str, model: nn.Module, images: Tensor) -> tuple[str, dict[str, float]]:
+    """The precision to train in, and the seconds that decided (none where `wanted` names one).
+
+    bf16 must be at least 5 % faster, since fp32 is the safer choice.
+    """
+    if wanted != 'auto':
+        return wanted, {}
+    seconds = probe_precision(model, images)
+    return ('bf16' if seconds['bf16'] < 0.95 * seconds['fp32'] else 'fp32'), seconds
