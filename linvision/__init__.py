@@ -5,6 +5,7 @@ Importing the package registers its models with timm: `timm.create_model('linfor
 
 from linvision import variants as variants
 from linvision.network import LinformerVisionTransformer
+from linvision.version import __version__
 
-__all__ = ['LinformerVisionTransformer']
-__version__ = '0.1.0'
+__all__ = ['LinformerVisionTransformer', '__version__']
+

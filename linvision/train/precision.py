@@ -36,7 +36,7 @@ def probe_precision(model: nn.Module, images: Tensor, steps: int = 3) -> dict[st
                 with autocast(device, precision):
                     loss = model(images).float().square().mean()
                 loss.backward()
-                float(loss)  # waits for the device
+                float(loss.detach())  # waits for the device
                 times.append(time.perf_counter() - start)
             seconds[precision] = min(times[1:])
     return seconds

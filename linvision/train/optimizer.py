@@ -1,0 +1,60 @@
+"""The optimizer and its schedule, and what becomes of both when parameters are replaced."""
+
+from functools import partial
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from linvision.train.recipe import Recipe
+
+FALLBACK = ('patch_embed*', 'head*', 'pos_embed', 'cls_token', 'reg_token', 'projection*', 'position*')
+CLOCK_UPDATES = 10_000  # resolution of a schedule that follows the clock
+
+
+def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer over groups with and without weight decay.
+
+    Hybrid optimizers (Muon) take the matrices of the blocks; embedding, head, positions and projections go to their
+    fallback (AdamW).
+    """
+    groups = partial(
+        param_groups_weight_decay,
+        weight_decay=recipe.weight_decay,
+        no_weight_decay_list=model.no_weight_decay() if hasattr(model, 'no_weight_decay') else (),
+        fallback_list=FALLBACK if recipe.opt in list_optimizers('*muon*') else (),
+    )
+    return create_optimizer_v2(
+        model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, param_group_fn=groups, **recipe.opt_args
+    )
+
+
+def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
+    """The learning rate over `updates` updates, from a linear warm-up down to zero."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=recipe.sched,
+        num_epochs=updates,
+        warmup_epochs=round(updates * recipe.warmup),
+        warmup_lr=0.0,
+        decay_rate=1.0 if recipe.sched == 'poly' else 0.1,
+        decay_epochs=updates / 3 if recipe.sched == 'step' else None,
+    )
+    return schedule
+
+
+def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, names: dict[nn.Parameter, str], model: nn.Module):
+    """Hand the moments of every parameter that was not replaced to a new optimizer; replaced ones start afresh.
+
+    Args:
+        old: Optimizer before the change.
+        new: Optimizer over the model's present parameters.
+        names: Names of the parameters before the change.
+        model: The model after the change.
+    """
+    present = dict(model.named_parameters())
+    for parameter, state in old.state.items():
+        if present.get(names[parameter]) is parameter:
+            new.state[parameter] = state

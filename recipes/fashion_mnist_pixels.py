@@ -1,0 +1,25 @@
+"""Fashion-MNIST, pixel by pixel: 28×28 images on a 32×32 canvas, 1,024 tokens.
+
+    python recipes/fashion_mnist_pixels.py --output-dir outputs/fashion_mnist_pixels --data-dir data
+
+Coarse to fine: most of the time on 16×16 images (256 tokens), the rest on 32×32.
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='linformer_vit_pico_patch1_32',
+    dataset='fashion_mnist',
+    output_dir=Path('outputs/fashion_mnist_pixels'),
+    epochs=4,
+    stages=((16, 0.8), (32, 0.2)),
+    batch_size=32,
+    opt='muon',
+    lr=0.01,
+    hflip=0.5,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)
