@@ -1,0 +1,54 @@
+"""What a model attends to, as pictures.
+
+Attention runs over K projected rows, not over tokens. A picture needs it back on the token grid: row k of E says with
+which (signed) weight each token enters row k, so that the attention a over the rows, lifted by Eᵀ a, says with which
+weight each token enters the output. It is signed and does not sum to one: not a probability over tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from linvision.network import LinformerVisionTransformer
+
+
+@torch.no_grad()
+def attention_maps(model: LinformerVisionTransformer, images: Tensor, block: int = -1) -> Tensor:
+    """Attention of one block on the token grid, the mean over heads and queries.
+
+    Args:
+        model: The model.
+        images: Normalised images, (B, C, height, width).
+        block: Which block; negative numbers count from the last.
+
+    Returns:
+        The weight of the value of each token in the mean output, (B, h, w); signed.
+    """
+    attention = model.blocks[block].attn
+    captured: list[Tensor] = []
+    hook = attention.attn_drop.register_forward_hook(lambda module, args, output: captured.append(output))
+    fused, training = attention.fused_attn, model.training
+    attention.fused_attn = False
+    try:
+        model.eval()(images)
+    finally:
+        hook.remove()
+        attention.fused_attn = fused
+        model.train(training)
+    weights = captured[0]  # (B, H, P + N, P + K)
+    P, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    mean = weights[..., P:].mean(dim=2)  # (B, H, K)
+    if attention.is_full(grid):
+        return mean.mean(dim=1).unflatten(-1, grid)
+    matrix = value_matrix(model, block)  # (K, N) or (H, K, N)
+    lifted = mean.unsqueeze(-2) @ matrix  # (B, H, 1, N)
+    return lifted.squeeze(-2).mean(dim=1).unflatten(-1, grid)
+
+
+def value_matrix(model: LinformerVisionTransformer, block: int) -> Tensor:
+    """The matrix that projects the values of a block, written out: (K, N), or (H, K, N) where every head has its own."""
+    attention = model.blocks[block].attn
+    grid = model.patch_embed.grid_size
+    tensors = model.projection_tensors()[block]
+    factors = tensors[-(len(tensors) // attention.matrices) :][:-1]
+    identity = torch.eye(grid[0] * grid[1], device=factors[0].device, dtype=factors[0].dtype)
+    return attention.reduce(identity, factors, grid, attention.rows)

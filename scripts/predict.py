@@ -1,0 +1,141 @@
+"""Classify images with a model that a run exported.
+
+    python scripts/predict.py --model outputs/demo/model IMAGE_OR_FOLDER... [--topk 5] [--json]
+
+Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import tyro
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+import linvision  # noqa: F401  (registers the models)
+
+SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model in a folder, in eval mode.
+
+    Args:
+        folder: Folder with `config.json` and `model.safetensors`.
+
+    Raises:
+        FileNotFoundError: The folder lacks one of the two.
+        ValueError: They cannot be loaded, or the model takes no ordinary images.
+    """
+    for name in ('config.json', 'model.safetensors'):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'{folder} holds no model: {name} is missing. A run leaves one in OUTPUT_DIR/model.')
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    except Exception as error:  # whatever timm, json and safetensors make of a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f'The model in {folder} cannot be loaded: {reason}') from error
+    if model.in_chans not in MODES:
+        raise ValueError(f'The model in {folder} takes images of {model.in_chans} channels; 1 or 3 were expected.')
+    return model
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are given, and the images in each folder and below it, by name.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a folder holds no image.
+    """
+    images = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f'{path} does not exist.')
+        found = [path]
+        if path.is_dir():
+            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise FileNotFoundError(f'{path} holds no image ({", ".join(SUFFIXES)}).')
+        images += found
+    return images
+
+
+def read_image(path: Path, channels: int) -> Image.Image:
+    """An image with 1 (grey) or 3 (RGB) channels.
+
+    Raises:
+        ValueError: The file is no image, or a damaged one.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(MODES[channels])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f'{path} cannot be read as an image ({type(error).__name__}).') from error
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, paths: Sequence[Path], topk: int = 5, batch_size: int = 32) -> list[dict[str, Any]]:
+    """The likeliest classes of each image.
+
+    Args:
+        model: The model, in eval mode.
+        paths: Image files.
+        topk: Classes for each image; at most all are given.
+        batch_size: Images that go through the model together.
+
+    Returns:
+        For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
+    """
+    transform = create_transform(**resolve_model_data_config(model))
+    names = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    results = []
+    for start in range(0, len(paths), batch_size):
+        part = paths[start : start + batch_size]
+        batch = torch.stack([transform(read_image(path, model.in_chans)) for path in part])  # (B, C, height, width)
+        probabilities, labels = model(batch).softmax(-1).topk(min(topk, model.num_classes))  # (B, topk) each
+        for path, row, columns in zip(part, probabilities.tolist(), labels.tolist(), strict=True):
+            classes = [{'name': names[i], 'label': i, 'probability': p} for p, i in zip(row, columns, strict=True)]
+            results.append({'image': str(path), 'classes': classes})
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Predictions as text: a line for each image, the likeliest class first."""
+    cells = [[r['image'], *(f'{c["name"]} {100 * c["probability"]:.1f} %' for c in r['classes'])] for r in results]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def main(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    model: Path,
+    topk: int = 5,
+    as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name='json')] = False,
+) -> None:
+    """Print the likeliest classes of each image.
+
+    Args:
+        images: Image files, and folders of images.
+        model: Folder with `config.json` and `model.safetensors`, as a run leaves it in OUTPUT_DIR/model.
+        topk: Classes to print for each image.
+        as_json: Print JSON, not a table.
+    """
+    try:
+        if topk < 1:
+            raise ValueError(f'topk must be at least 1, got {topk}.')
+        if not images:
+            raise ValueError('Expected at least one image or folder after the options.')
+        results = predict(load_model(model), find_images(images), topk)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    print(json.dumps(results, indent=2) if as_json else table(results))
+
+
+if __name__ == '__main__':
+    tyro.cli(main, description=__doc__)
