@@ -8,4 +8,3 @@ from linvision.network import LinformerVisionTransformer
 from linvision.version import __version__
 
 __all__ = ['LinformerVisionTransformer', '__version__']
-

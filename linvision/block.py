@@ -90,9 +90,7 @@ class LinformerBlock(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(
-        self, x: Tensor, projection: list[Tensor] | None = None, grid: tuple[int, int] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, projection: list[Tensor] | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Both pieces on the whole sequence: (B, P + N, D) -> (B, P + N, D).
 
         Args:

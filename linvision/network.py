@@ -66,7 +66,9 @@ class LinformerVisionTransformer(VisionTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(type(self)).parameters} - {'kwargs'}
+        known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(type(self)).parameters} - {
+            'kwargs'
+        }
         for name in kwargs:
             if name not in known:
                 raise TypeError(nearest('model argument', name, known))
@@ -140,7 +142,9 @@ class LinformerVisionTransformer(VisionTransformer):
             ValueError: The image size is not a multiple of the patch size.
         """
         check_sizes(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
-        super().set_input_size(img_size=img_size and to_2tuple(img_size), patch_size=patch_size and to_2tuple(patch_size))
+        super().set_input_size(
+            img_size=img_size and to_2tuple(img_size), patch_size=patch_size and to_2tuple(patch_size)
+        )
         if self.position is not None:
             self.position.set_grid(self.patch_embed.grid_size)
         if self.projection is not None:

@@ -36,4 +36,9 @@ def resize_axis(table: Tensor, length: int) -> Tensor:
     """A table of positions along one image axis (1, n, D) -> (1, length, D), interpolated linearly."""
     if table.shape[1] == length:
         return table
-    return F.interpolate(table.transpose(1, 2).float(), size=length, mode='linear').transpose(1, 2).to(table.dtype).contiguous()
+    return (
+        F.interpolate(table.transpose(1, 2).float(), size=length, mode='linear')
+        .transpose(1, 2)
+        .to(table.dtype)
+        .contiguous()
+    )

@@ -36,7 +36,9 @@ def load_model(folder: Path) -> nn.Module:
     """
     for name in ('config.json', 'model.safetensors'):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f'{folder} holds no model: {name} is missing. A run leaves one in OUTPUT_DIR/model.')
+            raise FileNotFoundError(
+                f'{folder} holds no model: {name} is missing. A run leaves one in OUTPUT_DIR/model.'
+            )
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     except Exception as error:  # whatever timm, json and safetensors make of a damaged file

@@ -109,7 +109,7 @@ def test_row_grid_has_k_rows_in_the_shape_nearest_to_the_token_grid(K, grid):
         ('linear', 'key_value', [4, 0, 4], r'must be at least 1, got \[4, 0, 4\]'),
         ('linear', 'key_value', [], r'must be at least 1, got \[\]'),
         ('linear', 'key_value', [4, 4], r'gives 2 lengths for 3 layers'),
-        ('linear', 'layerwise', [4, 8, 4], r"K cannot differ by layer \(got proj_len=\[4, 8, 4\]\).*key_value"),
+        ('linear', 'layerwise', [4, 8, 4], r'K cannot differ by layer \(got proj_len=\[4, 8, 4\]\).*key_value'),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(kind, sharing, proj_len, message):

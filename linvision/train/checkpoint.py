@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 
-FREE_TO_CHANGE = {'output_dir', 'data_dir', 'download', 'max_steps', 'log_every', 'checkpoint_every', 'device', 'threads'}
+FREE_TO_CHANGE = {
+    'output_dir',
+    'data_dir',
+    'download',
+    'max_steps',
+    'log_every',
+    'checkpoint_every',
+    'device',
+    'threads',
+}
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:

@@ -79,7 +79,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     stages = recipe.stages or ((train_set.img_size, 1.0),)
     model = create_model(recipe, train_set, stages[-1][0]).to(device)
     resumed = load_checkpoint(folder / 'checkpoints')
-    step, minutes, stage, tokens = (resumed[k] for k in ('step', 'minutes', 'stage', 'tokens')) if resumed else (0, 0.0, 0, 0)
+    step, minutes, stage, tokens = (
+        (resumed[k] for k in ('step', 'minutes', 'stage', 'tokens')) if resumed else (0, 0.0, 0, 0)
+    )
     set_size(model, stages[stage][0])
     task = ClassificationTask(
         model,
@@ -164,7 +166,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             look = device.type == 'cpu' or (step + 1) % recipe.log_every == 0
             if look and not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f'The loss is {float(loss)} at step {step} (last looked at within {recipe.log_every} steps). The '
+                    f'The loss is {loss.item()} at step {step} (last looked at within {recipe.log_every} steps). The '
                     f'checkpoints in {folder / "checkpoints"} are as they were. Try a smaller --lr or --precision fp32.'
                 )
             scaler.step(optimizer)
@@ -192,7 +194,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
                     'memory/peak_gib': peak_memory_gib(device),
                 }
                 board.log(step, min(progress, 1), scalars, minutes)
-            if val_batches is not None and recipe.eval_every and step % max(1, round(recipe.eval_every * len(train_batches))) == 0:
+            if (
+                val_batches is not None
+                and recipe.eval_every
+                and step % max(1, round(recipe.eval_every * len(train_batches))) == 0
+            ):
                 board.scores('val', step, evaluate(scored(task), val_batches, img_size, precision))
             if step % recipe.checkpoint_every == 0:
                 save_checkpoint(folder / 'checkpoints', step, state())

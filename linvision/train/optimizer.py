@@ -45,7 +45,9 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: i
     return schedule
 
 
-def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, names: dict[nn.Parameter, str], model: nn.Module):
+def carry_state(
+    old: torch.optim.Optimizer, new: torch.optim.Optimizer, names: dict[nn.Parameter, str], model: nn.Module
+):
     """Hand the moments of every parameter that was not replaced to a new optimizer; replaced ones start afresh.
 
     Args:

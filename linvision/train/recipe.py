@@ -21,7 +21,7 @@ class Recipe:
 
     model: str = 'linformer_vit_pico_patch1_32'
     """Name of a timm model."""
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Arguments of the model, as in `--model-args projection linear proj_len 32`."""
     dataset: str = 'fashion_mnist'
     """Name of the dataset."""
@@ -47,7 +47,7 @@ class Recipe:
 
     opt: str = 'adamw'
     """Name of a timm optimizer."""
-    opt_args: dict[str, Any] = field(default_factory=dict)
+    opt_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Further arguments of the optimizer."""
     lr: float = 1e-3
     """Highest learning rate."""
@@ -104,7 +104,17 @@ class Recipe:
         for name, low in {'batch_size': 1, 'eval_batch_size': 1, 'log_every': 1, 'checkpoint_every': 1}.items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} must be at least {low}, got {getattr(self, name)}.')
-        for name in ('lr', 'max_minutes', 'max_steps', 'clip_grad', 'weight_decay', 'eval_every', 'mixup', 'cutmix', 'shift'):
+        for name in (
+            'lr',
+            'max_minutes',
+            'max_steps',
+            'clip_grad',
+            'weight_decay',
+            'eval_every',
+            'mixup',
+            'cutmix',
+            'shift',
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name} must not be negative, got {getattr(self, name)}.')
         for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip'):

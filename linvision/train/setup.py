@@ -30,7 +30,9 @@ def open_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
         probe.write_text('')
         probe.unlink()
     except OSError as error:
-        raise OSError(f'The output folder {folder} cannot be written ({error}). Choose another --output-dir.') from error
+        raise OSError(
+            f'The output folder {folder} cannot be written ({error}). Choose another --output-dir.'
+        ) from error
     metrics = folder / 'metrics.json'
     if metrics.exists():
         found = json.loads(metrics.read_text())

@@ -1,0 +1,173 @@
+"""The engine on a small synthetic set: it learns, resumes to the bit, exports what it scored, and refuses bad input."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+
+from linvision.data import DeviceBatches, create_dataset
+from linvision.train import Recipe, train
+from linvision.train.evaluate import evaluate
+from linvision.train.optimizer import create_optimizer, create_schedule
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return Recipe(
+        model='test_linformer_vit',
+        dataset='fake',
+        output_dir=tmp_path / 'run',
+        data_dir=tmp_path,
+        stages=((8, 0.5), (16, 0.5)),
+        epochs=8,
+        opt='muon',
+        lr=0.01,
+        hflip=0.5,
+        shift=1,
+        precision='fp32',
+        device='cpu',
+        threads=1,
+        checkpoint_every=10,
+    )
+
+
+def weights(folder):
+    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
+
+
+def test_training_learns_and_writes_everything(recipe):
+    metrics = train(dataclasses.replace(recipe, epochs=20, val_fraction=0.25, shift=0))
+    assert metrics['top1'] > 0.6  # chance is 0.1
+    assert metrics['num_samples'] == 100 and metrics['val_num_samples'] == 64
+    assert metrics['images_seen'] == 20 * (192 // 32) * 32
+    assert json.loads((recipe.output_dir / 'metrics.json').read_text()) == metrics
+    assert list((recipe.output_dir / 'tensorboard').glob('events.*'))
+
+
+def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
+    metrics = train(dataclasses.replace(recipe, ema_decay=0.9))
+    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    batches = DeviceBatches(
+        create_dataset('fake', '.', 'test'), 100, config['mean'], config['std'], torch.device('cpu')
+    )
+    scores = evaluate(model, batches, 16)
+    assert scores['top1'] == metrics['top1'] and scores['loss'] == pytest.approx(metrics['loss'], rel=1e-6)
+    assert model.pretrained_cfg['label_names'] == metrics['classes']
+
+
+def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
+    train(recipe)
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts', ema_decay=0.0)
+    for stop in (13, 40, 0):  # within the first stage, within the second, to the end (the boundary lies at step 32)
+        train(dataclasses.replace(parts, max_steps=stop))
+    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, capsys):
+    train(recipe)
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    train(dataclasses.replace(parts, max_steps=25))
+    newest = sorted((parts.output_dir / 'checkpoints').glob('*.pt'))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(parts)
+    assert 'cannot be read' in capsys.readouterr().out
+    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_projection_and_positions_keep_training_after_the_boundary(recipe):
+    train(dataclasses.replace(recipe, max_steps=33))
+    state = torch.load(sorted((recipe.output_dir / 'checkpoints').glob('*.pt'))[-1], weights_only=True)
+    before = {k: v.clone() for k, v in state['model'].items()}
+    assert state['stage'] == 1 and before['projection.weights.0'].shape == (4, 16)
+    train(recipe)
+    after = weights(recipe.output_dir)
+    for name in ('projection.weights.0', 'projection.weights.1', 'position.row', 'position.column'):
+        assert (after[name] - before[name]).abs().max() > 1e-4
+
+
+def test_a_finished_run_is_reported_and_not_trained_again(recipe, capsys):
+    metrics = train(recipe)
+    changed = (recipe.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns
+    assert train(recipe) == metrics
+    assert 'finished' in capsys.readouterr().out
+    assert (recipe.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns == changed
+
+
+def test_muon_leaves_projection_embedding_and_head_to_its_fallback(recipe):
+    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizer = create_optimizer(recipe, model)
+    fallback = {names[id(p)] for g in optimizer.param_groups if g.get('use_fallback') for p in g['params']}
+    assert {n for n in names.values() if n.startswith(('projection', 'position', 'patch_embed', 'head'))} <= fallback
+    assert 'blocks.0.attn.qkv.weight' not in fallback
+    decayed = {names[id(p)] for g in optimizer.param_groups if g['weight_decay'] > 0 for p in g['params']}
+    assert not any(n.startswith(('projection', 'position')) for n in decayed)
+
+
+def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = create_schedule(dataclasses.replace(recipe, warmup=0.1), optimizer, 100)
+    rates = []
+    for t in range(100):
+        schedule.step(t)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.25) and max(rates) == pytest.approx(0.5, rel=0.03)
+    assert rates[-1] < 0.001
+
+
+def test_mixing_trains(recipe):
+    metrics = train(dataclasses.replace(recipe, mixup=0.2, cutmix=0.2, epochs=2))
+    assert 0 < metrics['loss'] < 10
+
+
+def test_minutes_replace_epochs(recipe):
+    metrics = train(dataclasses.replace(recipe, max_minutes=0.03, epochs=1000))
+    assert metrics['schedule'] == 'minutes' and 0.03 <= metrics['train_minutes'] < 0.2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe, monkeypatch):
+    train(dataclasses.replace(recipe, max_steps=12))
+    kept = {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()}
+    monkeypatch.setattr(DeviceBatches, 'normalise', lambda self, images, size: images[:, :, :8, :8] * float('nan'))
+    with pytest.raises(FloatingPointError, match='loss is nan at step 12'):
+        train(recipe)
+    assert {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()} == kept
+
+
+def test_another_recipe_in_the_folder_is_refused(recipe):
+    train(dataclasses.replace(recipe, max_steps=5))
+    with pytest.raises(ValueError, match=r'lr: 0.01 there, 0.02 now'):
+        train(dataclasses.replace(recipe, lr=0.02))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match='cannot be written'):
+        train(dataclasses.replace(recipe, output_dir=tmp_path / 'file' / 'run'))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'model': 'linformer_vit_pico_patch1_23'}, 'linformer_vit_pico_patch1_32'),
+        ({'dataset': 'fashion_mnsit'}, 'fashion_mnist'),
+        ({'opt': 'moun'}, 'muon'),
+        ({'sched': 'cosin'}, 'cosine'),
+        ({'precision': 'bf61'}, 'bf16'),
+        ({'epochs': 0}, 'epochs must be above 0'),
+        ({'batch_size': 0}, 'batch_size must be at least 1'),
+        ({'lr': float('nan')}, 'lr must not be negative, got nan'),
+        ({'hflip': 1.5}, 'hflip must lie between 0 and 1'),
+        ({'stages': ((8, 0.5), (16, 0.6))}, 'sum to 1'),
+        ({'batch_size': 257}, 'larger than the training set of 256'),
+        ({'device': 'gpu0'}, 'cannot be used here'),
+    ],
+)
+def test_recipe_errors_say_what_was_wanted(recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(recipe, **change))
