@@ -144,7 +144,7 @@ class LinformerAttention(nn.Module):
         return rows, sums
 
     def linear(self, x: Tensor, sums: Tensor, part: int) -> Tensor:
-        """Query (part 0), key (1) or value (2) of x by head, its bias scaled by the row sums: (B, n, D) -> (B, H, n, D/H)."""
+        """Query (0), key (1) or value (2) of x by head: (B, n, D) -> (B, H, n, D/H). The row sums scale its bias."""
         D = x.shape[-1]
         out = F.linear(x, self.qkv.weight[part * D : (part + 1) * D])
         if self.qkv.bias is not None:
@@ -170,8 +170,8 @@ class LinformerAttention(nn.Module):
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """`scaled_dot_product_attention`, but for training on a CPU below fp32.
 
-    There PyTorch's fused backward is slow (2.14, B32 H3 N1024 K64 d32 in bf16 on one core: 152 ms for both passes, 42 ms
-    written out), and with K rows the N×K array is small.
+    There PyTorch's fused backward is slow (2.14, B32 H3 N1024 K64 d32 in bf16 on one core: 152 ms for both passes,
+    42 ms written out), and with K rows the N×K array is small.
     """
     if query.is_cpu and query.dtype != torch.float32 and query.dtype != torch.float64 and torch.is_grad_enabled():
         weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)

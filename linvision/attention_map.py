@@ -45,7 +45,7 @@ def attention_maps(model: LinformerVisionTransformer, images: Tensor, block: int
 
 
 def value_matrix(model: LinformerVisionTransformer, block: int) -> Tensor:
-    """The matrix that projects the values of a block, written out: (K, N), or (H, K, N) where every head has its own."""
+    """The matrix that projects a block's values, written out: (K, N), or (H, K, N) where every head has its own."""
     attention = model.blocks[block].attn
     grid = model.patch_embed.grid_size
     tensors = model.projection_tensors()[block]

@@ -34,7 +34,8 @@ class LinformerVisionTransformer(VisionTransformer):
     Args:
         img_size: Image size, one number or (height, width).
         patch_size: Patch size; 1 makes every pixel a token.
-        proj_len: K, the number of projected rows (the paper's k); a sequence gives one K a layer where `sharing` allows.
+        proj_len: K, the number of projected rows (the paper's k); a sequence gives one K a layer where `sharing`
+            allows.
         projection: 'linear' (a learned K×N matrix), 'separable' (a learned matrix for each image axis) or 'none' (full
             attention).
         sharing: 'layerwise' (one matrix for all layers), 'key_value' (one a layer), 'headwise' (E and F a layer) or
@@ -44,7 +45,8 @@ class LinformerVisionTransformer(VisionTransformer):
         kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`.
 
     Raises:
-        ValueError: A choice that does not exist (the nearest are listed), K below 1, a width that the heads do not divide.
+        ValueError: A choice that does not exist (the nearest are listed), K below 1, a width that the heads do not
+            divide.
         TypeError: An argument that does not exist (the nearest are listed).
     """
 
@@ -152,7 +154,7 @@ class LinformerVisionTransformer(VisionTransformer):
         self._log_full_attention()
 
     def embed(self, x: Tensor) -> Tensor:
-        """Tokens of the images, with positions and prefix tokens: (B, C, height, width) -> (B, P + N, D), contiguous."""
+        """Images to contiguous tokens with positions and prefix: (B, C, height, width) -> (B, P + N, D)."""
         check_image(x, self.patch_embed.img_size, self.in_chans)
         x = self.patch_embed(x).contiguous()  # (B, N, D)
         if self.position is not None:

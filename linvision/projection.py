@@ -5,8 +5,8 @@ A projection reduces a sequence X (N tokens, D wide) to E X (K rows, D wide). No
 - E is applied to the block's normalised input, before the key and value weights ('compress first'). It is the paper's
   equation 7 exactly, since E (X W + 1 bᵀ) = (E X) W + (E 1) bᵀ: the weights then touch K rows instead of N tokens. The
   row sums E 1 travel beside E for that. Only `sharing='none'`, where every head has its own E, keeps the paper's order.
-- One `Projection` module, owned by the model, holds all parameters; `forward` gives each layer its tensors, which travel
-  to the blocks as arguments. No block owns or shares a parameter of another (safetensors, FSDP2, TorchScript).
+- One `Projection` module, owned by the model, holds all parameters; `forward` gives each layer its tensors, which
+  travel to the blocks as arguments. No block owns or shares a parameter of another (safetensors, FSDP2, TorchScript).
 - To add a projection: write a class like `Linear` below and add it to `PROJECTIONS`. Nothing else needs to change.
 
 Symbols: B images, N tokens, K projected rows, D width, H heads. `grid` is the token grid (height, width) with
@@ -81,8 +81,8 @@ class Projection(nn.Module):
 
     Args:
         kind: Name of the projection, a key of `PROJECTIONS`.
-        sharing: `layerwise` (one E for all layers, keys and values), `key_value` (one E = F a layer), `headwise` (E and F
-            a layer) or `none` (E and F for each head of each layer).
+        sharing: `layerwise` (one E for all layers, keys and values), `key_value` (one E = F a layer), `headwise` (E and
+            F a layer) or `none` (E and F for each head of each layer).
         proj_len: K, the number of rows; a sequence gives one K a layer (not with `layerwise`).
         grid: Token grid (height, width).
         depth: Number of layers.

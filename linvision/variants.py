@@ -1,6 +1,6 @@
 """The model names that timm knows once `linvision` is imported.
 
-Widths, depths and heads are those of timm's ViT (tiny 192/12/3); pico (96/6/3) is for CPUs and small images. The number
+Widths, depths and heads are those of timm's ViT (tiny 192/12/3); pico (64/4/2) is for CPUs and small images. The number
 at the end of a name is the image size: with a patch of one pixel, `patch1_32` has 1,024 tokens.
 """
 
@@ -57,7 +57,7 @@ def _pixels(img_size: int, **kwargs: Any) -> dict[str, Any]:
         'patch_size': 1,
         'class_token': False,
         'global_pool': 'avg',
-        'pos_embed': 'separable',
+        'pos_embed': 'conv',
         'projection': 'separable',
         'local_size': 3,
         **kwargs,
@@ -74,7 +74,7 @@ def test_linformer_vit(pretrained: bool = False, **kwargs: Any) -> LinformerVisi
 @register_model
 def linformer_vit_pico_patch1_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
     """Linformer ViT pico: 1,024 tokens of one pixel, K = 64."""
-    defaults = _pixels(32, embed_dim=96, depth=4, num_heads=3, proj_len=64)
+    defaults = _pixels(32, embed_dim=64, depth=4, num_heads=2, proj_len=64)
     return _create('linformer_vit_pico_patch1_32', pretrained, defaults, kwargs)
 
 

@@ -3,8 +3,8 @@
     python scripts/demo_report.py --run outputs/demo
 
 Reads a finished run (`metrics.json`, `model/`) and the data that it was trained on. Writes into the same folder:
-`report.json` (both scores), `predictions.png` (test images, what the model sees in them and where it looks) and `images/`
-(the images of the picture, for `scripts/predict.py`).
+`report.json` (both scores), `predictions.png` (test images, what the model sees in them and what it attends to) and
+`images/` (the images of the picture, for `scripts/predict.py`).
 """
 
 import json
@@ -12,19 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import tyro
 from PIL import Image
-from predict import load_model
-from softmax_regression import softmax_regression
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linvision.attention_map import attention_maps
 from linvision.data import DeviceBatches, ImageSet, create_dataset
+from predict import load_model
+from softmax_regression import softmax_regression
 
 COLUMNS, ROWS, WRONG = 6, 4, 8  # the picture's grid, and how many of its images the model gets wrong
 SEED = 0
+POSITIVE, NEGATIVE = (0.95, 0.15, 0.1), (0.15, 0.4, 1.0)  # red and blue
 
 
 @torch.inference_mode()
@@ -41,37 +42,146 @@ def choose(right: Tensor) -> list[int]:
     return [*order[right[order]][: COLUMNS * ROWS - len(wrong)].tolist(), *wrong.tolist()]
 
 
-def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, str, bool]], title: str) -> None:
+def overlay(images: Tensor, maps: Tensor) -> Tensor:
+    """Signed weights over grey images, red above and blue below zero, the stronger the less transparent.
+
+    Args:
+        images: (n, H, W) in 0..1.
+        maps: (n, H, W), signed; each is scaled by its own largest magnitude.
+
+    Returns:
+        (n, H, W, 3) in 0..1.
+    """
+    scaled = maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    colour = torch.where(scaled[..., None] > 0, torch.tensor(POSITIVE), torch.tensor(NEGATIVE))  # (n, H, W, 3)
+    strength = 0.85 * scaled.abs()[..., None]
+    return (1 - strength) * images[..., None] + strength * colour
+
+
+def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, bool]], title: str) -> None:
     """A grid of pairs: the image, and the same with the attention laid over it.
 
     Args:
         path: The PNG.
         images: (n, H, W) in 0..1.
-        maps: (n, H, W), signed; each is scaled by its own largest magnitude.
-        captions: For each image what the model says, what is true, and whether they agree.
+        maps: (n, H, W), signed.
+        captions: For each image what stands above it, and whether the model is right.
         title: Title of the picture.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 11.4), layout='constrained')
+    grey = images[..., None].expand(-1, -1, -1, 3)  # (n, H, W, 3)
+    gap = torch.ones(len(images), images.shape[1], 1, 3)
+    pairs = torch.cat([grey, gap, overlay(images, maps)], dim=2)  # (n, H, 2·W + 1, 3)
+    figure = Figure(figsize=(16.5, 8.6), layout='constrained')
     figure.suptitle(title, fontsize=15)
-    cells = figure.subfigures(ROWS, COLUMNS, wspace=0.03, hspace=0.02)
-    overlay = None
-    for cell, image, weight, (says, truth, right) in zip(cells.flat, images, maps, captions, strict=False):
-        cell.suptitle(f'{says}\n{truth}', fontsize=10.5, color='#1a6e34' if right else '#b3261e')
-        left, centre = cell.subplots(1, 2)
-        left.imshow(image, cmap='gray', vmin=0, vmax=1)
-        centre.imshow(image, cmap='gray', vmin=0, vmax=1)
-        scaled = weight / weight.abs().max().clamp(min=1e-12)
-        overlay = centre.imshow(scaled, cmap='RdBu_r', vmin=-1, vmax=1, alpha=0.7)
-        for axes in (left, centre):
-            axes.set_axis_off()
-    figure.colorbar(
-        overlay,
-        ax=figure.subfigs,
-        location='bottom',
-        aspect=60,
-        shrink=0.5,
-        label="weight of each pixel in the last block's mean attention output (signed; each image by its own maximum)",
+    axes = figure.subplots(ROWS, COLUMNS).ravel()
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, pair, (words, right) in zip(axes, pairs, captions, strict=False):
+        ax.imshow(pair.numpy(), interpolation='nearest')
+        ax.set_title(words, fontsize=11, color='#1a6e34' if right else '#b3261e')
+    colours = LinearSegmentedColormap.from_list('signed', [NEGATIVE, (0.5, 0.5, 0.5), POSITIVE])
+    bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), colours), ax=axes, location='bottom', aspect=70, shrink=0.6)
+    bar.set_label("what the last block attends to: weight of each pixel, relative to its image's strongest", size=11)
+    figure.savefig(path, dpi=100)
+
+
+def picture(run: Path, model: nn.Module, test_set: ImageSet, batches: DeviceBatches, scores: Tensor) -> None:
+    """Write `predictions.png` and the images in it."""
+    right = scores.argmax(1) == test_set.labels
+    index = choose(right)
+    captions = []
+    for i in index:
+        says, truth = test_set.classes[scores[i].argmax()], test_set.classes[test_set.labels[i]]
+        words = f'{says} {100 * scores[i].max():.0f} %' + ('' if right[i] else f'\ntruth: {truth}')
+        captions.append((words, bool(right[i])))
+    size = model.pretrained_cfg['input_size'][-1]
+    maps = attention_maps(model, batches.normalise(batches.images[index], size))  # (n, h, w)
+    images = batches.images[index].float().mean(1) / 255  # (n, H, W)
+    maps = nn.functional.interpolate(maps[:, None], size=images.shape[1:], mode='nearest')[:, 0]
+    wrong = len(index) - int(right[index].sum())
+    title = (
+        f'{len(index) - wrong} test images that the model gets right (green) and {wrong} that it gets wrong (red), '
+        f'drawn at random; it is right on {100 * right.double().mean():.2f} % of all {len(right):,}'
     )
-    figure.savefig(path, dpi=110)
+    draw(run / 'predictions.png', images, maps, captions, title)
+    save_images(run / 'images', test_set, index)
+
+
+def save_images(folder: Path, images: ImageSet, index: list[int]) -> None:
+    """Write images as PNG files named by position and class, and remove those of an earlier report."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob('*.png'):
+        old.unlink()
+    for i in index:
+        name = images.classes[images.labels[i]].lower().replace('/', '-').replace(' ', '_')
+        pixels = images.images[i].permute(1, 2, 0).squeeze(-1)  # (H, W) or (H, W, 3)
+        Image.fromarray(pixels.numpy()).save(folder / f'{i:05d}_{name}.png')
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The scores side by side."""
+    lines = [f'{"":34}{"top-1":>9}{"parameters":>13}{"training":>11}']
+    for name, row in rows.items():
+        seconds = f'{row["train_seconds"]:,.0f} s'
+        lines.append(f'{name:34}{100 * row["top1"]:>7.2f} %{row["num_parameters"]:>13,}{seconds:>11}')
+    return '\n'.join(lines)
+
+
+def report(run: Path) -> dict[str, Any]:
+    """Score both models, write `report.json`, `predictions.png` and `images/`.
+
+    Args:
+        run: Output folder of a finished run.
+
+    Returns:
+        The contents of `report.json`: a row for each of the two.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run.
+    """
+    if not (run / 'metrics.json').is_file():
+        raise FileNotFoundError(f'{run} holds no finished run: metrics.json is missing. Train first.')
+    metrics = json.loads((run / 'metrics.json').read_text())
+    recipe = metrics['recipe']
+    if 'top1' not in metrics:
+        raise ValueError(f'The run in {run} was not scored on the test set. Train without --no-test.')
+    model = load_model(run / 'model')
+    test_set = create_dataset(recipe['dataset'], recipe['data_dir'], 'test')
+    config = resolve_model_data_config(model)
+    batches = DeviceBatches(test_set, 100, config['mean'], config['std'], torch.device('cpu'))
+    scores = probabilities(model, batches)
+    picture(run, model, test_set, batches, scores)
+    rows = {
+        recipe['model']: {
+            'top1': metrics['top1'],
+            'top1_of_the_exported_model': (scores.argmax(1) == test_set.labels).double().mean().item(),
+            'num_samples': metrics['num_samples'],
+            'num_parameters': metrics['num_parameters'],
+            'train_seconds': 60 * metrics['train_minutes'],
+            'tokens': metrics['tokens'],
+        },
+        'softmax regression, raw pixels': softmax_regression(recipe['dataset'], recipe['data_dir']),
+    }
+    (run / 'report.json').write_text(json.dumps(rows, indent=2) + '\n')
+    return rows
+
+
+def main(run: Path = Path('outputs/demo')) -> None:
+    """Compare a finished run with softmax regression, and show what it attends to.
+
+    Args:
+        run: Output folder of the run.
+    """
+    try:
+        rows = report(run)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    print(table(rows))
+
+
+if __name__ == '__main__':
+    tyro.cli(main, description=__doc__)

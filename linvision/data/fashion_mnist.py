@@ -30,9 +30,9 @@ def load(root: Path, split: str, download: bool) -> tuple[Tensor, Tensor, tuple[
     tried = [] if _complete(raw) else fetch(root) if download else ['download is switched off']
     if not _complete(raw):
         raise FileNotFoundError(
-            f'Fashion-MNIST is not in {raw}, and could not be fetched ({"; ".join(tried)}). One of three ways mends it: '
-            f'put the four files ({", ".join(FILES)}, or the same with .gz) there; let torchvision download them, where '
-            f'the network allows it; or install the Debian package {PACKAGE} (apt-get install {PACKAGE}).'
+            f'Fashion-MNIST is not in {raw}, and could not be fetched ({"; ".join(tried)}). One of three ways '
+            f'mends it: put the files ({", ".join(FILES)}, or the same with .gz) there; let torchvision download them, '
+            f'where the network allows it; or install the Debian package {PACKAGE} (apt-get install {PACKAGE}).'
         )
     dataset = FashionMNIST(str(root), train=split == 'train', download=False)
     return dataset.data, dataset.targets, tuple(dataset.classes)

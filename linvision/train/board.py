@@ -56,8 +56,8 @@ class Board:
         for name in ('loss', 'top1', 'top5'):
             self.writer.add_scalar(f'{split}/{name}', scores[name], step)
         self.say(
-            f'{split}: top-1 {100 * scores["top1"]:.2f} %, top-5 {100 * scores["top5"]:.2f} %, loss {scores["loss"]:.4f}, '
-            f'{scores["num_samples"]:,} images (step {step})'
+            f'{split}: top-1 {100 * scores["top1"]:.2f} %, top-5 {100 * scores["top5"]:.2f} %, '
+            f'loss {scores["loss"]:.4f}, {scores["num_samples"]:,} images (step {step})'
         )
         self.writer.flush()
 

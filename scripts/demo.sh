@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Train a pixel transformer on Fashion-MNIST, score it, and compare it with softmax regression:
+#
+#     bash scripts/demo.sh [the recipe's options]
+#
+# Leaves everything under outputs/demo. A run that was interrupted goes on; a finished one is only reported again.
+# What follows goes to recipes/fashion_mnist_pixels.py, as in: bash scripts/demo.sh --epochs 1 --output-dir outputs/short
+# PYTHON=/path/to/python chooses the Python that .venv is made of.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+output_dir=outputs/demo data_dir=data previous=
+for word in "$@"; do
+    case "$word" in
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' scripts/demo.sh && exit ;;
+        --output[-_]dir=*) output_dir=${word#*=} ;;
+        --data[-_]dir=*) data_dir=${word#*=} ;;
+    esac
+    case "$previous" in
+        --output[-_]dir) output_dir=$word ;;
+        --data[-_]dir) data_dir=$word ;;
+    esac
+    previous=$word
+done
+
+fail() { echo "error: $*" >&2 && exit 1; }
+step() { echo && echo "== $*"; }
+start=$SECONDS
+
+# ------------------------------------------------------------------------------------------------------- environment
+step '1 of 4: environment in .venv (about 2 minutes and 6 GB the first time, then nothing)'
+python=.venv/bin/python
+recent='import sys; sys.exit(sys.version_info < (3, 11))'
+if [ ! -x "$python" ]; then
+    base=
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$candidate" -c "$recent" 2>/dev/null; then base=$candidate && break; fi
+    done
+    [ -n "$base" ] || fail "Python 3.11 or later is needed; '${PYTHON:-python3}' is $("${PYTHON:-python3}" --version 2>&1)."
+    echo "making .venv with $("$base" --version)"
+    "$base" -m venv .venv || { rm -rf .venv && fail "$base cannot make .venv. On Debian: apt-get install python3-venv"; }
+fi
+"$python" -c "$recent" || fail ".venv holds $("$python" --version), Python 3.11 or later is needed. Remove .venv."
+key="$PWD $(cksum < pyproject.toml)"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$key" ]; then
+    echo 'installing linvision and what it needs'
+    "$python" -m pip install --quiet --disable-pip-version-check -e .
+    echo "$key" > .venv/installed
+fi
+echo "ready after $((SECONDS - start)) s"
+
+# -------------------------------------------------------------------------------------------------------------- data
+step "2 of 4: Fashion-MNIST in $data_dir (30 MB; seconds to a minute the first time, then nothing)"
+fetch() {
+    "$python" - "$data_dir" <<'EOF'
+import sys
+from linvision.data import create_dataset
+try:
+    sizes = [len(create_dataset('fashion_mnist', sys.argv[1], split)) for split in ('train', 'test')]
+except FileNotFoundError as error:
+    sys.exit(f'error: {error}')
+print(f'{sizes[0]:,} training and {sizes[1]:,} test images')
+EOF
+}
+if ! fetch; then
+    [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null || fail 'no Fashion-MNIST; see above for the ways to get it.'
+    echo 'installing the Debian package dataset-fashion-mnist'
+    { apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist > /dev/null; } || fail 'apt-get failed; see above.'
+    fetch
+fi
+
+# ------------------------------------------------------------------------------------------------- training and score
+step '3 of 4: training from scratch and scoring on all test images (at most 12 minutes on 2 cores)'
+# the schedule follows the clock, so that the demo takes as long on every machine; other options bring the recipe's own
+[ $# -gt 0 ] || set -- --max-minutes 11
+"$python" recipes/fashion_mnist_pixels.py --output-dir "$output_dir" --data-dir "$data_dir" "$@"
+
+# ------------------------------------------------------------------------------------------------------------ report
+step '4 of 4: softmax regression on the same pixels, and a picture (under a minute)'
+"$python" scripts/demo_report.py --run "$output_dir"
+cat <<EOF
+
+Done in $((SECONDS - start)) s. In $output_dir:
+  predictions.png           test images, what the model sees in them and what it attends to
+  report.json, metrics.json the scores above, and all about the run
+  model/                    the model, for timm.create_model('local-dir:$output_dir/model', pretrained=True)
+Curves:    .venv/bin/tensorboard --logdir $output_dir/tensorboard
+Predict:   .venv/bin/python scripts/predict.py --model $output_dir/model $output_dir/images
+EOF
