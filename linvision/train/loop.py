@@ -20,7 +20,7 @@ import torch
 import torchvision
 from timm.data import Mixup
 from timm.task import ClassificationTask
-from torch import nn
+from torch import Tensor, nn
 
 from linvision.data import DeviceBatches, create_dataset
 from linvision.train.board import Board, peak_memory_gib
@@ -158,20 +158,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
             # forward, backward, update
             schedule.step(int(progress * total))
-            with autocast(device, precision):
-                loss = task(images, labels)['loss']
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or float('inf'))
-            look = device.type == 'cpu' or (step + 1) % recipe.log_every == 0
+            loss, grad_norm = update(task, optimizer, scaler, images, labels, precision, recipe.clip_grad)
+            saves = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.max_steps
+            look = device.type == 'cpu' or (step + 1) % recipe.log_every == 0 or saves  # never save what is not finite
             if look and not torch.isfinite(loss):
                 raise FloatingPointError(
                     f'The loss is {loss.item()} at step {step} (last looked at within {recipe.log_every} steps). The '
                     f'checkpoints in {folder / "checkpoints"} are as they were. Try a smaller --lr or --precision fp32.'
                 )
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             step, tokens = step + 1, tokens + recipe.batch_size * count_tokens(model)
             task.update_ema(step=step)
 
@@ -186,7 +180,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 images_per_s = (step - last_log[0]) * recipe.batch_size / seconds
                 last_log = (step, minutes)
                 scalars = {
-                    'train/loss': float(loss.detach()),
+                    'train/loss': float(loss),
                     'train/lr': optimizer.param_groups[0]['lr'],
                     'train/grad_norm': float(grad_norm),
                     'speed/images_per_s': images_per_s,
@@ -240,11 +234,49 @@ def train(recipe: Recipe) -> dict[str, Any]:
         'classes': list(train_set.classes),
         'weights': 'ema' if task.has_ema() else 'last',
         'schedule': 'minutes' if recipe.max_minutes else 'epochs',
-        'recipe': recipe.to_dict(),
-        'seed': recipe.seed,
         'precision': precision,
         'probe_seconds': probe,
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or 'cpu',
+        **describe(recipe, device),
+    }
+    part = folder / 'metrics.json.part'
+    part.write_text(json.dumps(metrics, indent=2) + '\n')
+    os.replace(part, folder / 'metrics.json')
+    return metrics
+
+
+def update(
+    task: ClassificationTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    clip_grad: float,
+) -> tuple[Tensor, Tensor]:
+    """One step: forward, backward, clip, update.
+
+    Returns:
+        The loss and the norm of the gradient before it was clipped, detached.
+    """
+    with autocast(images.device, precision):
+        loss = task(images, labels)['loss']
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(task.get_trainable_module().parameters(), clip_grad or float('inf'))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), grad_norm
+
+
+def describe(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What a figure needs beside it: the recipe, the machine and the versions."""
+    return {
+        'recipe': recipe.to_dict(),
+        'seed': recipe.seed,
+        'device': torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else f'{device.type} {platform.machine()}',
         'threads': torch.get_num_threads(),
         'versions': {
             'python': platform.python_version(),
@@ -254,10 +286,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
             'linvision': __version__,
         },
     }
-    part = folder / 'metrics.json.part'
-    part.write_text(json.dumps(metrics, indent=2) + '\n')
-    os.replace(part, folder / 'metrics.json')
-    return metrics
 
 
 def scored(task: ClassificationTask) -> nn.Module:
