@@ -1,0 +1,152 @@
+"""Datasets by name, and batches that are functions of (seed, epoch, index)."""
+
+import gzip
+import struct
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms.functional import to_pil_image
+
+from linvision.data import DeviceBatches, ImageSet, create_dataset, fashion_mnist
+from linvision.train.export import export_model
+from linvision.train.setup import split_validation
+
+CPU = torch.device('cpu')
+
+
+def image_set(n=40, side=6, img_size=8):
+    """Images that are told apart by their content: image i holds i + 1 everywhere but in one corner."""
+    images = (torch.arange(n, dtype=torch.uint8) + 1)[:, None, None, None].expand(n, 1, side, side).clone()
+    images[:, :, 0, 0] = 200
+    return ImageSet(images, torch.arange(n), tuple(str(i) for i in range(n)), img_size)
+
+
+def batches(images, batch_size=8):
+    return DeviceBatches(images, batch_size, (0.5,), (0.25,), CPU)
+
+
+def test_an_epoch_shows_every_image_once_with_its_label():
+    found = batches(image_set())
+    seen = []
+    for images, labels in found.epoch(seed=3, epoch=1, img_size=8):
+        pixels = ((images * 0.25 + 0.5) * 255).round().long()[:, 0, 4, 4] - 1
+        assert torch.equal(pixels, labels)
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(40)) and seen != sorted(seen)
+
+
+def test_batches_depend_on_seed_epoch_and_index_alone():
+    found = batches(image_set())
+    arguments = {'img_size': 8, 'hflip': 0.5, 'shift': 2}
+    whole = [x for x, _ in found.epoch(5, 2, **arguments)]
+    resumed = [x for x, _ in found.epoch(5, 2, start=3, **arguments)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], resumed, strict=True))
+    assert not torch.equal(whole[0], next(found.epoch(5, 3, **arguments))[0])
+    assert not torch.equal(whole[0], next(found.epoch(6, 2, **arguments))[0])
+
+
+def test_flips_and_shifts_move_every_pixel_as_they_should():
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    found = batches(ImageSet(images, torch.arange(64), ('a',), 8), 64)
+    draws = torch.rand(64, 3)
+    out = found._augment(images, draws, hflip=0.5, shift=2)
+    fill = 128  # the mean colour
+    for i in range(64):
+        dy, dx = (draws[i, 1:] * 5).long().tolist()
+        expected = F.pad(images[i], (2, 2, 2, 2), value=fill)[:, dy : dy + 8, dx : dx + 8]
+        assert torch.equal(out[i], expected.flip(-1) if draws[i, 0] < 0.5 else expected)
+
+
+def test_smaller_sizes_are_means_over_areas():
+    found = batches(image_set(side=8))
+    x = found.normalise(found.images[:4], 4)
+    expected = (found.images[:4].double() / 255).unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
+    torch.testing.assert_close(x.double(), (expected - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_is_complete_ordered_and_not_augmented():
+    found = batches(image_set(n=21))
+    images, labels = (torch.cat(part) for part in zip(*found.ordered(8), strict=True))
+    assert labels.tolist() == list(range(21))
+    torch.testing.assert_close(images, found.normalise(found.images, 8))
+
+
+def test_statistics_are_those_of_the_pixels():
+    images = create_dataset('fake', '.', 'train')
+    mean, std = images.statistics()
+    pixels = images.images.double() / 255
+    assert mean[0] == pytest.approx(pixels.mean().item(), abs=1e-4)
+    assert std[0] == pytest.approx(pixels.std(correction=0).item(), abs=1e-4)
+
+
+def test_validation_slice_is_disjoint_complete_and_drawn_by_seed():
+    train, val = split_validation(image_set(), 0.25, seed=1)
+    assert len(val) == 10 and sorted(train.labels.tolist() + val.labels.tolist()) == list(range(40))
+    assert val.labels.tolist() == split_validation(image_set(), 0.25, seed=1)[1].labels.tolist()
+    assert val.labels.tolist() != split_validation(image_set(), 0.25, seed=2)[1].labels.tolist()
+
+
+def test_timms_transform_of_the_exported_config_equals_our_batches(tmp_path):
+    import timm
+
+    images = ImageSet(torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8), torch.arange(5), tuple('abcde'), 32)
+    mean, std = images.statistics()
+    model = timm.create_model('linformer_vit_pico_patch1_32', in_chans=1, num_classes=5)
+    export_model(model, tmp_path / 'model', images, mean, std)
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True)
+    transform = create_transform(**timm.data.resolve_model_data_config(loaded))
+    ours = next(DeviceBatches(images, 5, mean, std, CPU).ordered(32))[0]
+    theirs = torch.stack([transform(to_pil_image(image)) for image in images.images])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def write_fashion_mnist(folder):
+    """Four tiny files in the IDX form, compressed as Debian's package has them."""
+    folder.mkdir(parents=True)
+    for part, n in (('train', 3), ('t10k', 2)):
+        images = struct.pack('>IIII', 2051, n, 28, 28) + bytes(range(n)) * 784
+        labels = struct.pack('>II', 2049, n) + bytes(range(n))
+        with gzip.open(folder / f'{part}-images-idx3-ubyte.gz', 'wb') as file:
+            file.write(images)
+        with gzip.open(folder / f'{part}-labels-idx1-ubyte.gz', 'wb') as file:
+            file.write(labels)
+
+
+def test_fashion_mnist_comes_from_debians_package_where_the_network_refuses(tmp_path, monkeypatch):
+    write_fashion_mnist(tmp_path / 'package')
+    monkeypatch.setattr(fashion_mnist, 'PACKAGE_FOLDER', tmp_path / 'package')
+    monkeypatch.setattr(fashion_mnist, '_download', refuse)
+    train = create_dataset('fashion_mnist', tmp_path, 'train')
+    assert train.labels.tolist() == [0, 1, 2] and train.images.shape == (3, 1, 28, 28) and train.img_size == 32
+    assert create_dataset('fashion_mnist', tmp_path, 'test', download=False).labels.tolist() == [0, 1]
+    assert train.classes[0] == 'T-shirt/top'
+
+
+def refuse(*args):
+    raise RuntimeError('the network refuses')
+
+
+def test_missing_data_names_the_three_ways(tmp_path, monkeypatch):
+    for source in ('_download', '_unpack_installed', '_unpack_package'):
+        monkeypatch.setattr(fashion_mnist, source, refuse)
+    with pytest.raises(FileNotFoundError) as error:
+        create_dataset('fashion_mnist', tmp_path, 'train')
+    for words in ('FashionMNIST/raw', 'the network refuses', 'let torchvision download', 'apt-get install'):
+        assert words in str(error.value)
+
+
+def test_unknown_names_list_the_nearest():
+    with pytest.raises(ValueError, match="Unknown dataset 'fashion_mist'. Nearest: fashion_mnist"):
+        create_dataset('fashion_mist', '.', 'train')
+    with pytest.raises(ValueError, match="Unknown split 'tset'. Nearest: test"):
+        create_dataset('fake', '.', 'tset')
+
+
+def test_smaller_images_are_centred_in_the_mean_colour():
+    found = batches(image_set(side=6, img_size=8))
+    assert (found.images[:, :, 0, :] == 128).all() and (found.images[:, :, :, -1] == 128).all()
+    assert torch.equal(found.images[:, :, 1:-1, 1:-1], image_set().images)
+    assert Image.fromarray(found.images[0, 0].numpy()).getpixel((1, 1)) == 200
