@@ -77,6 +77,10 @@ class LinformerVisionTransformer(VisionTransformer):
         if pos_embed not in ('', 'none', 'learn', *POSITIONS):
             raise ValueError(nearest('pos_embed', pos_embed, ['none', 'learn', *POSITIONS]))
         check_projection(projection, sharing, proj_len, depth)
+        if kwargs.get('patch_drop_rate', 0.0) > 0 and (projection != 'none' or local_size):
+            raise ValueError(
+                f'patch_drop_rate must be 0: E needs every token of the grid, got {kwargs["patch_drop_rate"]}.'
+            )
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')
         check_sizes(img_size, patch_size)

@@ -82,9 +82,9 @@ def page(result: dict, seeds: int) -> str:
     lines = [
         '# Why the pixel models are as they are',
         '',
-        f'Fashion-MNIST on 16×16 images (256 tokens, K = 64), {result["minutes"]:g} minutes of training on one CPU thread '
-        f'in {result["precision"]}, torch {result["torch"]}; top-1 on 3,000 validation images kept from the training set, '
-        f'mean ± standard deviation over {seeds} seeds. Two runs at a time on two cores.',
+        f'Fashion-MNIST on 16×16 images (256 tokens, K = 64): {result["minutes"]:g} minutes of training on one',
+        f'CPU thread in {result["precision"]}, torch {result["torch"]}, two runs at a time. Top-1 on 3,000',
+        f'validation images kept from the training set, mean ± standard deviation over {seeds} seeds.',
         '',
         f'    python scripts/compare_choices.py --minutes {result["minutes"]:g} --seeds {seeds}',
         '',
