@@ -81,6 +81,8 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(
                 f'patch_drop_rate must be 0: E needs every token of the grid, got {kwargs["patch_drop_rate"]}.'
             )
+        if kwargs.get('dynamic_img_size', False):
+            raise ValueError('dynamic_img_size is not supported yet: call model.set_input_size(img_size=...) instead.')
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')
         check_sizes(img_size, patch_size)

@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import predict
+from linvision.data import DeviceBatches, ImageSet, create_dataset
+from linvision.train.export import export_model
+
+SCRIPT = Path(predict.__file__)
+
+
+def save(images: ImageSet, folder: Path, n: int) -> list[Path]:
+    """The first n images of a grey set as PNG files."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f'{i}.png' for i in range(n)]
+    for path, image in zip(paths, images.images[:n, 0], strict=True):
+        Image.fromarray(image.numpy()).save(path)
+    return paths
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """The script with a command line, in this process."""
+    monkeypatch.setattr(sys, 'argv', ['predict.py', *map(str, words)])
+    predict.tyro.cli(predict.main)
+
+
+@pytest.mark.parametrize('side', [16, 12])  # as large as the model's images, and smaller: with a border
+def test_predictions_equal_those_of_evaluation(tmp_path, side):
+    fake = create_dataset('fake', tmp_path, 'test')
+    images = ImageSet(fake.images[:, :, :side, :side], fake.labels, fake.classes, img_size=16)
+    mean, std = images.statistics()
+    export_model(timm.create_model('test_linformer_vit', in_chans=1, num_classes=10), tmp_path, images, mean, std)
+    model = predict.load_model(tmp_path)
+    batches = DeviceBatches(images, 7, mean, std, torch.device('cpu'))
+    with torch.inference_mode():
+        expected = model(next(batches.ordered(16))[0]).softmax(-1)
+    results = predict.predict(model, save(images, tmp_path / 'images', 7), topk=10, batch_size=3)
+    for row, result in zip(expected, results, strict=True):
+        found = torch.empty(10)
+        for c in result['classes']:
+            found[c['label']] = c['probability']
+            assert c['name'] == images.classes[c['label']]
+        torch.testing.assert_close(found, row, rtol=1e-4, atol=1e-6)
+
+
+def test_classes_come_likeliest_first_and_at_most_all(model_folder, tmp_path):
+    paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 2)
+    results = predict.predict(predict.load_model(model_folder), paths, topk=99)
+    for result in results:
+        probabilities = [c['probability'] for c in result['classes']]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert len(probabilities) == 10
+        assert sum(probabilities) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'P', '1', 'LA'])
+def test_any_kind_of_image_is_read(model_folder, tmp_path, mode):
+    path = tmp_path / 'image.png'
+    Image.new('L', (40, 30), 128).convert(mode).save(path)
+    assert len(predict.predict(predict.load_model(model_folder), [path])) == 1
+
+
+def test_a_folder_gives_its_images_in_order_and_nothing_else(tmp_path):
+    (tmp_path / 'below').mkdir()
+    for name in ('b.png', 'a.JPG', 'below/c.png', 'notes.txt'):
+        (tmp_path / name).touch()
+    assert predict.find_images([tmp_path]) == [tmp_path / name for name in ('a.JPG', 'b.png', 'below/c.png')]
+
+
+def test_json_and_table_hold_every_image(model_folder, tmp_path, monkeypatch, capsys):
+    paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path / 'images', 2)
+    run(monkeypatch, '--model', model_folder, tmp_path / 'images', '--topk', 3, '--json')
+    results = json.loads(capsys.readouterr().out)
+    assert [r['image'] for r in results] == [str(p) for p in paths]
+    assert [len(r['classes']) for r in results] == [3, 3]
+    run(monkeypatch, *paths, '--model', model_folder, '--topk', 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for path, line, result in zip(paths, lines, results, strict=True):
+        assert line.startswith(str(path))
+        assert all(c['name'] in line for c in result['classes'])
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--model', 'MODEL', 'missing.png'], 'missing.png does not exist'),
+        (['--model', 'MODEL', 'text.png'], r'text.png cannot be read as an image'),
+        (['--model', 'MODEL', 'empty'], 'empty holds no image'),
+        (['--model', 'MODEL'], 'at least one image'),
+        (['--model', 'MODEL', 'image.png', '--topk', '0'], 'topk must be at least 1, got 0'),
+        (['--model', 'empty', 'image.png'], 'empty holds no model: config.json is missing'),
+        (['--model', 'damaged', 'image.png'], 'The model in damaged cannot be loaded'),
+    ],
+)
+def test_a_mistake_ends_with_an_error_that_names_it(model_folder, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path('text.png').write_text('no image')
+    Path('empty').mkdir()
+    Path('damaged').mkdir()
+    Path('damaged/config.json').write_text((model_folder / 'config.json').read_text())
+    Path('damaged/model.safetensors').write_bytes((model_folder / 'model.safetensors').read_bytes()[:1000])
+    Image.new('L', (16, 16)).save('image.png')
+    with pytest.raises(SystemExit, match=f'error: .*{message}'):
+        run(monkeypatch, *(model_folder if word == 'MODEL' else word for word in words))
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    path = tmp_path / 'half.png'
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match='half.png cannot be read'):
+        predict.read_image(path, 1)
+
+
+@pytest.mark.slow
+def test_the_script_runs_by_path(model_folder, tmp_path):
+    paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 1)
+    command = [sys.executable, str(SCRIPT), '--model', str(model_folder), str(paths[0]), '--topk', '1']
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert out.startswith(str(paths[0])) and 'bar' in out

@@ -1,0 +1,170 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import demo_report
+from linvision.data import create_dataset
+from linvision.train import Recipe, train
+from linvision.train.export import export_model
+from softmax_regression import fit, pixels, softmax_regression
+
+ROOT = Path(__file__).parents[1]
+SHELL = ['scripts/demo.sh', 'scripts/test.sh', '.ci/run']
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short, finished run on the fake data."""
+    folder = tmp_path_factory.mktemp('run')
+    recipe = Recipe(model='test_linformer_vit', dataset='fake', output_dir=folder, epochs=1, precision='fp32')
+    recipe.threads, recipe.device = 1, 'cpu'
+    train(recipe)
+    return folder
+
+
+def test_softmax_regression_reaches_the_optimum_of_its_loss():
+    images = create_dataset('fake', '', 'train').subset(torch.arange(40))
+    weight, bias = fit(images, steps=200)
+    logits = pixels(images) @ weight.T + bias
+    loss = torch.nn.functional.cross_entropy(logits, images.labels)
+    assert loss < 1e-3  # more pixels than images: separable, so that the infimum is zero
+
+
+def test_softmax_regression_counts_its_parameters_and_images():
+    scores = softmax_regression('fake', Path(), steps=20)
+    assert scores['num_parameters'] == 16 * 16 * 10 + 10
+    assert scores['num_samples'] == 100
+    assert 0.9 < scores['top1'] <= 1
+    assert softmax_regression('fake', Path(), steps=20)['top1'] == scores['top1']  # nothing is random
+
+
+def test_a_validation_slice_keeps_the_test_set_out():
+    assert softmax_regression('fake', Path(), steps=5, val_fraction=0.25)['num_samples'] == 64
+
+
+def test_report_compares_both_scores_and_leaves_a_picture(finished_run):
+    rows = demo_report.report(finished_run)
+    metrics = json.loads((finished_run / 'metrics.json').read_text())
+    assert rows == json.loads((finished_run / 'report.json').read_text())
+    assert rows['test_linformer_vit']['top1'] == metrics['top1']
+    assert rows['test_linformer_vit']['top1_of_the_exported_model'] == pytest.approx(metrics['top1'])
+    assert rows['softmax regression, raw pixels']['num_samples'] == metrics['num_samples'] == 100
+    with Image.open(finished_run / 'predictions.png') as image:
+        assert min(image.size) > 500
+    table = demo_report.table(rows)
+    assert all(f'{100 * row["top1"]:.2f} %' in table for row in rows.values())
+
+
+def test_report_leaves_the_images_of_its_picture_only(finished_run):
+    stale = finished_run / 'images' / 'stale.png'
+    stale.parent.mkdir(exist_ok=True)
+    stale.touch()
+    demo_report.report(finished_run)
+    assert not stale.exists()
+    images = create_dataset('fake', '', 'test')
+    saved = sorted((finished_run / 'images').glob('*.png'))
+    assert len(saved) == demo_report.COLUMNS * demo_report.ROWS
+    for path in saved:
+        i = int(path.name[:5])
+        with Image.open(path) as image:
+            assert image.tobytes() == images.images[i].numpy().tobytes()
+        assert images.classes[images.labels[i]].replace(' ', '_') in path.name
+
+
+def test_report_refuses_an_unfinished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no finished run'):
+        demo_report.report(tmp_path)
+
+
+def test_report_refuses_a_run_without_a_test_score(finished_run, tmp_path):
+    metrics = json.loads((finished_run / 'metrics.json').read_text())
+    del metrics['top1']
+    (tmp_path / 'metrics.json').write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match='not scored on the test set'):
+        demo_report.report(tmp_path)
+
+
+def test_the_picture_shows_wrong_ones_where_there_are_some():
+    right = torch.arange(1000) % 10 != 0
+    index = demo_report.choose(right)
+    assert len(set(index)) == demo_report.COLUMNS * demo_report.ROWS
+    assert (~right[index]).sum() == demo_report.WRONG
+    assert demo_report.choose(torch.ones(1000, dtype=torch.bool)) != index
+    assert demo_report.choose(right) == index
+    assert len(demo_report.choose(torch.tensor([True, False, True]))) == 3
+
+
+def test_overlay_is_red_above_zero_blue_below_and_clear_at_zero():
+    image = torch.full((1, 1, 3), 0.5)
+    red, blue, clear = demo_report.overlay(image, torch.tensor([[[2.0, -2.0, 0.0]]]))[0, 0]
+    assert red[0] > 0.8 > red[2]
+    assert blue[2] > 0.8 > blue[0]
+    assert clear.tolist() == [0.5, 0.5, 0.5]
+    assert torch.equal(demo_report.overlay(image, torch.zeros(1, 1, 3)), image[..., None].expand(-1, -1, -1, 3))
+
+
+@pytest.mark.parametrize('script', SHELL)
+def test_shell_scripts_parse_and_may_be_executed(script):
+    subprocess.run(['bash', '-n', str(ROOT / script)], check=True)
+    assert os.access(ROOT / script, os.X_OK)
+
+
+def test_ci_runs_the_test_script_and_nothing_else():
+    lines = (ROOT / '.ci/run').read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith('#')] == ['bash scripts/test.sh']
+
+
+@pytest.mark.parametrize('script', SHELL[:2])
+def test_an_old_python_is_refused_in_words(script, tmp_path):
+    (tmp_path / 'scripts').mkdir()
+    shutil.copy(ROOT / script, tmp_path / 'scripts')
+    old = tmp_path / 'old'
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.9\nexit 1\n')
+    old.chmod(0o755)
+    for tool in ('bash', 'dirname', 'sed', 'cat', 'cksum', 'id'):
+        os.symlink(shutil.which(tool), tmp_path / tool)
+    environment = {'PATH': str(tmp_path), 'PYTHON': str(old)}
+    result = subprocess.run(
+        [shutil.which('bash'), str(tmp_path / script)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert 'Python 3.11 or later is needed' in result.stderr and 'Python 3.9.9' in result.stderr
+
+
+def test_demo_help_is_its_header():
+    result = subprocess.run(
+        ['bash', str(ROOT / 'scripts/demo.sh'), '--help'], check=True, capture_output=True, text=True
+    )
+    assert 'bash scripts/demo.sh' in result.stdout and 'set -euo' not in result.stdout
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    assert len(text.splitlines()) <= 45
+    for path in re.findall(r'`((?:linvision|scripts|recipes)/[\w./]*)`', text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_report_runs_by_path(finished_run):
+    command = [sys.executable, str(ROOT / 'scripts/demo_report.py'), '--run', str(finished_run)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert 'softmax regression' in out
+
+
+def test_picture_of_a_coarser_token_grid_covers_the_image(tmp_path):
+    images = create_dataset('fake', tmp_path, 'test').subset(torch.arange(30))
+    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, patch_size=2)
+    export_model(model, tmp_path, images, *images.statistics())
+    batches = demo_report.DeviceBatches(images, 30, *images.statistics(), torch.device('cpu'))
+    demo_report.picture(tmp_path, model.eval(), images, batches, torch.eye(10)[images.labels])
+    assert (tmp_path / 'predictions.png').stat().st_size > 10_000
