@@ -80,7 +80,7 @@ def test_timm_initialisers_leave_the_gain_at_one(kind, weight_init):
     model = timm.create_model('test_linformer_vit', projection=kind, proj_len=64, weight_init=weight_init)
     for again in (False, True):
         if again:
-            model.init_weights(weight_init)
+            model.init_weights()
         for weight in model.projection.weights:
             assert weight.std().item() * math.sqrt(weight.shape[-1]) == pytest.approx(1, rel=0.25)
 
