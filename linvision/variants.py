@@ -45,7 +45,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         LinformerVisionTransformer,
         variant,
         pretrained,
-        feature_cfg={'out_indices': kwargs.pop('out_indices', 3), 'feature_cls': 'getter'},
+        feature_cfg={'out_indices': kwargs.pop('out_indices', min(3, defaults['depth'])), 'feature_cls': 'getter'},
         **{**defaults, **kwargs},
     )
 

@@ -36,10 +36,12 @@ def probabilities(model: nn.Module, batches: DeviceBatches) -> Tensor:
 
 
 def choose(right: Tensor) -> list[int]:
-    """Positions of the images to show: drawn by a fixed seed, right ones first, at most `WRONG` wrong ones."""
+    """Positions of the images to show, drawn by a fixed seed: right ones, then `WRONG` wrong ones; each fills up for
+    the other where there are too few."""
     order = torch.randperm(len(right), generator=torch.Generator().manual_seed(SEED))
-    wrong = order[~right[order]][:WRONG]
-    return [*order[right[order]][: COLUMNS * ROWS - len(wrong)].tolist(), *wrong.tolist()]
+    good, bad = order[right[order]], order[~right[order]]
+    wrong = min(len(bad), max(WRONG, COLUMNS * ROWS - len(good)))
+    return [*good[: COLUMNS * ROWS - wrong].tolist(), *bad[:wrong].tolist()]
 
 
 def overlay(images: Tensor, maps: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over K rows against outside oracles: the paper's equation 7 in loops, the PyPI package, timm's attention."""
+"""Attention over K rows against outside oracles: the paper's equation 7 in loops, the PyPI package and timm."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from linformer.linformer import LinformerSelfAttention
-from linvision.attention import LinformerAttention
-from linvision.projection import SHARING, Projection
 from timm.layers import Attention, set_fused_attn
 from torch import nn
+
+from linvision.attention import LinformerAttention
+from linvision.projection import SHARING, Projection
 
 GRID = (4, 6)
 N, D, HEADS, DEPTH = 24, 12, 3, 3
@@ -180,15 +181,19 @@ def test_new_local_path_adds_nothing():
     assert torch.equal(local(images), plain(images))
 
 
+@pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('sharing', SHARING)
-def test_bf16_error_is_at_most_twice_that_of_plain_pytorch(sharing):
+def test_bf16_error_is_at_most_twice_that_of_plain_pytorch(sharing, training):
     attention, projection = build('linear', sharing, prefix=1)
     x = torch.randn(2, 1 + N, D, dtype=torch.float64)
     exact = attention(x, projection()[1], GRID)
     E, F_ = (torch.from_numpy(m).bfloat16() for m in written_out(projection, 'linear', sharing, 1))  # (H, K, N)
-    attention.bfloat16(), projection.bfloat16(), (x := x.bfloat16())
-    with torch.no_grad():
+    attention.bfloat16()
+    projection.bfloat16()
+    x = x.bfloat16()
+    with torch.set_grad_enabled(training):  # on CPUs two paths
         ours = attention(x, projection()[1], GRID)
+    with torch.no_grad():
         query, key, value = attention.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, H, 1 + N, D/H)
         key, value = (torch.cat([t[:, :, :1], m @ t[:, :, 1:]], dim=2) for t, m in ((key, E), (value, F_)))
         weights = (query @ key.mT * attention.scale).softmax(-1)

@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+
 from linvision.projection import SHARING, Projection, row_grid
 
 GRID = (4, 6)  # not square, so that a swapped axis shows
@@ -19,7 +20,7 @@ def build(kind: str, sharing: str, **kwargs) -> Projection:
 
 
 def written_out(projection: Projection, kind: str, sharing: str, layer: int) -> list[torch.Tensor]:
-    """E (and F) of a layer as matrices, by the documented order of the parameters: layer, then E and F, then factors."""
+    """E (and F) of a layer as matrices, by the order of the parameters: layer, then E and F, then factors."""
     per_matrix = {'linear': 1, 'separable': 2}[kind]
     first = 0 if sharing == 'layerwise' else layer * SHARING[sharing] * per_matrix
     matrices = []

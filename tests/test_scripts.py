@@ -101,6 +101,8 @@ def test_the_picture_shows_wrong_ones_where_there_are_some():
     assert demo_report.choose(torch.ones(1000, dtype=torch.bool)) != index
     assert demo_report.choose(right) == index
     assert len(demo_report.choose(torch.tensor([True, False, True]))) == 3
+    few = torch.arange(1000) < 5
+    assert few[demo_report.choose(few)].tolist() == [True] * 5 + [False] * 19
 
 
 def test_overlay_is_red_above_zero_blue_below_and_clear_at_zero():

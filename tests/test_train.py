@@ -80,6 +80,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, capsys):
 
 
 def test_projection_and_positions_keep_training_after_the_boundary(recipe):
+    recipe = dataclasses.replace(recipe, model_args={'pos_embed': 'separable'})
     train(dataclasses.replace(recipe, max_steps=33))
     state = torch.load(sorted((recipe.output_dir / 'checkpoints').glob('*.pt'))[-1], weights_only=True)
     before = {k: v.clone() for k, v in state['model'].items()}
