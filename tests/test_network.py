@@ -191,15 +191,7 @@ def test_features_only_gives_the_intermediates():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason='out_indices=3, but it has 2 blocks'))
-        if name == 'test_linformer_vit'
-        else name
-        for name in COUNTED
-    ],
-)
+@pytest.mark.parametrize('name', COUNTED)
 def test_features_only_works_as_registered(name):
     features = timm.create_model(name, features_only=True).eval()
     images = torch.randn(1, 3, *[COUNTED[name][0]] * 2)
