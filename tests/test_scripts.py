@@ -166,5 +166,5 @@ def test_picture_of_a_coarser_token_grid_covers_the_image(tmp_path):
     images = create_dataset('fake', tmp_path, 'test').subset(torch.arange(30))
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, patch_size=2)
     export_model(model, tmp_path, images, *images.statistics())
-    demo_report.picture(tmp_path, model.eval(), images, 'untrained')
+    demo_report.picture(tmp_path, demo_report.load_model(tmp_path), images, 'untrained')
     assert (tmp_path / 'predictions.png').stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written whole or not at all, the last two kept, and never mixed up with another run's."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
         recipe: The recipe that is to run.
         found: The recipe found in the folder.
     """
+    recipe, found = json.loads(json.dumps(recipe)), json.loads(json.dumps(found))  # tuples as JSON keeps them
     changed = [k for k in recipe if k not in FREE_TO_CHANGE and found.get(k) != recipe[k]]
     if changed:
         words = ', '.join(f'{k}: {found.get(k)} there, {recipe[k]} now' for k in changed)

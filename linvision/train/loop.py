@@ -127,6 +127,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     # ----------------------------------------------------------------------------------------------------------- loop
     progress = minutes / recipe.max_minutes if recipe.max_minutes else step / total
     last_log, scores = (step, minutes), {}
+    if recipe.max_steps and step >= recipe.max_steps and progress < 1:
+        board.say(f'{step} steps are taken already, and --max-steps is {recipe.max_steps}')
+        board.close()
+        return {}
     while progress < 1:
         # the stage that this share of the run belongs to
         ends = np.cumsum([share for _, share in stages])
@@ -161,10 +165,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
             loss, grad_norm = update(task, optimizer, scaler, images, labels, precision, recipe.clip_grad)
             saves = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.max_steps
             look = device.type == 'cpu' or (step + 1) % recipe.log_every == 0 or saves  # never save what is not finite
-            if look and not torch.isfinite(loss):
+            if look and not (torch.isfinite(loss) and (torch.isfinite(grad_norm) or scaler.is_enabled())):
                 raise FloatingPointError(
-                    f'The loss is {loss.item()} at step {step} (last looked at within {recipe.log_every} steps). The '
-                    f'checkpoints in {folder / "checkpoints"} are as they were. Try a smaller --lr or --precision fp32.'
+                    f'The loss is {loss.item()} at step {step} (norm of the gradient {float(grad_norm):.3g}; last '
+                    f'looked at within {recipe.log_every} steps). The checkpoints in {folder / "checkpoints"} are as '
+                    'they were. Try a smaller --lr or --precision fp32.'
                 )
             step, tokens = step + 1, tokens + recipe.batch_size * count_tokens(model)
             task.update_ema(step=step)
@@ -202,7 +207,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 board.close()
                 return {}
             tick = time.perf_counter()
-            if progress >= 1 or (stage + 1 < len(stages) and progress >= ends[stage]):
+            if progress >= 1 or (stage + 1 < len(stages) and progress + 1e-9 >= ends[stage]):
                 break
 
     # ---------------------------------------------------------------------------------------------- score and export

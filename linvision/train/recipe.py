@@ -99,7 +99,7 @@ class Recipe:
         _known('optimizer', self.opt, list_optimizers())
         _known('schedule', self.sched, SCHEDULES)
         _known('precision', self.precision, PRECISIONS)
-        if self.max_minutes <= 0 and self.epochs <= 0:
+        if not self.max_minutes > 0 and not self.epochs > 0:
             raise ValueError(f'epochs must be above 0, got {self.epochs}.')
         for name, low in {'batch_size': 1, 'eval_batch_size': 1, 'log_every': 1, 'checkpoint_every': 1}.items():
             if getattr(self, name) < low:
@@ -120,6 +120,10 @@ class Recipe:
         for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie between 0 and 1, got {getattr(self, name)}.')
+        if self.val_fraction == 1:
+            raise ValueError('val_fraction must lie below 1, got 1: no image would be left to train on.')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
         shares = [share for _, share in self.stages]
         if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
             raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')

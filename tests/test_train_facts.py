@@ -1,0 +1,134 @@
+"""Facts of the spec that no committed test holds, and that hold today."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from linvision.data import ImageSet, create_dataset, datasets
+from linvision.train import Recipe, train
+from linvision.train.checkpoint import load_checkpoint
+from linvision.train.precision import choose_precision
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return Recipe(
+        model='test_linformer_vit',
+        dataset='fake',
+        output_dir=tmp_path / 'run',
+        data_dir=tmp_path,
+        epochs=1,
+        batch_size=32,
+        lr=3e-3,
+        precision='fp32',
+        device='cpu',
+        threads=1,
+        stages=((8, 0.5), (16, 0.5)),
+        model_args={'drop_rate': 0.1, 'drop_path_rate': 0.1},
+    )
+
+
+def last(folder):
+    return load_checkpoint(folder / 'checkpoints')
+
+
+def test_an_interrupted_run_with_dropout_mixing_and_a_moving_average_ends_the_same(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, ema_decay=0.9, mixup=0.2, cutmix=1.0, opt='muon', shift=1, hflip=0.5, epochs=2)
+    train(recipe)
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    for stop in (3, 11, 0):
+        train(dataclasses.replace(parts, max_steps=stop))
+    whole, resumed = last(recipe.output_dir), last(parts.output_dir)
+    for part in ('model', 'ema'):
+        assert whole[part].keys() == resumed[part].keys()
+        assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
+    assert whole['tokens'] == resumed['tokens']
+
+
+def test_a_run_that_died_before_its_metrics_scores_again_without_training(recipe):
+    metrics = train(recipe)
+    (recipe.output_dir / 'metrics.json').unlink()
+    again = train(recipe)
+    for name in ('top1', 'loss', 'steps', 'train_minutes', 'tokens_per_s'):
+        assert again[name] == metrics[name]
+
+
+def test_three_classes_have_a_top5_of_all(recipe, monkeypatch):
+    def three(root, split, download):
+        images = create_dataset('fake', root, split)
+        return ImageSet(images.images.expand(-1, 3, -1, -1).contiguous(), images.labels % 3, ('a', 'b', 'c'), 16)
+
+    monkeypatch.setitem(datasets.DATASETS, 'three', three)
+    metrics = train(dataclasses.replace(recipe, dataset='three', eval_batch_size=7))
+    assert metrics['top5'] == 1 and metrics['num_samples'] == 100
+
+
+def test_the_probe_leaves_weights_gradients_and_random_state_alone():
+    import timm
+
+    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, drop_rate=0.5)
+    images = torch.randn(4, 1, 16, 16)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    precision, seconds = choose_precision('auto', model, images)
+    assert precision in seconds and set(seconds) == {'fp32', 'bf16'}
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(recipe, monkeypatch, capsys):
+    train(dataclasses.replace(recipe, log_every=2))
+    lines = capsys.readouterr().out
+    assert 'loss' in lines and 'images/s' in lines and 'min left' in lines and '\r' not in lines
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    train(dataclasses.replace(recipe, log_every=2, seed=1, output_dir=recipe.output_dir.with_name('tty')))
+    shown = capsys.readouterr()
+    assert '\r' in shown.err and 'images/s' in shown.err and 'min left' in shown.err
+
+
+def test_tensorboard_holds_scalars_a_batch_and_the_recipe(recipe):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(dataclasses.replace(recipe, log_every=2))
+    board = EventAccumulator(str(recipe.output_dir / 'tensorboard')).Reload()
+    tags = board.Tags()
+    assert {
+        'train/loss',
+        'train/lr',
+        'train/grad_norm',
+        'test/top1',
+        'test/top5',
+        'test/loss',
+        'speed/images_per_s',
+    } <= set(tags['scalars'])
+    assert tags['images'] == ['train/batch'] and any('recipe' in t for t in tags['tensors'])
+    assert [e.step for e in board.Scalars('train/loss')] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_a_kill_between_steps_resumes_to_the_same_weights(recipe, tmp_path):
+    """SIGKILL, not a polite stop."""
+    import signal
+    import time
+
+    recipe = dataclasses.replace(recipe, epochs=10, checkpoint_every=10)
+    code = (
+        'import linvision, pickle, sys; from linvision.train import train;'
+        'train(pickle.loads(bytes.fromhex(sys.argv[1])))'
+    )
+    import pickle
+
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    process = subprocess.Popen([sys.executable, '-c', code, pickle.dumps(parts).hex()], stdout=subprocess.DEVNULL)
+    while not list((parts.output_dir / 'checkpoints').glob('step_*.pt')):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (parts.output_dir / 'metrics.json').exists()
+    train(recipe)
+    train(parts)
+    whole, resumed = last(recipe.output_dir), last(parts.output_dir)
+    assert all(torch.equal(whole['model'][k], resumed['model'][k]) for k in whole['model'])

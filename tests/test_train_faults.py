@@ -1,0 +1,109 @@
+"""Faults that the engine once had: each test states the fact that is wanted."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from linvision.train import Recipe, train
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return Recipe(
+        model='test_linformer_vit',
+        dataset='fake',
+        output_dir=tmp_path / 'run',
+        data_dir=tmp_path,
+        epochs=1.25,
+        batch_size=32,
+        lr=3e-3,
+        precision='fp32',
+        device='cpu',
+        threads=1,
+        stages=((8, 0.5), (16, 0.5)),
+    )
+
+
+def weights(folder):
+    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
+
+
+@pytest.mark.parametrize(
+    'change', [{'opt_args': {'betas': (0.9, 0.95)}}, {'model_args': {'proj_len': (9, 16), 'sharing': 'key_value'}}]
+)
+def test_a_finished_run_with_a_tuple_among_its_arguments_is_recognised(recipe, change):
+    recipe = dataclasses.replace(recipe, **change)
+    assert json.loads(json.dumps(train(recipe))) == train(recipe)
+
+
+def test_an_interruption_at_a_rounded_stage_boundary_changes_nothing(recipe, tmp_path):
+    stages = ((8, 0.1), (12, 0.2), (16, 0.7))  # 0.1 + 0.2 > 3 / 10 in floating point; 10 steps in all
+    recipe = dataclasses.replace(recipe, stages=stages)
+    train(recipe)
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    for stop in (3, 0):
+        train(dataclasses.replace(parts, max_steps=stop))
+    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_an_odd_batch_for_mixing_is_a_value_error(recipe):
+    with pytest.raises(ValueError, match='even'):
+        train(dataclasses.replace(recipe, mixup=0.2, batch_size=31))
+
+
+def test_a_validation_slice_of_everything_is_a_value_error(recipe):
+    with pytest.raises(ValueError, match='val_fraction'):
+        train(dataclasses.replace(recipe, val_fraction=1.0))
+
+
+def test_epochs_that_are_no_number_are_named(recipe):
+    with pytest.raises(ValueError, match='epochs'):
+        train(dataclasses.replace(recipe, epochs=float('nan')))
+
+
+def test_arguments_that_json_cannot_hold_are_refused_before_training(recipe):
+    with pytest.raises((ValueError, TypeError)):
+        train(dataclasses.replace(recipe, model_args={'norm_layer': nn.LayerNorm}))
+    assert not (recipe.output_dir / 'checkpoints').exists()
+
+
+def test_the_same_max_steps_again_takes_no_further_step(recipe):
+    for _ in range(2):
+        train(dataclasses.replace(recipe, max_steps=3))
+    assert sorted(os.listdir(recipe.output_dir / 'checkpoints')) == ['step_00000003.pt']
+
+
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatch):
+    """A finite loss with a gradient that is not: the update spoils the weights, the next checkpoint keeps them."""
+
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float('nan')
+
+    import linvision.network as network
+
+    forward = network.LinformerVisionTransformer.forward_features
+    spoilt = lambda self, x, *a, **k: Bad.apply(forward(self, x))  # noqa: E731
+    monkeypatch.setattr(network.LinformerVisionTransformer, 'forward_features', spoilt)
+    with pytest.raises(FloatingPointError):
+        train(dataclasses.replace(recipe, checkpoint_every=1))
+    for path in (recipe.output_dir / 'checkpoints').glob('*.pt'):
+        assert all(v.isfinite().all() for v in torch.load(path, weights_only=True)['model'].values())
+
+
+def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, monkeypatch):
+    """metrics.json must stay JSON: NaN is none."""
+    with pytest.raises(FloatingPointError):
+        train(dataclasses.replace(recipe, epochs=0.25, warmup=0.0, sched='constant', opt='sgd', clip_grad=0.0, lr=1e38))
+    assert not (recipe.output_dir / 'metrics.json').exists()
