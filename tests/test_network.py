@@ -243,6 +243,10 @@ def test_model_with_k_not_below_n_grows_into_one_that_uses_its_projection(caplog
     assert 'full attention' not in caplog.text
     gradient = gradients(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
     assert all(gradient[f'projection.weights.{i}'].any() for i in (0, 1))
+    with caplog.at_level(logging.INFO, logger='linvision'):
+        model.set_input_size((8, 8))
+    assert caplog.text.count('3 of 3 layers run full attention') == 1
+    assert not any(g is None for g in gradients(model, batch()).values())
 
 
 # Optimizers
