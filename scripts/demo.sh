@@ -4,7 +4,7 @@
 #     bash scripts/demo.sh [the recipe's options]
 #
 # Leaves everything under outputs/demo. A run that was interrupted goes on; a finished one is only reported again.
-# What follows goes to recipes/fashion_mnist_pixels.py, as in: bash scripts/demo.sh --epochs 1 --output-dir outputs/short
+# The options go to recipes/fashion_mnist_pixels.py: bash scripts/demo.sh --epochs 1 --output-dir outputs/short
 # PYTHON=/path/to/python chooses the Python that .venv is made of.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,9 +36,10 @@ if [ ! -x "$python" ]; then
     for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
         if "$candidate" -c "$recent" 2>/dev/null; then base=$candidate && break; fi
     done
-    [ -n "$base" ] || fail "Python 3.11 or later is needed; '${PYTHON:-python3}' is $("${PYTHON:-python3}" --version 2>&1)."
+    found=$("${PYTHON:-python3}" --version 2>&1) || true
+    [ -n "$base" ] || fail "Python 3.11 or later is needed; '${PYTHON:-python3}' is $found."
     echo "making .venv with $("$base" --version)"
-    "$base" -m venv .venv || { rm -rf .venv && fail "$base cannot make .venv. On Debian: apt-get install python3-venv"; }
+    "$base" -m venv .venv || { rm -rf .venv && fail "$base has no venv. On Debian: apt-get install python3-venv"; }
 fi
 "$python" -c "$recent" || fail ".venv holds $("$python" --version), Python 3.11 or later is needed. Remove .venv."
 key="$PWD $(cksum < pyproject.toml)"
@@ -65,18 +66,19 @@ EOF
 if ! fetch; then
     [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null || fail 'no Fashion-MNIST; see above for the ways to get it.'
     echo 'installing the Debian package dataset-fashion-mnist'
-    { apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist > /dev/null; } || fail 'apt-get failed; see above.'
+    apt-get -qq update || fail 'apt-get update failed; see above.'
+    apt-get -qq install -y dataset-fashion-mnist > /dev/null || fail 'apt-get install failed; see above.'
     fetch
 fi
 
 # ------------------------------------------------------------------------------------------------- training and score
-step '3 of 4: training from scratch (11 minutes without options), then scoring on all 10,000 test images (about 2 minutes on 2 cores)'
+step '3 of 4: training (11 minutes without options), then scoring on all test images (about 2 minutes on 2 cores)'
 # the schedule follows the clock, so that the demo takes as long on every machine; other options bring the recipe's own
 [ $# -gt 0 ] || set -- --max-minutes 11 --stages 16 0.5 32 0.5
 "$python" recipes/fashion_mnist_pixels.py --output-dir "$output_dir" --data-dir "$data_dir" "$@"
 
 # ------------------------------------------------------------------------------------------------------------ report
-step '4 of 4: softmax regression on the same pixels, and a picture (under a minute)'
+step '4 of 4: softmax regression on the same pixels, and a picture (about a minute)'
 "$python" scripts/demo_report.py --run "$output_dir"
 cat <<EOF
 
