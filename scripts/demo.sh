@@ -23,31 +23,13 @@ for word in "$@"; do
     previous=$word
 done
 
-fail() { echo "error: $*" >&2 && exit 1; }
+source scripts/environment.sh
 step() { echo && echo "== $*"; }
 start=$SECONDS
 
 # ------------------------------------------------------------------------------------------------------- environment
 step '1 of 4: environment in .venv (about 2 minutes and 6 GB the first time, then nothing)'
-python=.venv/bin/python
-recent='import sys; sys.exit(sys.version_info < (3, 11))'
-if [ ! -x "$python" ]; then
-    base=
-    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
-        if "$candidate" -c "$recent" 2>/dev/null; then base=$candidate && break; fi
-    done
-    found=$("${PYTHON:-python3}" --version 2>&1) || true
-    [ -n "$base" ] || fail "Python 3.11 or later is needed; '${PYTHON:-python3}' is $found."
-    echo "making .venv with $("$base" --version)"
-    "$base" -m venv .venv || { rm -rf .venv && fail "$base has no venv. On Debian: apt-get install python3-venv"; }
-fi
-"$python" -c "$recent" || fail ".venv holds $("$python" --version), Python 3.11 or later is needed. Remove .venv."
-key="$PWD $(cksum < pyproject.toml)"
-if [ "$(cat .venv/installed 2>/dev/null)" != "$key" ]; then
-    echo 'installing linvision and what it needs'
-    "$python" -m pip install --quiet --disable-pip-version-check -e .
-    echo "$key" > .venv/installed
-fi
+prepare_environment
 echo "ready after $((SECONDS - start)) s"
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -14,6 +14,7 @@ import torch
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import create_dataset
+from linvision.train import Recipe
 from linvision.train.export import export_model
 
 torch.set_num_threads(1)  # tests run in several processes
@@ -37,6 +38,21 @@ def settings():
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     timm.layers.set_fused_attn(fused)
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> Recipe:
+    """A run of seconds on the fake data set, in two stages; the tests change what they are about."""
+    return Recipe(
+        model='test_linformer_vit',
+        dataset='fake',
+        output_dir=tmp_path / 'run',
+        data_dir=tmp_path,
+        stages=((8, 0.5), (16, 0.5)),
+        precision='fp32',
+        device='cpu',
+        threads=1,
+    )
 
 
 @pytest.fixture(scope='session')

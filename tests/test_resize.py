@@ -155,7 +155,10 @@ def test_resized_model_loads_into_a_model_made_at_that_size(kwargs, new_size):
 def test_model_resized_to_another_shape_loads_into_a_model_made_at_that_shape():
     model = create(img_size=16, proj_len=16)
     model.set_input_size((8, 32))
-    create(img_size=(8, 32), proj_len=16).load_state_dict(model.state_dict(), strict=True)
+    made = create(img_size=(8, 32), proj_len=16)
+    made.load_state_dict(model.state_dict(), strict=True)
+    images = torch.randn(2, 3, 8, 32, dtype=torch.float64)
+    assert torch.equal(made(images), model(images))
 
 
 def test_set_input_size_takes_another_patch_size():

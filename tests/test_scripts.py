@@ -127,7 +127,8 @@ def test_ci_runs_the_test_script_and_nothing_else():
 @pytest.mark.parametrize('script', SHELL[:2])
 def test_an_old_python_is_refused_in_words(script, tmp_path):
     (tmp_path / 'scripts').mkdir()
-    shutil.copy(ROOT / script, tmp_path / 'scripts')
+    for file in (script, 'scripts/environment.sh'):
+        shutil.copy(ROOT / file, tmp_path / 'scripts')
     old = tmp_path / 'old'
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.9\nexit 1\n')
     old.chmod(0o755)

@@ -8,29 +8,14 @@ import timm
 import torch
 
 from linvision.data import DeviceBatches, create_dataset
-from linvision.train import Recipe, train
+from linvision.train import train
 from linvision.train.evaluate import evaluate
 from linvision.train.optimizer import create_optimizer, create_schedule
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    return Recipe(
-        model='test_linformer_vit',
-        dataset='fake',
-        output_dir=tmp_path / 'run',
-        data_dir=tmp_path,
-        stages=((8, 0.5), (16, 0.5)),
-        epochs=8,
-        opt='muon',
-        lr=0.01,
-        hflip=0.5,
-        shift=1,
-        precision='fp32',
-        device='cpu',
-        threads=1,
-        checkpoint_every=10,
-    )
+def recipe(small_recipe):
+    return dataclasses.replace(small_recipe, epochs=8, opt='muon', lr=0.01, hflip=0.5, shift=1, checkpoint_every=10)
 
 
 def weights(folder):

@@ -1,4 +1,4 @@
-"""Facts of the spec that no committed test holds, and that hold today."""
+"""Further facts of a run: what resumes, what is scored, what the probe and the board leave behind."""
 
 import dataclasses
 import subprocess
@@ -8,27 +8,14 @@ import pytest
 import torch
 
 from linvision.data import ImageSet, create_dataset, datasets
-from linvision.train import Recipe, train
+from linvision.train import train
 from linvision.train.checkpoint import load_checkpoint
 from linvision.train.precision import choose_precision
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    return Recipe(
-        model='test_linformer_vit',
-        dataset='fake',
-        output_dir=tmp_path / 'run',
-        data_dir=tmp_path,
-        epochs=1,
-        batch_size=32,
-        lr=3e-3,
-        precision='fp32',
-        device='cpu',
-        threads=1,
-        stages=((8, 0.5), (16, 0.5)),
-        model_args={'drop_rate': 0.1, 'drop_path_rate': 0.1},
-    )
+def recipe(small_recipe):
+    return dataclasses.replace(small_recipe, epochs=1, lr=3e-3, model_args={'drop_rate': 0.1, 'drop_path_rate': 0.1})
 
 
 def last(folder):

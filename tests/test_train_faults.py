@@ -9,24 +9,12 @@ import timm
 import torch
 from torch import nn
 
-from linvision.train import Recipe, train
+from linvision.train import train
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    return Recipe(
-        model='test_linformer_vit',
-        dataset='fake',
-        output_dir=tmp_path / 'run',
-        data_dir=tmp_path,
-        epochs=1.25,
-        batch_size=32,
-        lr=3e-3,
-        precision='fp32',
-        device='cpu',
-        threads=1,
-        stages=((8, 0.5), (16, 0.5)),
-    )
+def recipe(small_recipe):
+    return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)
 
 
 def weights(folder):

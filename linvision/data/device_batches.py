@@ -76,6 +76,15 @@ class DeviceBatches:
             images = self._augment(self.images[index], draws[index], hflip, shift)
             yield self.normalise(images, img_size), self.labels[index]
 
+    def stream(
+        self, seed: int, step: int, img_size: int, hflip: float = 0.0, shift: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end from a step of the run on, epoch after epoch; arguments as in `epoch`."""
+        epoch, start = divmod(step, len(self))
+        while True:
+            yield from self.epoch(seed, epoch, img_size, start, hflip, shift)
+            epoch, start = epoch + 1, 0
+
     def _augment(self, images: Tensor, draws: Tensor, hflip: float, shift: int) -> Tensor:
         """Flip and shift each image by its own three numbers in 0..1: (B, C, H, W), (B, 3) -> (B, C, H, W)."""
         B, C, H, W = images.shape

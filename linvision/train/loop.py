@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from linvision.data import DeviceBatches, create_dataset
 from linvision.train.board import Board, peak_memory_gib
-from linvision.train.checkpoint import load_checkpoint, save_checkpoint
+from linvision.train.checkpoint import check_same_run, load_checkpoint, save_checkpoint
 from linvision.train.evaluate import evaluate
 from linvision.train.export import export_model
 from linvision.train.optimizer import CLOCK_UPDATES, carry_state, create_optimizer, create_schedule
@@ -57,6 +57,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if finished:
         print(f'{folder} holds this run, finished: top-1 {100 * finished.get("top1", float("nan")):.2f} %.')
         return finished
+    resumed = load_checkpoint(folder / 'checkpoints')
+    if resumed:
+        check_same_run(folder, recipe.to_dict(), resumed['recipe'])
     device = choose_device(recipe.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -78,7 +81,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
     total = CLOCK_UPDATES if recipe.max_minutes else max(1, round(recipe.epochs * len(train_batches)))
     stages = recipe.stages or ((train_set.img_size, 1.0),)
     model = create_model(recipe, train_set, stages[-1][0]).to(device)
-    resumed = load_checkpoint(folder / 'checkpoints')
     step, minutes, stage, tokens = (
         (resumed[k] for k in ('step', 'minutes', 'stage', 'tokens')) if resumed else (0, 0.0, 0, 0)
     )
@@ -133,26 +135,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {}
     while progress < 1:
         # the stage that this share of the run belongs to
-        ends = np.cumsum([share for _, share in stages])
-        due = min(int(np.searchsorted(ends, progress + 1e-9, side='right')), len(stages) - 1)
-        if due != stage:
-            stage = due
+        if stage != stage_at(stages, progress):
+            stage = stage_at(stages, progress)
             optimizer = change_size(recipe, task, optimizer, stages[stage][0])
             schedule = create_schedule(recipe, optimizer, total)
         img_size = stages[stage][0]
         board.say(f'stage {stage + 1} of {len(stages)}: {img_size}×{img_size} images from step {step}')
 
-        epoch, start = divmod(step, len(train_batches))
-        stream = train_batches.epoch(recipe.seed, epoch, img_size, start, recipe.hflip, recipe.shift)
         model.train()
         tick = time.perf_counter()
-        while True:
-            batch = next(stream, None)
-            if batch is None:
-                epoch += 1
-                stream = train_batches.epoch(recipe.seed, epoch, img_size, 0, recipe.hflip, recipe.shift)
-                continue
-            images, labels = batch
+        for images, labels in train_batches.stream(recipe.seed, step, img_size, recipe.hflip, recipe.shift):
             torch.manual_seed(hash((recipe.seed, step)) % 2**63)
             if mixup:
                 np.random.seed(hash((recipe.seed, step)) % 2**32)
@@ -207,7 +199,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 board.close()
                 return {}
             tick = time.perf_counter()
-            if progress >= 1 or (stage + 1 < len(stages) and progress + 1e-9 >= ends[stage]):
+            if progress >= 1 or stage != stage_at(stages, progress):
                 break
 
     # ---------------------------------------------------------------------------------------------- score and export
@@ -247,6 +239,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
     part.write_text(json.dumps(metrics, indent=2) + '\n')
     os.replace(part, folder / 'metrics.json')
     return metrics
+
+
+def stage_at(stages: tuple[tuple[int, float], ...], progress: float) -> int:
+    """The stage that a share of the run belongs to; a share on the boundary belongs to the later one."""
+    ends = np.cumsum([share for _, share in stages])
+    return min(int(np.searchsorted(ends, progress + 1e-9, side='right')), len(stages) - 1)
 
 
 def update(
@@ -307,12 +305,11 @@ def change_size(
         An optimizer over the present parameters; the moments of those that were not replaced are carried over.
     """
     model = task.get_trainable_module()
-    names = {parameter: name for name, parameter in model.named_parameters()}
     set_size(model, img_size)
     if task.has_ema():
         set_size(task.get_trainable_module(ema=True).module, img_size)
     new = create_optimizer(recipe, model)
-    carry_state(optimizer, new, names, model)
+    carry_state(optimizer, new, model)
     return new
 
 

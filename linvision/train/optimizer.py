@@ -45,18 +45,15 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: i
     return schedule
 
 
-def carry_state(
-    old: torch.optim.Optimizer, new: torch.optim.Optimizer, names: dict[nn.Parameter, str], model: nn.Module
-):
+def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, model: nn.Module) -> None:
     """Hand the moments of every parameter that was not replaced to a new optimizer; replaced ones start afresh.
 
     Args:
         old: Optimizer before the change.
         new: Optimizer over the model's present parameters.
-        names: Names of the parameters before the change.
         model: The model after the change.
     """
-    present = dict(model.named_parameters())
+    present = set(model.parameters())  # by identity
     for parameter, state in old.state.items():
-        if present.get(names[parameter]) is parameter:
+        if parameter in present:
             new.state[parameter] = state

@@ -10,19 +10,19 @@ from torch import nn
 
 from linvision.data import ImageSet
 from linvision.nearest import nearest
-from linvision.train.checkpoint import check_same_run, load_checkpoint
+from linvision.train.checkpoint import check_same_run
 from linvision.train.recipe import Recipe
 
 
 def open_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Make the output folder, see that it can be written and belongs to this recipe.
+    """Make the output folder, see that it can be written and holds no finished run of another recipe.
 
     Returns:
         The metrics of a finished run, or an empty dict.
 
     Raises:
         OSError: The folder cannot be written.
-        ValueError: It holds a run of another recipe.
+        ValueError: It holds a finished run of another recipe.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,6 @@ def open_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
         found = json.loads(metrics.read_text())
         check_same_run(folder, recipe.to_dict(), found['recipe'])
         return found
-    checkpoint = load_checkpoint(folder / 'checkpoints')
-    if checkpoint:
-        check_same_run(folder, recipe.to_dict(), checkpoint['recipe'])
     return {}
 
 
