@@ -8,6 +8,8 @@ Notable here:
 - E X is computed before the key and value weights; equal to the paper's order, and cheaper (see `projection.py`).
 - Prefix tokens (class, registers) bypass E: they join the K projected rows as exact keys and values.
 - With K >= N, or `projection='none'`, this is full attention over all tokens.
+- Padded tokens are set to zero before E and the local path, biases included; rows of pooling projections without any
+  other token, and padded tokens themselves in full attention, are left out of the softmax.
 - An optional local path, a depth-wise convolution of the block's input on the token grid, joins the attention's output
   before the output projection. It starts at zero: a plain Linformer.
 """
@@ -16,11 +18,12 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, use_fused_attn
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from linvision.local import LocalPath
-from linvision.projection import PROJECTIONS, SHARING
+from linvision.projection import SHARING
+from linvision.reduction import PROJECTIONS
 
 
 class LinformerAttention(nn.Module):
@@ -79,69 +82,101 @@ class LinformerAttention(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.per_head = sharing == 'none'
         self.matrices = SHARING[sharing]  # 1: E = F; 2: E and F
-        self.reduce = PROJECTIONS[projection].reduce if projection != 'none' else no_projection
+        kind = PROJECTIONS.get(projection, PROJECTIONS['mean_pool'])  # 'none' is always full and never calls it
+        self.reduce, self.counts, self.pools, self.padding = kind.reduce, kind.counts, kind.pools, kind.padding
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.local = LocalPath(dim, local_size, num_prefix_tokens, **dd) if local_size else nn.Identity()
-        self.has_local = local_size > 0
+        self.local = LocalPath(dim, local_size, num_prefix_tokens, **dd) if local_size else None
         self.norm = norm_layer(dim, **dd) if scale_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, projection: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    def forward(
+        self, x: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: Normalised block input, (B, P + N, D) with P prefix tokens.
             projection: This layer's tensors from `Projection.forward`.
             grid: Token grid (height, width), N = height * width.
+            valid: Which tokens are not padding, (B, P + N), boolean.
 
         Returns:
             Output of the attention, (B, P + N, D).
         """
-        key, value = self.key_value(x, projection, grid)
-        out = self.attend(x, key, value)
-        if self.has_local:
-            out = out + self.local(x, grid)
+        key, value, mask = self.key_value(x, projection, grid, valid)
+        out = self.attend(x, key, value, mask)
+        if self.local is not None:
+            out = out + self.local(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0), grid)
         return self.proj_drop(self.proj(self.norm(out)))
 
     def is_full(self, grid: tuple[int, int]) -> bool:
         """Whether attention runs over all tokens: there is no projection, or it would not shorten this sequence."""
         return self.rows[0] * self.rows[1] == 0 or self.rows[0] * self.rows[1] >= grid[0] * grid[1]
 
-    def key_value(self, x: Tensor, projection: list[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def key_value(
+        self, x: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the prefix tokens and the K projected rows (of all tokens where K >= N).
 
         Returns:
-            Keys and values, each (B, H, P + K, D/H).
+            Keys and values, each (B, H, P + K, D/H), and which of them to attend to, (B, 1, 1, P + K) or None for all.
         """
         n = len(projection) // self.matrices
+        mask: Tensor | None = None
         if self.is_full(grid):
             ones = x.new_ones(x.shape[1])
             key, value = self.linear(x, ones, 1), self.linear(x, ones, 2)
+            mask = valid
         elif self.per_head:  # every head has its own E: the paper's order, keys and values before the projection
             ones = x.new_ones(x.shape[1])
-            key = self.project(self.linear(x, ones, 1), projection[:n], grid)[0]
-            value = self.project(self.linear(x, ones, 2), projection[n:], grid)[0]
+            key, _, mask = self.project(self.linear(x, ones, 1), projection[:n], grid, valid)
+            value, _, _ = self.project(self.linear(x, ones, 2), projection[n:], grid, valid)
         else:  # compress first
-            rows, sums = self.project(x, projection[:n], grid)
+            rows, sums, mask = self.project(x, projection[:n], grid, valid)
             key = self.linear(rows, sums, 1)
             if self.matrices == 2:
-                rows, sums = self.project(x, projection[n:], grid)
+                rows, sums, _ = self.project(x, projection[n:], grid, valid)
             value = self.linear(rows, sums, 2)
-        return self.k_norm(key), value
+        if mask is not None:
+            mask = mask.unsqueeze(1).unsqueeze(1)
+        return self.k_norm(key), value, mask
 
-    def project(self, x: Tensor, matrix: list[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prefix tokens as they are, then E x: (..., P + N, D) -> (..., P + K, D), and the row sums of that map."""
+    def project(
+        self, x: Tensor, matrix: list[Tensor], grid: tuple[int, int], valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Prefix tokens as they are, then E x: (..., P + N, D) -> (..., P + K, D).
+
+        Returns:
+            The rows, the row sums of that map, (P + K) or (B, P + K), and which rows hold tokens, (B, P + K) or None.
+        """
         P = self.num_prefix_tokens
-        rows, sums = self.reduce(x[..., P:, :], matrix[:-1], grid, self.rows), matrix[-1]
+        factors, sums = matrix[:-1], matrix[-1]
+        tokens = x[..., P:, :]
+        used: Tensor | None = None
+        if valid is None:
+            rows = self.reduce(tokens, factors, grid, self.rows)
+        else:
+            inside = valid[:, P:].unsqueeze(-1)  # (B, N, 1)
+            padded = ~(inside.unsqueeze(1) if self.per_head else inside)
+            rows = self.reduce(tokens.masked_fill(padded, self.padding), factors, grid, self.rows)
+            if self.pools:
+                part = self.counts(inside.to(x.dtype), factors, grid, self.rows)  # (B, K, 1), the share of real tokens
+                empty = part == 0.0
+                used = F.pad(~empty.squeeze(-1), (P, 0), value=True)
+                if self.per_head:
+                    part, empty = part.unsqueeze(1), empty.unsqueeze(1)
+                rows = (rows / part.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+            elif not self.per_head:
+                sums = self.counts(inside.to(sums.dtype), factors, grid, self.rows).squeeze(-1)  # (B, K)
         if P > 0:
             rows = torch.cat([x[..., :P, :].to(rows.dtype), rows], dim=-2)
             sums = F.pad(sums, (P, 0), value=1.0)
-        return rows, sums
+        return rows, sums, used
 
     def linear(self, x: Tensor, sums: Tensor, part: int) -> Tensor:
         """Query (0), key (1) or value (2) of x by head: (B, n, D) -> (B, H, n, D/H). The row sums scale its bias."""
@@ -151,34 +186,34 @@ class LinformerAttention(nn.Module):
             out = out + (sums.unsqueeze(-1) * self.qkv.bias[part * D : (part + 1) * D]).to(out.dtype)
         return out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def attend(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of each token of x over given keys and values: (B, n, D) -> (B, n, D)."""
+    def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of each token of x over given keys and values, where the mask is true: (B, n, D) -> (B, n, D)."""
         D = x.shape[-1]
         bias = self.qkv.bias[:D] if self.qkv.bias is not None else None
         query = F.linear(x, self.qkv.weight[:D], bias)
         query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))  # (B, H, n, D/H)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            out = fused_attention(query, key, value, dropout)
+            out = fused_attention(query, key, value, mask, dropout)
         else:
             attn = (query * self.scale) @ key.transpose(-2, -1)  # (B, H, n, P + K)
+            if mask is not None:
+                attn = attn.masked_fill(~mask, float('-inf'))
             out = self.attn_drop(attn.softmax(dim=-1)) @ value
         return out.transpose(1, 2).flatten(2)
 
 
-@register_notrace_function
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+@torch.fx.wrap
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """`scaled_dot_product_attention`, but for training on a CPU below fp32.
 
     There PyTorch's fused backward is slow (2.14, B32 H3 N1024 K64 d32 in bf16 on one core: 152 ms for both passes,
-    42 ms written out), and with K rows the N×K array is small.
+    42 ms written out), and with few rows the array of weights is small.
     """
-    if query.is_cpu and query.dtype != torch.float32 and query.dtype != torch.float64 and torch.is_grad_enabled():
-        weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
-        return F.dropout(weights, dropout) @ value
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-
-
-def no_projection(x: Tensor, weight: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-    """The reduction of a model without projection: every token stays a row."""
-    return x
+    low = query.dtype != torch.float32 and query.dtype != torch.float64
+    if query.is_cpu and low and torch.is_grad_enabled() and key.shape[-2] <= 1024:
+        weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        if mask is not None:
+            weights = weights.masked_fill(~mask, float('-inf'))
+        return F.dropout(weights.softmax(dim=-1), dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linvision.network import LinformerVisionTransformer
+from linvision.reduction import Conv, MaxPool, MeanPool
 
 
 @torch.no_grad()
@@ -45,10 +46,15 @@ def attention_maps(model: LinformerVisionTransformer, images: Tensor, block: int
 
 
 def value_matrix(model: LinformerVisionTransformer, block: int) -> Tensor:
-    """The matrix that projects a block's values, written out: (K, N), or (H, K, N) where every head has its own."""
-    attention = model.blocks[block].attn
-    grid = model.patch_embed.grid_size
-    tensors = model.projection_tensors()[block]
+    """The matrix that projects a block's values, written out: (K, N), or (H, K, N) where every head has its own.
+
+    `conv` and `max_pool` have no such matrix; the mean of each cell stands in for it.
+    """
+    attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
+    like = model.patch_embed.proj.weight
+    identity = torch.eye(grid[0] * grid[1], device=like.device, dtype=like.dtype)
+    if attention.reduce in (Conv.reduce, MaxPool.reduce):
+        return MeanPool.reduce(identity, MeanPool.factors([], grid, attention.rows, like), grid, attention.rows)
+    tensors = model.projection_tensors(like, grid)[block]
     factors = tensors[-(len(tensors) // attention.matrices) :][:-1]
-    identity = torch.eye(grid[0] * grid[1], device=factors[0].device, dtype=factors[0].dtype)
     return attention.reduce(identity, factors, grid, attention.rows)

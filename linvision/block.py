@@ -90,7 +90,13 @@ class LinformerBlock(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, projection: list[Tensor] | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        projection: list[Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """Both pieces on the whole sequence: (B, P + N, D) -> (B, P + N, D).
 
         Args:
@@ -98,11 +104,12 @@ class LinformerBlock(nn.Module):
             projection: This layer's tensors, from the model's `Projection.forward`. Required; the default is there for
                 `nn.Sequential`, which TorchScript compiles with one argument.
             grid: Token grid (height, width). Required.
+            valid: Which tokens are not padding, (B, P + N), boolean; all of them by default.
 
         Raises:
             ValueError: Called without the model's projection and grid.
         """
         if projection is None or grid is None:
             raise ValueError('A block needs its projection tensors and token grid, which the model passes to it.')
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), projection, grid)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), projection, grid, valid)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

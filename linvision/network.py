@@ -5,7 +5,8 @@ Notable here:
 - The model owns the projection, once, and hands each block its tensors; the blocks own everything else.
 - Same state dict as timm's ViT: `load_state_dict` takes the weights of a plain ViT, only `projection.*` is new.
 - Tokens are contiguous, (B, N, D), from the patch embedding on (timm's is a transposed view, copied at every step).
-- `set_input_size` resizes the projection and the positions together.
+- `set_input_size`, `dynamic_img_size` and checkpoints of another size resize the projection and the positions together.
+- Padding is a `key_padding_mask` over tokens; what stands in padded pixels changes no output and no gradient.
 """
 
 import inspect
@@ -15,7 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function, to_2tuple
+import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor
@@ -23,7 +25,8 @@ from torch import Tensor
 from linvision.block import LinformerBlock
 from linvision.nearest import nearest
 from linvision.position import POSITIONS
-from linvision.projection import Projection, check_projection, row_grid
+from linvision.projection import Projection, projected_lengths, row_grid
+from linvision.resize import resized_state
 
 _logger = logging.getLogger(__name__)
 
@@ -36,12 +39,13 @@ class LinformerVisionTransformer(VisionTransformer):
         patch_size: Patch size; 1 makes every pixel a token.
         proj_len: K, the number of projected rows (the paper's k); a sequence gives one K a layer where `sharing`
             allows.
-        projection: 'linear' (a learned K×N matrix), 'separable' (a learned matrix for each image axis) or 'none' (full
-            attention).
+        projection: 'linear' (a learned K×N matrix), 'separable' (a learned matrix for each image axis), 'conv',
+            'mean_pool', 'max_pool' (over cells of the token grid) or 'none' (full attention).
         sharing: 'layerwise' (one matrix for all layers), 'key_value' (one a layer), 'headwise' (E and F a layer) or
             'none' (E and F for each head of each layer).
         local_size: Side of the depth-wise convolution beside each attention, 0 for a plain Linformer.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
+        dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
         kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`.
 
     Raises:
@@ -76,22 +80,23 @@ class LinformerVisionTransformer(VisionTransformer):
                 raise TypeError(nearest('model argument', name, known))
         if pos_embed not in ('', 'none', 'learn', *POSITIONS):
             raise ValueError(nearest('pos_embed', pos_embed, ['none', 'learn', *POSITIONS]))
-        check_projection(projection, sharing, proj_len, depth)
+        lengths = projected_lengths(projection, sharing, proj_len, depth)
         if kwargs.get('patch_drop_rate', 0.0) > 0 and (projection != 'none' or local_size):
             raise ValueError(
                 f'patch_drop_rate must be 0: E needs every token of the grid, got {kwargs["patch_drop_rate"]}.'
             )
-        if kwargs.get('dynamic_img_size', False):
-            raise ValueError('dynamic_img_size is not supported yet: call model.set_input_size(img_size=...) instead.')
+        if kwargs.get('attn_layer'):
+            raise ValueError(
+                f"attn_layer cannot be chosen: the attention is Linformer's, got {kwargs['attn_layer']!r}."
+            )
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')
         check_sizes(img_size, patch_size)
         dd = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
-        lengths = [proj_len] * depth if isinstance(proj_len, int) else list(proj_len)
         block_fn = partial(
             LinformerBlock,
-            rows=[row_grid(k, grid) for k in lengths],
+            rows=[row_grid(k) for k in lengths],
             projection=projection,
             sharing=sharing,
             num_prefix_tokens=int(class_token) + reg_tokens,
@@ -113,15 +118,16 @@ class LinformerVisionTransformer(VisionTransformer):
         self.position = POSITIONS[pos_embed](embed_dim, grid, **dd) if pos_embed in POSITIONS else None
         self.projection = None
         if projection != 'none':
-            self.projection = Projection(projection, sharing, proj_len, grid, depth, num_heads, **dd)
+            self.projection = Projection(projection, sharing, lengths, grid, depth, num_heads, embed_dim, **dd)
+        self.longest = 0 if projection == 'none' else max(lengths)
+        self.register_load_state_dict_pre_hook(resize_on_load)
         self._log_full_attention()
 
     def _log_full_attention(self) -> None:
         """Say once for each size that layers with K >= N run full attention: E would not shorten the sequence."""
         grid = self.patch_embed.grid_size
         full = [i for i, block in enumerate(self.blocks) if block.attn.is_full(grid)]
-        self.idle_projection = self.projection is not None and len(full) > 0
-        if self.idle_projection:
+        if self.projection is not None and full:
             _logger.info(
                 f'{len(full)} of {len(self.blocks)} layers run full attention: their K is not below the '
                 f'{grid[0] * grid[1]} tokens. The projection is kept for larger images.'
@@ -159,36 +165,99 @@ class LinformerVisionTransformer(VisionTransformer):
             self.projection.set_grid(self.patch_embed.grid_size)
         self._log_full_attention()
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Images to contiguous tokens with positions and prefix: (B, C, height, width) -> (B, P + N, D)."""
-        check_image(x, self.patch_embed.img_size, self.in_chans)
-        x = self.patch_embed(x).contiguous()  # (B, N, D)
-        if self.position is not None:
-            x = self.position(x, self.patch_embed.grid_size)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
-        if self.idle_projection:
-            assert self.projection is not None
-            x = x + self.projection.zero()  # so that its parameters still get a gradient: DDP waits for it
-        return x
+    def embed(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """Images to contiguous tokens with positions and prefix.
 
-    def projection_tensors(self) -> list[list[Tensor]]:
+        Args:
+            x: Images, (B, C, height, width).
+            key_padding_mask: See `forward`.
+
+        Returns:
+            Tokens, (B, P + N, D), their grid (height, width), and which of them are not padding, (B, P + N) or None.
+        """
+        grid = self.patch_embed.grid_size
+        if self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
+        inside: Tensor | None = None
+        if key_padding_mask is not None:
+            check_padding(key_padding_mask, x.shape[0], grid)
+            inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)
+            x = x.masked_fill(padded_pixels(key_padding_mask, grid, self.patch_embed.patch_size), 0.0)
+        x = self.patch_embed(x)
+        if self.dynamic_img_size:
+            x = x.flatten(1, 2)  # (B, h, w, D) -> (B, N, D)
+        x = x.contiguous()
+        if inside is not None:
+            x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
+        if self.position is not None:
+            x = self.position(x, grid)
+        if self.dynamic_img_size:
+            x = x.unflatten(1, grid)  # what timm's table of positions wants
+        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        if self.projection is not None:
+            if grid[0] * grid[1] <= self.longest:  # some layers do not use it; DDP waits for its gradient
+                x = self.projection.zero(x)
+        valid: Tensor | None = None
+        if inside is not None:
+            valid = F.pad(inside.squeeze(-1), (self.num_prefix_tokens, 0), value=True)
+        return x, grid, valid
+
+    def projection_tensors(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
         """Each layer's projection tensors (see `Projection.forward`); empty without a projection."""
         if self.projection is not None:
-            return self.projection()
+            return self.projection(x, grid)
         empty: list[Tensor] = []
         return [empty] * len(self.blocks)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Images to logits.
+
+        Args:
+            x: Images, (B, C, height, width).
+            attn_mask: Refused; it is here because timm's models have it.
+            is_causal: Refused.
+            key_padding_mask: Which tokens are padding, (B, N), boolean, true for those to ignore, as in
+                `torch.nn.MultiheadAttention`. At least one token of an image must be real.
+
+        Raises:
+            ValueError: An N×N or causal mask, or a padding mask of the wrong shape or dtype.
+        """
+        x = self.forward_features(x, attn_mask, is_causal, key_padding_mask)
+        return self.forward_head(x, key_padding_mask=key_padding_mask)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Tokens to logits, or to the pooled features before the classifier; padded tokens are left out of the mean."""
+        if isinstance(key_padding_mask, Tensor):
+            x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask)
+        else:
+            x = self.pool(x)
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
+
+    def forward_features(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D); arguments as in `forward`."""
         refuse_mask(attn_mask, is_causal)
-        x = self.embed(x)
-        projection = self.projection_tensors()
-        grid = self.patch_embed.grid_size
+        # isinstance, not `is not None`: under FX every argument is a proxy
+        x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
+        projection = self.projection_tensors(x, grid)
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, projection[i], grid)
+                x = checkpoint(block, x, projection[i], grid, valid, use_reentrant=False)
             else:
-                x = block(x, projection[i], grid)
+                x = block(x, projection[i], grid, valid)
         return self.norm(x)
 
     def forward_intermediates(
@@ -203,6 +272,7 @@ class LinformerVisionTransformer(VisionTransformer):
         output_dict: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
         """Features after chosen blocks; arguments and results are those of timm's `VisionTransformer`.
 
@@ -213,16 +283,15 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
         refuse_mask(attn_mask, is_causal)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x = self.embed(x)
-        projection = self.projection_tensors()
-        grid = self.patch_embed.grid_size
+        x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
+        projection = self.projection_tensors(x, grid)
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         intermediates = []
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, projection[i], grid)
+                x = checkpoint(block, x, projection[i], grid, valid, use_reentrant=False)
             else:
-                x = block(x, projection[i], grid)
+                x = block(x, projection[i], grid, valid)
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm else x)
 
@@ -252,20 +321,64 @@ def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, in
         raise ValueError(f'The image size must be a multiple of the patch size, got {img_size} and {patch_size}.')
 
 
-@register_notrace_function
-def check_image(x: Tensor, img_size: tuple[int, int], in_chans: int) -> None:
+def resize_on_load(model: 'LinformerVisionTransformer', state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Hook of `load_state_dict`: a checkpoint of another image size, patch size or K is resized to the model's."""
+    own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    state_dict.update({prefix + k: v for k, v in resized_state(own, model).items()})
+
+
+@torch.fx.wrap
+def check_image(
+    x: Tensor, img_size: tuple[int, int], in_chans: int, patch_size: tuple[int, int], dynamic: bool = False
+) -> None:
     """Raise ValueError for images of another size or number of channels than the model's."""
-    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] != img_size[0] or x.shape[3] != img_size[1]:
+    if dynamic:
+        if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] % patch_size[0] or x.shape[3] % patch_size[1]:
+            raise ValueError(
+                f'Expected images of shape (B, {in_chans}, height, width) whose sides are multiples of the patch size '
+                f'{patch_size}, got {list(x.shape)}.'
+            )
+    elif x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] != img_size[0] or x.shape[3] != img_size[1]:
         raise ValueError(
             f'Expected images of shape (B, {in_chans}, {img_size[0]}, {img_size[1]}), got {list(x.shape)}. Resize the '
             f'images, call model.set_input_size(img_size=...), or create the model with img_size=... and in_chans=...'
         )
 
 
-@register_notrace_function
+@torch.fx.wrap
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raise ValueError for masks that attention over projected rows cannot honour."""
     if is_causal:
         raise ValueError('Causal attention is impossible here: every projected row mixes tokens of the whole sequence.')
     if attn_mask is not None:
-        raise ValueError('An N×N attn_mask means nothing over K projected rows; mask the images instead.')
+        raise ValueError(
+            'An N×N attn_mask means nothing over K projected rows; for padding, give key_padding_mask, (B, N) and true '
+            'for the tokens to ignore.'
+        )
+
+
+def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
+    """Raise ValueError for a padding mask that does not fit the tokens."""
+    N = grid[0] * grid[1]
+    if key_padding_mask.dtype != torch.bool or list(key_padding_mask.shape) != [batch, N]:
+        raise ValueError(
+            f'key_padding_mask must be boolean with shape ({batch}, {N}), true for the tokens to ignore, got '
+            f'{key_padding_mask.dtype} {list(key_padding_mask.shape)}.'
+        )
+
+
+def padded_pixels(key_padding_mask: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """The padding mask of tokens as one of pixels: (B, N) -> (B, 1, height, width)."""
+    mask = key_padding_mask.unflatten(1, grid).unsqueeze(1)
+    return mask.repeat_interleave(patch_size[0], dim=2).repeat_interleave(patch_size[1], dim=3)
+
+
+def masked_pool(x: Tensor, global_pool: str, num_prefix_tokens: int, key_padding_mask: Tensor) -> Tensor:
+    """The pooled tokens of an image without its padding: (B, P + N, D) -> (B, D)."""
+    if global_pool == 'token':
+        return x[:, 0]
+    if global_pool == 'avg':
+        mean = x[:, num_prefix_tokens:].masked_fill(key_padding_mask.unsqueeze(-1), 0.0).mean(dim=1)
+        N = key_padding_mask.shape[1]
+        return mean * (N / (~key_padding_mask).sum(dim=1, keepdim=True)).to(x.dtype)  # a sum could overflow in fp16
+    raise ValueError(f"With a key_padding_mask, global_pool must be 'avg' or 'token', got '{global_pool}'.")

@@ -1,7 +1,14 @@
 """The model names that timm knows once `linvision` is imported.
 
-Widths, depths and heads are those of timm's ViT (tiny 192/12/3); pico (64/4/2) is for CPUs and small images. The number
-at the end of a name is the image size: with a patch of one pixel, `patch1_32` has 1,024 tokens.
+Widths, depths and heads are those of timm's ViT (tiny 192/12/3, small 384/12/6, base 768/12/12, large 1024/24/16); pico
+(64/4/2) is for CPUs and small images. A name ends in patch and image size, `patch1_32` has 32 × 32 = 1,024 tokens. Two
+families:
+
+- Patches of 1, 2 and 4 pixels (1,024 to 65,536 tokens): no class token, mean pooling, positions by a depth-wise
+  convolution, a separable E, and a local path beside each attention.
+- Patches of 8 and 16 pixels: timm's ViT with a linear E, so that the weights of a plain ViT of the same size load.
+
+`docs/models.md` lists tokens, K, parameters and multiply-adds of all names.
 """
 
 from typing import Any
@@ -9,8 +16,17 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from linvision.network import LinformerVisionTransformer
+from linvision.resize import checkpoint_filter_fn
 
 __all__ = []  # timm's register_model adds the entry points
+
+SIZES = {
+    'pico': dict(embed_dim=64, depth=4, num_heads=2),
+    'tiny': dict(embed_dim=192, depth=12, num_heads=3),
+    'small': dict(embed_dim=384, depth=12, num_heads=6),
+    'base': dict(embed_dim=768, depth=12, num_heads=12),
+    'large': dict(embed_dim=1024, depth=24, num_heads=16),
+}
 
 
 def _cfg(img_size: int, **kwargs: Any) -> dict[str, Any]:
@@ -18,7 +34,7 @@ def _cfg(img_size: int, **kwargs: Any) -> dict[str, Any]:
         'num_classes': 1000,
         'input_size': (3, img_size, img_size),
         'pool_size': None,
-        'crop_pct': 1.0,
+        'crop_pct': 0.9 if img_size >= 224 else 1.0,
         'interpolation': 'bicubic',
         'fixed_input_size': True,
         'mean': (0.5, 0.5, 0.5),
@@ -34,7 +50,36 @@ default_cfgs = generate_default_cfgs(
     {
         'test_linformer_vit.untrained': _cfg(16),
         'linformer_vit_pico_patch1_32.untrained': _cfg(32),
+        'linformer_vit_pico_patch1_64.untrained': _cfg(64),
+        'linformer_vit_pico_patch1_128.untrained': _cfg(128),
+        'linformer_vit_pico_patch1_256.untrained': _cfg(256),
         'linformer_vit_tiny_patch1_32.untrained': _cfg(32),
+        'linformer_vit_tiny_patch1_64.untrained': _cfg(64),
+        'linformer_vit_tiny_patch1_128.untrained': _cfg(128),
+        'linformer_vit_tiny_patch1_224.untrained': _cfg(224),
+        'linformer_vit_tiny_patch1_256.untrained': _cfg(256),
+        'linformer_vit_small_patch1_32.untrained': _cfg(32),
+        'linformer_vit_small_patch1_64.untrained': _cfg(64),
+        'linformer_vit_small_patch1_128.untrained': _cfg(128),
+        'linformer_vit_small_patch1_224.untrained': _cfg(224),
+        'linformer_vit_small_patch1_256.untrained': _cfg(256),
+        'linformer_vit_base_patch1_224.untrained': _cfg(224),
+        'linformer_vit_tiny_patch2_224.untrained': _cfg(224),
+        'linformer_vit_small_patch2_224.untrained': _cfg(224),
+        'linformer_vit_base_patch2_224.untrained': _cfg(224),
+        'linformer_vit_small_patch2_512.untrained': _cfg(512),
+        'linformer_vit_tiny_patch4_224.untrained': _cfg(224),
+        'linformer_vit_small_patch4_224.untrained': _cfg(224),
+        'linformer_vit_base_patch4_224.untrained': _cfg(224),
+        'linformer_vit_base_patch4_1024.untrained': _cfg(1024),
+        'linformer_vit_tiny_patch8_224.untrained': _cfg(224),
+        'linformer_vit_small_patch8_224.untrained': _cfg(224),
+        'linformer_vit_base_patch8_224.untrained': _cfg(224),
+        'linformer_vit_large_patch8_224.untrained': _cfg(224),
+        'linformer_vit_tiny_patch16_224.untrained': _cfg(224),
+        'linformer_vit_small_patch16_224.untrained': _cfg(224),
+        'linformer_vit_base_patch16_224.untrained': _cfg(224),
+        'linformer_vit_large_patch16_224.untrained': _cfg(224),
     }
 )
 
@@ -45,41 +90,251 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         LinformerVisionTransformer,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': kwargs.pop('out_indices', min(3, defaults['depth'])), 'feature_cls': 'getter'},
         **{**defaults, **kwargs},
     )
 
 
-def _pixels(img_size: int, **kwargs: Any) -> dict[str, Any]:
-    """One token a pixel: no class token, mean pooling, positions that do not grow with N·D, and a local path."""
+def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dict[str, Any]:
+    """Thousands of tokens: mean pooling, positions that do not grow with N·D, a separable E and a local path."""
     return {
         'img_size': img_size,
-        'patch_size': 1,
+        'patch_size': patch_size,
+        'proj_len': proj_len,
+        'projection': 'separable',
         'class_token': False,
         'global_pool': 'avg',
         'pos_embed': 'conv',
-        'projection': 'separable',
         'local_size': 3,
         **kwargs,
     }
 
 
+def _vit(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dict[str, Any]:
+    """timm's ViT, with a linear E."""
+    return {'img_size': img_size, 'patch_size': patch_size, 'proj_len': proj_len, 'projection': 'linear', **kwargs}
+
+
 @register_model
 def test_linformer_vit(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
     """Linformer ViT for tests: 256 tokens of one pixel, K = 16."""
-    defaults = _pixels(16, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, proj_len=16)
+    defaults = _pixels(16, 1, 16, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2)
     return _create('test_linformer_vit', pretrained, defaults, kwargs)
 
 
 @register_model
 def linformer_vit_pico_patch1_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
     """Linformer ViT pico: 1,024 tokens of one pixel, K = 64."""
-    defaults = _pixels(32, embed_dim=64, depth=4, num_heads=2, proj_len=64)
+    defaults = _pixels(32, 1, 64, **SIZES['pico'])
     return _create('linformer_vit_pico_patch1_32', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_pico_patch1_64(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT pico: 4,096 tokens of one pixel, K = 256."""
+    defaults = _pixels(64, 1, 256, **SIZES['pico'])
+    return _create('linformer_vit_pico_patch1_64', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_pico_patch1_128(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT pico: 16,384 tokens of one pixel, K = 256."""
+    defaults = _pixels(128, 1, 256, **SIZES['pico'])
+    return _create('linformer_vit_pico_patch1_128', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_pico_patch1_256(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT pico: 65,536 tokens of one pixel, K = 256."""
+    defaults = _pixels(256, 1, 256, **SIZES['pico'])
+    return _create('linformer_vit_pico_patch1_256', pretrained, defaults, kwargs)
 
 
 @register_model
 def linformer_vit_tiny_patch1_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
     """Linformer ViT tiny: 1,024 tokens of one pixel, K = 64."""
-    defaults = _pixels(32, embed_dim=192, depth=12, num_heads=3, proj_len=64)
+    defaults = _pixels(32, 1, 64, **SIZES['tiny'])
     return _create('linformer_vit_tiny_patch1_32', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch1_64(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 4,096 tokens of one pixel, K = 256."""
+    defaults = _pixels(64, 1, 256, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch1_64', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch1_128(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 16,384 tokens of one pixel, K = 256."""
+    defaults = _pixels(128, 1, 256, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch1_128', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch1_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 50,176 tokens of one pixel, K = 256."""
+    defaults = _pixels(224, 1, 256, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch1_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch1_256(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 65,536 tokens of one pixel, K = 256."""
+    defaults = _pixels(256, 1, 256, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch1_256', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch1_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 1,024 tokens of one pixel, K = 64."""
+    defaults = _pixels(32, 1, 64, **SIZES['small'])
+    return _create('linformer_vit_small_patch1_32', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch1_64(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 4,096 tokens of one pixel, K = 256."""
+    defaults = _pixels(64, 1, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch1_64', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch1_128(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 16,384 tokens of one pixel, K = 256."""
+    defaults = _pixels(128, 1, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch1_128', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch1_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 50,176 tokens of one pixel, K = 256."""
+    defaults = _pixels(224, 1, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch1_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch1_256(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 65,536 tokens of one pixel, K = 256."""
+    defaults = _pixels(256, 1, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch1_256', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_base_patch1_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT base: 50,176 tokens of one pixel, K = 256."""
+    defaults = _pixels(224, 1, 256, **SIZES['base'])
+    return _create('linformer_vit_base_patch1_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch2_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 12,544 tokens of 2×2 pixels, K = 256."""
+    defaults = _pixels(224, 2, 256, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch2_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch2_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 12,544 tokens of 2×2 pixels, K = 256."""
+    defaults = _pixels(224, 2, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch2_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_base_patch2_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT base: 12,544 tokens of 2×2 pixels, K = 256."""
+    defaults = _pixels(224, 2, 256, **SIZES['base'])
+    return _create('linformer_vit_base_patch2_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch2_512(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 65,536 tokens of 2×2 pixels, K = 256."""
+    defaults = _pixels(512, 2, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch2_512', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch4_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 3,136 tokens of 4×4 pixels, K = 256."""
+    defaults = _pixels(224, 4, 256, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch4_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch4_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 3,136 tokens of 4×4 pixels, K = 256."""
+    defaults = _pixels(224, 4, 256, **SIZES['small'])
+    return _create('linformer_vit_small_patch4_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_base_patch4_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT base: 3,136 tokens of 4×4 pixels, K = 256."""
+    defaults = _pixels(224, 4, 256, **SIZES['base'])
+    return _create('linformer_vit_base_patch4_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_base_patch4_1024(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT base: 65,536 tokens of 4×4 pixels, K = 256."""
+    defaults = _pixels(1024, 4, 256, **SIZES['base'])
+    return _create('linformer_vit_base_patch4_1024', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 784 tokens of 8×8 pixels, K = 128."""
+    defaults = _vit(224, 8, 128, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch8_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 784 tokens of 8×8 pixels, K = 128."""
+    defaults = _vit(224, 8, 128, **SIZES['small'])
+    return _create('linformer_vit_small_patch8_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_base_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT base: 784 tokens of 8×8 pixels, K = 128."""
+    defaults = _vit(224, 8, 128, **SIZES['base'])
+    return _create('linformer_vit_base_patch8_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_large_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT large: 784 tokens of 8×8 pixels, K = 128."""
+    defaults = _vit(224, 8, 128, **SIZES['large'])
+    return _create('linformer_vit_large_patch8_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 196 tokens of 16×16 pixels, K = 64."""
+    defaults = _vit(224, 16, 64, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch16_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT small: 196 tokens of 16×16 pixels, K = 64."""
+    defaults = _vit(224, 16, 64, **SIZES['small'])
+    return _create('linformer_vit_small_patch16_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT base: 196 tokens of 16×16 pixels, K = 64."""
+    defaults = _vit(224, 16, 64, **SIZES['base'])
+    return _create('linformer_vit_base_patch16_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT large: 196 tokens of 16×16 pixels, K = 64."""
+    defaults = _vit(224, 16, 64, **SIZES['large'])
+    return _create('linformer_vit_large_patch16_224', pretrained, defaults, kwargs)

@@ -32,8 +32,9 @@ def written_out(projection: Projection, kind: str, sharing: str, layer: int) -> 
     weights = [w.detach().numpy() for w in projection.weights][first : first + SHARING[sharing] * per_matrix]
     pair = []
     for i in (0, len(weights) - per_matrix):  # the same one where E = F
-        factors = [w if w.ndim == 3 else np.stack([w] * HEADS) for w in weights[i : i + per_matrix]]
-        pair.append(factors[0] if kind == 'linear' else np.stack([np.kron(*f) for f in zip(*factors, strict=True)]))
+        factors = [w if sharing == 'none' else np.stack([w] * HEADS) for w in weights[i : i + per_matrix]]
+        E = factors[0].reshape(HEADS, -1, N) if kind == 'linear' else None
+        pair.append(E if kind == 'linear' else np.stack([np.kron(*f) for f in zip(*factors, strict=True)]))
     return pair[0], pair[1]
 
 
@@ -55,7 +56,7 @@ def equation_7(x: torch.Tensor, attention: nn.Module, E: np.ndarray, F: np.ndarr
 
 def build(kind: str, sharing: str, prefix: int = 0, layer: int = 1, **kwargs) -> tuple[LinformerAttention, Projection]:
     lengths = 6 if sharing == 'layerwise' else LENGTHS
-    projection = Projection(kind, sharing, lengths, GRID, DEPTH, HEADS, dtype=torch.float64)
+    projection = Projection(kind, sharing, lengths, GRID, DEPTH, HEADS, D, dtype=torch.float64)
     attention = LinformerAttention(
         D,
         HEADS,
@@ -83,7 +84,7 @@ def test_attention_equals_equation_7(kind, sharing, prefix, fused):
         assert attention.fused_attn == fused
         x = torch.randn(2, prefix + N, D, dtype=torch.float64)
         heads = equation_7(x, attention, *written_out(projection, kind, sharing, layer), prefix)
-        torch.testing.assert_close(attention(x, projection()[layer], GRID), attention.proj(heads), **FULL)
+        torch.testing.assert_close(attention(x, projection(x, GRID)[layer], GRID), attention.proj(heads), **FULL)
 
 
 @pytest.mark.parametrize('sharing', SHARING)
@@ -108,7 +109,7 @@ def test_model_hands_each_block_its_own_matrices(kind, sharing):
 def test_attention_equals_the_pypi_package(share_kv):
     sharing = 'key_value' if share_kv else 'headwise'
     theirs = LinformerSelfAttention(D, N, k=6, heads=HEADS, share_kv=share_kv).double()
-    projection = Projection('linear', sharing, 6, GRID, 1, HEADS, dtype=torch.float64)
+    projection = Projection('linear', sharing, 6, GRID, 1, HEADS, D, dtype=torch.float64)
     ours = LinformerAttention(
         D, HEADS, projection='linear', sharing=sharing, rows=projection.row_grids[0], dtype=torch.float64
     )
@@ -121,9 +122,9 @@ def test_attention_equals_the_pypi_package(share_kv):
         }
     )
     matrices = [theirs.proj_k] if share_kv else [theirs.proj_k, theirs.proj_v]  # each (N, K)
-    projection.load_state_dict({f'weights.{i}': matrix.T for i, matrix in enumerate(matrices)})
+    projection.load_state_dict({f'weights.{i}': matrix.T.unflatten(1, GRID) for i, matrix in enumerate(matrices)})
     x = torch.randn(2, N, D, dtype=torch.float64)
-    torch.testing.assert_close(ours(x, projection()[0], GRID), theirs(x), **FULL)
+    torch.testing.assert_close(ours(x, projection(x, GRID)[0], GRID), theirs(x), **FULL)
 
 
 def permutation(n: int) -> torch.Tensor:
@@ -137,7 +138,7 @@ def test_a_permutation_as_projection_gives_timm_attention(kind, sharing, prefix,
     arguments = dict(qkv_bias=True, qk_norm=norms, scale_norm=norms, norm_layer=nn.LayerNorm, dtype=torch.float64)
     theirs = Attention(D, HEADS, **arguments)
     randomise(theirs)
-    projection = Projection(kind, sharing, N, GRID, 1, HEADS, dtype=torch.float64)
+    projection = Projection(kind, sharing, N, GRID, 1, HEADS, D, dtype=torch.float64)
     assert projection.row_grids == [GRID]
     ours = LinformerAttention(
         D, HEADS, projection=kind, sharing=sharing, rows=GRID, num_prefix_tokens=prefix, **arguments
@@ -146,15 +147,15 @@ def test_a_permutation_as_projection_gives_timm_attention(kind, sharing, prefix,
     with torch.no_grad():
         for weight in projection.weights:
             if sharing == 'none':
-                weight.copy_(torch.stack([permutation(N) for _ in range(HEADS)]))
+                weight.copy_(torch.stack([permutation(N) for _ in range(HEADS)]).unflatten(-1, GRID))
             else:
-                weight.copy_(permutation(weight.shape[-1]))
+                weight.copy_(permutation(weight.shape[0]).view_as(weight))
         if sharing == 'none':
             projection.weights[1].copy_(projection.weights[0])  # keys and values in the same order
     x = torch.randn(2, prefix + N, D, dtype=torch.float64)
-    torch.testing.assert_close(ours(x, projection()[0], GRID), theirs(x), **FULL)  # K = N: full attention
+    torch.testing.assert_close(ours(x, projection(x, GRID)[0], GRID), theirs(x), **FULL)  # K = N: full attention
     monkeypatch.setattr(LinformerAttention, 'is_full', lambda self, grid: False)
-    torch.testing.assert_close(ours(x, projection()[0], GRID), theirs(x), **FULL)  # through the permutation
+    torch.testing.assert_close(ours(x, projection(x, GRID)[0], GRID), theirs(x), **FULL)  # through the permutation
 
 
 @pytest.mark.parametrize('sharing', SHARING)
@@ -168,7 +169,7 @@ def test_local_path_joins_the_heads_before_the_output_projection(sharing):
         for j in range(GRID[1]):
             window = image[:, i : i + 3, j : j + 3]  # (B, 3, 3, D)
             local[:, 1 + i * GRID[1] + j] = torch.einsum('byxd,dyx->bd', window, attention.local.weight[:, 0])
-    torch.testing.assert_close(attention(x, projection()[1], GRID), attention.proj(heads + local), **FULL)
+    torch.testing.assert_close(attention(x, projection(x, GRID)[1], GRID), attention.proj(heads + local), **FULL)
 
 
 def test_new_local_path_adds_nothing():
@@ -177,7 +178,7 @@ def test_new_local_path_adds_nothing():
     local = timm.create_model('test_linformer_vit', local_size=3).eval()
     plain = timm.create_model('test_linformer_vit', local_size=0).eval()
     missing, unexpected = plain.load_state_dict(local.state_dict(), strict=False)
-    assert not missing and all('attn.local' in name for name in unexpected) and len(unexpected) == 2
+    assert not missing and all('attn.local' in name for name in unexpected) and len(unexpected) == 3
     assert torch.equal(local(images), plain(images))
 
 
@@ -186,13 +187,13 @@ def test_new_local_path_adds_nothing():
 def test_bf16_error_is_at_most_twice_that_of_plain_pytorch(sharing, training):
     attention, projection = build('linear', sharing, prefix=1)
     x = torch.randn(2, 1 + N, D, dtype=torch.float64)
-    exact = attention(x, projection()[1], GRID)
+    exact = attention(x, projection(x, GRID)[1], GRID)
     E, F_ = (torch.from_numpy(m).bfloat16() for m in written_out(projection, 'linear', sharing, 1))  # (H, K, N)
     attention.bfloat16()
     projection.bfloat16()
     x = x.bfloat16()
     with torch.set_grad_enabled(training):  # on CPUs two paths
-        ours = attention(x, projection()[1], GRID)
+        ours = attention(x, projection(x, GRID)[1], GRID)
     with torch.no_grad():
         query, key, value = attention.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, H, 1 + N, D/H)
         key, value = (torch.cat([t[:, :, :1], m @ t[:, :, 1:]], dim=2) for t, m in ((key, E), (value, F_)))

@@ -1,0 +1,193 @@
+"""How N tokens become K rows: the maps E of Linformer (arXiv 2006.04768, section 4), one class each.
+
+A kind of projection is a class without state in `PROJECTIONS`; to add one, write it and add it there. It holds
+
+- `shapes(grid, rows, dim)`: shapes of the parameters of one matrix; `summed` of their last axes are summed over, and
+  `sized` of them depend on N or K.
+- `factors(weights, grid, rows, like)`: the tensors that travel to the blocks, from the parameters.
+- `reduce(x, factors, grid, rows)`: E x, (..., N, D) -> (..., K, D).
+- `counts(x, factors, grid, rows)`: E x for x of width 1; of ones, the row sums E 1 that scale the biases, and of a mask
+  the part of each row that is not padding.
+- `resize(weights, grid, rows)`: the parameters on another token grid or for other rows; row sums stay.
+- `pools`: each row is an average, so that a row without tokens is left out and others count their tokens.
+- `padding`: what padded tokens are set to before `reduce`.
+
+Symbols: N tokens on the token grid (height, width) = `grid`, K rows seen as a grid (K_h, K_w) = `rows`, D width.
+`conv`, `mean_pool` and `max_pool` cut the token grid into cells; where K_h or K_w does not divide it, the last cells
+are smaller and the rows may be fewer than K.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linvision.resize import area_matrix, resize_rows
+
+
+class Linear:
+    """E is a learned K×N matrix, without structure (the paper's), stored as (K, h, w)."""
+
+    summed, sized = 2, 3
+    pools = False
+    padding = 0.0
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        return [(rows[0] * rows[1], *grid)]
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return weights
+
+    @staticmethod
+    def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        return factors[0].flatten(-2) @ x  # (..., K, N) @ (..., N, D) -> (..., K, D)
+
+    counts = reduce
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        E = weights[0]  # (..., K, h, w)
+        E = area_matrix(E.shape[-2], grid[0], E) @ E @ area_matrix(E.shape[-1], grid[1], E).T
+        return [resize_rows(E.flatten(-2), rows[0] * rows[1]).unflatten(-1, grid)]
+
+
+class Separable:
+    """E = E_h ⊗ E_w, one small matrix for each image axis: K_h·h + K_w·w parameters instead of K·N."""
+
+    summed, sized = 1, 2
+    pools = False
+    padding = 0.0
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        return [(rows[0], grid[0]), (rows[1], grid[1])]
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return weights
+
+    @staticmethod
+    def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        x = x.unflatten(-2, grid).flatten(-2)  # (..., h, w*D)
+        x = factors[0] @ x  # (..., K_h, w*D)
+        x = x.unflatten(-1, (grid[1], -1))  # (..., K_h, w, D)
+        x = factors[1].unsqueeze(-3) @ x  # (..., K_h, K_w, D)
+        return x.flatten(-3, -2)  # (..., K, D)
+
+    counts = reduce
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        return [
+            resize_rows(E @ area_matrix(E.shape[-1], n, E).T, k) for E, n, k in zip(weights, grid, rows, strict=True)
+        ]
+
+
+class MeanPool:
+    """Each row is the mean of a cell of the token grid: a separable E without parameters."""
+
+    summed, sized = 0, 0
+    pools = True
+    padding = 0.0
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        return []
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return [cell_means(grid[0], rows[0], like), cell_means(grid[1], rows[1], like)]
+
+    reduce = Separable.reduce
+    counts = Separable.reduce
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        return weights
+
+
+class MaxPool:
+    """Each row is the maximum of a cell of the token grid, for each channel of the block's input."""
+
+    summed, sized = 0, 0
+    pools = True
+    padding = float('-inf')
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        return []
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return weights
+
+    @staticmethod
+    def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        return cells(x, grid, rows, float('-inf')).amax((-4, -2)).flatten(-3, -2)  # (..., K, D)
+
+    counts = reduce
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        return weights
+
+
+class Conv:
+    """A depth-wise convolution whose kernel and stride are a cell of the token grid: E differs by channel.
+
+    The kernel (D, 1, s_h, s_w) acts on the block's input, before the key and value weights, and their biases are added
+    whole; with `sharing='none'` on the keys and values of each head.
+    """
+
+    summed, sized = 2, 2
+    pools = True
+    padding = 0.0
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        return [(dim, 1, *cell_size(grid, rows))]
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return weights
+
+    @staticmethod
+    def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        kernel = factors[0].squeeze(-3).movedim(-3, -1)  # (..., s_h, s_w, D)
+        kernel = kernel.unsqueeze(-3).unsqueeze(-5)  # (..., 1, s_h, 1, s_w, D)
+        return (cells(x, grid, rows, 0.0) * kernel).sum((-4, -2)).flatten(-3, -2)  # (..., K, D)
+
+    counts = MaxPool.reduce
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        kernel, size = weights[0], cell_size(grid, rows)
+        rows_, columns = kernel.shape[-2:]
+        return [area_matrix(rows_, size[0], kernel) @ kernel @ area_matrix(columns, size[1], kernel).T]
+
+
+PROJECTIONS = {'linear': Linear, 'separable': Separable, 'conv': Conv, 'mean_pool': MeanPool, 'max_pool': MaxPool}
+
+
+def cell_size(grid: tuple[int, int], rows: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the cells that `rows` cut the token grid into, rounded up."""
+    return -(-grid[0] // rows[0]), -(-grid[1] // rows[1])
+
+
+def cells(x: Tensor, grid: tuple[int, int], rows: tuple[int, int], padding: float) -> Tensor:
+    """Tokens by cell of the token grid, padded to whole cells: (..., N, D) -> (..., K_h, s_h, K_w, s_w, D)."""
+    size = cell_size(grid, rows)
+    x = x.unflatten(-2, grid)  # (..., h, w, D)
+    if grid[0] % size[0] or grid[1] % size[1]:
+        x = F.pad(x, (0, 0, 0, -grid[1] % size[1], 0, -grid[0] % size[0]), value=padding)
+    return x.unflatten(-2, (-1, size[1])).unflatten(-4, (-1, size[0]))
+
+
+@torch.fx.wrap
+def cell_means(n: int, k: int, like: Tensor) -> Tensor:
+    """The matrix that takes the mean of each of at most `k` equal cells of an axis of length `n`: (k, n)."""
+    size = -(-n // k)
+    token = torch.arange(n, device=like.device)
+    inside = torch.arange(-(-n // size), device=like.device).unsqueeze(1) == token // size
+    return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True)
