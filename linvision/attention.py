@@ -44,6 +44,7 @@ class LinformerAttention(nn.Module):
         rows: The K projected rows as a grid (K_h, K_w).
         num_prefix_tokens: Tokens at the head of the sequence that bypass E.
         local_size: Side of the local path's kernel, 0 for none.
+        row_norm: Normalise the K projected rows, as a layer norm without parameters.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.
@@ -67,6 +68,7 @@ class LinformerAttention(nn.Module):
         rows: tuple[int, int] = (8, 8),
         num_prefix_tokens: int = 0,
         local_size: int = 0,
+        row_norm: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -78,6 +80,7 @@ class LinformerAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.fused_attn = use_fused_attn()
+        self.row_norm = row_norm
         self.rows = rows if projection != 'none' else (0, 0)
         self.num_prefix_tokens = num_prefix_tokens
         self.per_head = sharing == 'none'
@@ -173,6 +176,8 @@ class LinformerAttention(nn.Module):
                 rows = (rows / part.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
             elif not self.per_head:
                 sums = self.counts(inside.to(sums.dtype), factors, grid, self.rows).squeeze(-1)  # (B, K)
+        if self.row_norm:
+            rows = F.layer_norm(rows, (rows.shape[-1],))
         if P > 0:
             rows = torch.cat([x[..., :P, :].to(rows.dtype), rows], dim=-2)
             sums = F.pad(sums, (P, 0), value=1.0)

@@ -44,6 +44,7 @@ class LinformerVisionTransformer(VisionTransformer):
         sharing: 'layerwise' (one matrix for all layers), 'key_value' (one a layer), 'headwise' (E and F a layer) or
             'none' (E and F for each head of each layer).
         local_size: Side of the depth-wise convolution beside each attention, 0 for a plain Linformer.
+        row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
         kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`.
@@ -65,6 +66,7 @@ class LinformerVisionTransformer(VisionTransformer):
         projection: str = 'linear',
         sharing: str = 'layerwise',
         local_size: int = 0,
+        row_norm: bool = False,
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
@@ -101,6 +103,7 @@ class LinformerVisionTransformer(VisionTransformer):
             sharing=sharing,
             num_prefix_tokens=int(class_token) + reg_tokens,
             local_size=local_size,
+            row_norm=row_norm,
         )
         super().__init__(
             img_size=img_size,

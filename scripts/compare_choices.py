@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 
-from linvision.projection import Projection, Separable
+from linvision.projection import Projection
 from linvision.resize import area_matrix
 from linvision.train import Recipe, train
 
@@ -31,7 +30,7 @@ MODEL = {
     'linear E': {'model_args': {'projection': 'linear'}},
     'full attention': {'model_args': {'projection': 'none'}},
     'E starts as block means': {'change': 'block_means'},
-    'layer norm after E': {'change': 'norm_after_projection'},
+    'layer norm after E': {'model_args': {'row_norm': True}},
     'queries and keys normalised': {'model_args': {'qk_norm': True}},
     'separable positions': {'model_args': {'pos_embed': 'separable'}},
     'no local path': {'model_args': {'local_size': 0}},
@@ -52,17 +51,6 @@ def block_means() -> None:
             weight.copy_(area_matrix(n, K, weight) * K / n + 0.01 * torch.randn_like(weight))
 
     Projection.init_weights = init_weights
-
-
-def norm_after_projection() -> None:
-    """Normalise the projected rows before the key and value weights."""
-    reduce = Separable.reduce
-
-    def normalised(x, weight, grid, rows):
-        out = reduce(x, weight, grid, rows)
-        return F.layer_norm(out, out.shape[-1:]) if out.shape[-1] > 1 else out  # width 1: the row sums
-
-    Separable.reduce = staticmethod(normalised)
 
 
 def trial(name: str, seed: int, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
