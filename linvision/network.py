@@ -378,6 +378,8 @@ def padded_pixels(key_padding_mask: Tensor, grid: tuple[int, int], patch_size: t
 
 def masked_pool(x: Tensor, global_pool: str, num_prefix_tokens: int, key_padding_mask: Tensor) -> Tensor:
     """The pooled tokens of an image without its padding: (B, P + N, D) -> (B, D)."""
+    if global_pool == '':
+        return x
     if global_pool == 'token':
         return x[:, 0]
     if global_pool == 'avg':
