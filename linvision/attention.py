@@ -44,6 +44,7 @@ class LinformerAttention(nn.Module):
         rows: The K projected rows as a grid (K_h, K_w).
         num_prefix_tokens: Tokens at the head of the sequence that bypass E.
         local_size: Side of the local path's kernel, 0 for none.
+        local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows, as a layer norm without parameters.
 
     Raises:
@@ -68,6 +69,7 @@ class LinformerAttention(nn.Module):
         rows: tuple[int, int] = (8, 8),
         num_prefix_tokens: int = 0,
         local_size: int = 0,
+        local_grid: tuple[int, int] = (0, 0),
         row_norm: bool = False,
         device=None,
         dtype=None,
@@ -92,7 +94,7 @@ class LinformerAttention(nn.Module):
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.local = LocalPath(dim, local_size, num_prefix_tokens, **dd) if local_size else None
+        self.local = LocalPath(dim, local_size, local_grid, num_prefix_tokens, **dd) if local_size else None
         self.norm = norm_layer(dim, **dd) if scale_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)

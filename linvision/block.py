@@ -21,6 +21,7 @@ class LinformerBlock(nn.Module):
         sharing: How E and F are shared.
         num_prefix_tokens: Tokens that bypass E.
         local_size: Side of the local path's kernel, 0 for none.
+        local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows.
         attn_layer: Must stay timm's default: the attention of this block is its own.
         depth: Index of this block.
@@ -37,6 +38,7 @@ class LinformerBlock(nn.Module):
         sharing: str = 'layerwise',
         num_prefix_tokens: int = 0,
         local_size: int = 0,
+        local_grid: tuple[int, int] = (0, 0),
         row_norm: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
@@ -75,6 +77,7 @@ class LinformerBlock(nn.Module):
             rows=rows[depth],
             num_prefix_tokens=num_prefix_tokens,
             local_size=local_size,
+            local_grid=local_grid,
             row_norm=row_norm,
             **dd,
         )

@@ -1,7 +1,8 @@
 """A little locality: a depth-wise convolution of the tokens on their grid.
 
 Two places use it: beside attention in a block (`local_size`), and as a conditional position embedding
-(arXiv 2102.10882) in `position.py`. Its cost is linear in N, and a chunk of tokens needs one more row on each side.
+(arXiv 2102.10882) in `position.py`. Its cost is linear in N. On a finer grid than its own the kernel is dilated, so
+that it spans the same part of the image and means what it meant when it was trained.
 """
 
 import torch
@@ -16,16 +17,26 @@ class LocalPath(nn.Module):
     Args:
         dim: Width D of the tokens.
         size: Side of the kernel, odd.
+        grid: The kernel's own token grid; on one that is r times as fine, taps are round(r) tokens apart. (0, 0):
+            it has none, and taps are neighbours.
         num_prefix_tokens: Tokens at the head of the sequence that are not on the grid; their output is zero.
         std: Standard deviation of the initial kernel; zero leaves whatever it is added to as it was.
     """
 
     def __init__(
-        self, dim: int, size: int, num_prefix_tokens: int = 0, std: float = 0.0, device=None, dtype=None
+        self,
+        dim: int,
+        size: int,
+        grid: tuple[int, int] = (0, 0),
+        num_prefix_tokens: int = 0,
+        std: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
-        if size % 2 == 0:
+        if size < 1 or size % 2 == 0:
             raise ValueError(f'The kernel of the local path must have an odd side, got {size}.')
+        self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
         self.std = std
         self.weight = nn.Parameter(torch.empty(dim, 1, size, size, device=device, dtype=dtype))
@@ -41,6 +52,14 @@ class LocalPath(nn.Module):
         """(B, P + N, D) -> (B, P + N, D)."""
         P = self.num_prefix_tokens
         image = x[:, P:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, h, w), channels last
-        out = F.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=x.shape[-1])
+        dilation = (spacing(grid[0], self.grid[0]), spacing(grid[1], self.grid[1]))
+        reach = self.weight.shape[-1] // 2
+        padding = (reach * dilation[0], reach * dilation[1])
+        out = F.conv2d(image, self.weight, padding=padding, dilation=dilation, groups=x.shape[-1])
         out = out.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, D)
         return F.pad(out, (0, 0, P, 0)) if P > 0 else out
+
+
+def spacing(tokens: int, own: int) -> int:
+    """Tokens between two taps of a kernel made for an axis of `own` tokens, on an axis of `tokens`."""
+    return max(1, int(tokens / own + 0.5)) if own > 0 else 1

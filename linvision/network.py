@@ -44,6 +44,8 @@ class LinformerVisionTransformer(VisionTransformer):
         sharing: 'layerwise' (one matrix for all layers), 'key_value' (one a layer), 'headwise' (E and F a layer) or
             'none' (E and F for each head of each layer).
         local_size: Side of the depth-wise convolution beside each attention, 0 for a plain Linformer.
+        local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
+            grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
@@ -66,6 +68,7 @@ class LinformerVisionTransformer(VisionTransformer):
         projection: str = 'linear',
         sharing: str = 'layerwise',
         local_size: int = 0,
+        local_grid: int | tuple[int, int] = 0,
         row_norm: bool = False,
         pos_embed: str = 'learn',
         class_token: bool = True,
@@ -96,6 +99,9 @@ class LinformerVisionTransformer(VisionTransformer):
         check_sizes(img_size, patch_size)
         dd = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
+        local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
+        if min(local_grid) < 1:
+            raise ValueError(f'local_grid must be at least 1 token in height and width, got {local_grid}.')
         block_fn = partial(
             LinformerBlock,
             rows=[row_grid(k) for k in lengths],
@@ -103,6 +109,7 @@ class LinformerVisionTransformer(VisionTransformer):
             sharing=sharing,
             num_prefix_tokens=int(class_token) + reg_tokens,
             local_size=local_size,
+            local_grid=local_grid,
             row_norm=row_norm,
         )
         super().__init__(
@@ -118,7 +125,7 @@ class LinformerVisionTransformer(VisionTransformer):
             **kwargs,
             **dd,
         )
-        self.position = POSITIONS[pos_embed](embed_dim, grid, **dd) if pos_embed in POSITIONS else None
+        self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
         self.projection = None
         if projection != 'none':
             self.projection = Projection(projection, sharing, lengths, grid, depth, num_heads, embed_dim, **dd)

@@ -18,7 +18,7 @@ from linvision.resize import resize_axis
 class SeparablePosition(nn.Module):
     """x + row[i] + column[j] for the token in row i and column j."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], device=None, dtype=None) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], local_grid: tuple[int, int], device=None, dtype=None) -> None:
         super().__init__()
         self.row = nn.Parameter(torch.empty(1, grid[0], dim, device=device, dtype=dtype))
         self.column = nn.Parameter(torch.empty(1, grid[1], dim, device=device, dtype=dtype))
@@ -41,9 +41,9 @@ class SeparablePosition(nn.Module):
 class ConvPosition(nn.Module):
     """x + depth-wise 3×3 convolution of x on the token grid."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], device=None, dtype=None) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], local_grid: tuple[int, int], device=None, dtype=None) -> None:
         super().__init__()
-        self.local = LocalPath(dim, 3, std=0.2, device=device, dtype=dtype)
+        self.local = LocalPath(dim, 3, local_grid, std=0.2, device=device, dtype=dtype)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Nothing depends on the grid."""

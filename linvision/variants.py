@@ -107,6 +107,7 @@ def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dic
         'global_pool': 'avg',
         'pos_embed': 'conv',
         'local_size': 3,
+        'local_grid': img_size // patch_size,
         **kwargs,
     }
 

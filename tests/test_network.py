@@ -278,6 +278,9 @@ def test_saved_model_is_the_same_to_the_bit(kwargs, size, tmp_path: Path):
         (dict(proj_len=0), ValueError, r'at least 1, got 0'),
         (dict(sharing='layerwise', proj_len=(4, 8, 8)), ValueError, r'K cannot differ by layer'),
         (dict(attn_layer='diff'), ValueError, r"attention is Linformer's, got 'diff'"),
+        (dict(local_size=-1), ValueError, r'odd side, got -1'),
+        (dict(local_size=4), ValueError, r'odd side, got 4'),
+        (dict(local_grid=(8, -1)), ValueError, r'local_grid must be at least 1.*got \(8, -1\)'),
         (dict(patch_drop_rate=0.5), ValueError, r'patch_drop_rate must be 0.*got 0\.5'),
     ],
 )

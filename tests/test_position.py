@@ -13,7 +13,7 @@ N, D = 15, 4
 
 
 def test_separable_adds_a_row_and_a_column():
-    position = SeparablePosition(D, GRID)
+    position = SeparablePosition(D, GRID, GRID)
     x = torch.randn(2, N, D)
     out = position(x, GRID)
     for i in range(GRID[0]):
@@ -25,7 +25,7 @@ def test_separable_adds_a_row_and_a_column():
 @pytest.mark.parametrize('size', [1, 3, 5])
 @pytest.mark.parametrize('prefix', [0, 2])
 def test_local_path_equals_windows_written_out(size, prefix):
-    local = LocalPath(D, size, prefix, std=1.0, dtype=torch.float64)
+    local = LocalPath(D, size, GRID, prefix, std=1.0, dtype=torch.float64)
     x = torch.randn(2, prefix + N, D, dtype=torch.float64)
     r = size // 2
     image = F.pad(x[:, prefix:].unflatten(1, GRID), (0, 0, r, r, r, r))  # (B, h + 2r, w + 2r, D)
@@ -39,7 +39,7 @@ def test_local_path_equals_windows_written_out(size, prefix):
 
 
 def test_conv_adds_its_local_path_and_starts_away_from_zero():
-    position = ConvPosition(64, GRID)
+    position = ConvPosition(64, GRID, GRID)
     x = torch.randn(2, N, 64)
     torch.testing.assert_close(position(x, GRID), x + position.local(x, GRID))
     assert position.local.weight.std().item() == pytest.approx(0.2, rel=0.15)

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from linvision.local import spacing
 from linvision.projection import SHARING, Projection
 from linvision.resize import area_matrix, resize_axis, resize_rows
 
@@ -121,6 +122,32 @@ def test_model_of_another_size_is_the_same_function_of_enlarged_pixels(kind, sha
     model.set_input_size(new_size)
     enlarged = images.repeat_interleave(new_size[0] // 12, 2).repeat_interleave(new_size[1] // 8, 3)
     torch.testing.assert_close(model(enlarged), before, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('factor', [(2, 2), (3, 1)])
+@pytest.mark.parametrize('pos_embed', ['conv', 'none'])
+def test_local_kernels_see_enlarged_images_as_before(pos_embed, factor):
+    model = create(img_size=(12, 16), local_grid=(12, 16), proj_len=4, pos_embed=pos_embed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if 'local' in name:
+                parameter.normal_()
+    images = torch.randn(2, 3, 12, 16, dtype=torch.float64)
+    before = model(images)
+    model.set_input_size((12 * factor[0], 16 * factor[1]))
+    enlarged = images.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3)
+    torch.testing.assert_close(model(enlarged), before)
+    plain = create(img_size=(12 * factor[0], 16 * factor[1]), local_grid=0, proj_len=4, pos_embed=pos_embed)
+    plain.load_state_dict(model.state_dict())  # undilated
+    assert (plain(enlarged) - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    'tokens, own, taps', [(32, 32, 1), (16, 32, 1), (47, 32, 1), (48, 32, 2), (64, 32, 2), (96, 32, 3)]
+)
+def test_taps_of_a_local_kernel_lie_as_far_apart_as_the_grid_is_finer(tokens, own, taps):
+    assert spacing(tokens, own) == taps
+    assert spacing(tokens, 0) == 1
 
 
 @pytest.mark.parametrize('pos_embed', ['none', 'separable', 'learn'])

@@ -49,10 +49,12 @@ class DeviceBatches:
         return len(self.labels) // self.batch_size
 
     def normalise(self, images: Tensor, img_size: int) -> Tensor:
-        """uint8 (B, C, H, W) to normalised float (B, C, img_size, img_size), averaged by area."""
+        """uint8 (B, C, H, W) to normalised float (B, C, img_size, img_size): by area if smaller, bicubic if larger."""
         x = images.float() / 255
-        if img_size != self.img_size:
+        if img_size < self.img_size:
             x = F.interpolate(x, size=(img_size, img_size), mode='area')
+        elif img_size > self.img_size:
+            x = F.interpolate(x, size=(img_size, img_size), mode='bicubic')
         return (x - self.mean) / self.std
 
     def epoch(

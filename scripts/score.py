@@ -1,0 +1,64 @@
+"""Score a trained model on a data set, at its own image size or another.
+
+    python scripts/score.py --model outputs/demo/model --dataset fashion_mnist --img-size 64
+
+Another size resizes the model (`set_input_size`), without training, and the images (bicubic where they grow). Prints
+one line of JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import timm
+import tyro
+from timm.data import resolve_model_data_config
+
+import linvision  # noqa: F401  (registers the models)
+from linvision.data import DeviceBatches, create_dataset
+from linvision.train.evaluate import evaluate
+from linvision.train.setup import choose_device, count_tokens, set_size
+
+
+def main(
+    model: Path,
+    dataset: str = 'fashion_mnist',
+    data_dir: Path = Path('data'),
+    split: str = 'test',
+    img_size: int = 0,
+    limit: int = 0,
+    batch_size: int = 50,
+    device: str = 'auto',
+    precision: str = 'fp32',
+) -> None:
+    """Score a model.
+
+    Args:
+        model: Folder with `config.json` and `model.safetensors`.
+        dataset: Name of the data set.
+        data_dir: Folder that holds the data.
+        split: 'train' or 'test'.
+        img_size: Image size, 0 for the model's own.
+        limit: Score the first so many images, 0 for all.
+        batch_size: Images in a step.
+        device: Torch device; 'auto' takes the accelerator if there is one.
+        precision: 'fp32', 'bf16' or 'fp16'.
+    """
+    where = choose_device(device)
+    net = timm.create_model(f'local-dir:{model}', pretrained=True).to(where)
+    config = resolve_model_data_config(net)
+    images = create_dataset(dataset, data_dir, split)
+    if limit:
+        images = images.subset(range(min(limit, len(images))))
+    size = img_size or net.patch_embed.img_size[0]
+    set_size(net, size)
+    batches = DeviceBatches(images, batch_size, config['mean'], config['std'], where)
+    scores = evaluate(net, batches, size, precision)
+    print(json.dumps({'model': str(model), 'img_size': size, 'tokens': count_tokens(net), **scores}))
+
+
+if __name__ == '__main__':
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
