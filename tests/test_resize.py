@@ -79,6 +79,22 @@ def test_there_and_back_by_integer_factors_is_exact(kind, new_grid):
         torch.testing.assert_close(weight.detach(), old, rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.parametrize('new_grid', [(40, 40), (20, 28), (24, 36)])
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'conv'])
+def test_there_and_back_hardly_changes_what_smooth_inputs_become(kind, new_grid):
+    grid = (32, 32)
+    projection = Projection(kind, 'layerwise', 16, grid, 1, 1, 3, dtype=torch.float64)
+    x = smooth_images(grid).flatten(2).transpose(1, 2)  # (B, N, 3)
+
+    def rows() -> torch.Tensor:
+        return projection.kind.reduce(x, projection(x, grid)[0][:-1], grid, projection.row_grids[0])
+
+    before = rows()
+    projection.set_grid(new_grid)
+    projection.set_grid(grid)
+    assert (rows() - before).norm() < 0.05 * before.norm()
+
+
 def test_frozen_matrices_stay_frozen():
     projection = build('separable', 'layerwise', (4, 6)).requires_grad_(False)
     projection.set_grid((8, 12))

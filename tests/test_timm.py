@@ -11,7 +11,13 @@ from types import ModuleType
 
 import pytest
 
-MODELS = ['test_linformer_vit', 'linformer_vit_pico_patch1_32', 'linformer_vit_tiny_patch16_224']
+MODELS = [
+    'test_linformer_vit',
+    'linformer_vit_pico_patch1_32',
+    'linformer_vit_tiny_patch1_32',
+    'linformer_vit_tiny_patch8_224',
+    'linformer_vit_tiny_patch16_224',
+]
 TESTS = [
     'test_model_forward',
     'test_model_backward',
