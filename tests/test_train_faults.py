@@ -22,7 +22,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize(
-    'change', [{'opt_args': {'betas': (0.9, 0.95)}}, {'model_args': {'proj_len': (9, 16), 'sharing': 'key_value'}}]
+    'change', [{'opt_args': {'betas': (0.9, 0.95)}}, {'model_args': {'proj_len': (9, 16, 4), 'sharing': 'key_value'}}]
 )
 def test_a_finished_run_with_a_tuple_among_its_arguments_is_recognised(recipe, change):
     recipe = dataclasses.replace(recipe, **change)
