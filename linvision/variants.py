@@ -5,7 +5,7 @@ Widths, depths and heads are those of timm's ViT (tiny 192/12/3, small 384/12/6,
 families:
 
 - Patches of 1, 2 and 4 pixels (1,024 to 65,536 tokens): no class token, mean pooling, positions by a depth-wise
-  convolution, a separable E, and a local path beside each attention.
+  convolution, a separable E whose rows are normalised, and a local path beside each attention (`docs/choices.md`).
 - Patches of 8 and 16 pixels: timm's ViT with a linear E, so that the weights of a plain ViT of the same size load.
 
 `docs/models.md` lists tokens, K, parameters and multiply-adds of all names.
@@ -97,7 +97,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 
 
 def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dict[str, Any]:
-    """Thousands of tokens: mean pooling, positions that do not grow with N·D, a separable E and a local path."""
+    """Thousands of tokens: mean pooling, positions that do not grow with N·D, a separable E, normalised rows."""
     return {
         'img_size': img_size,
         'patch_size': patch_size,
@@ -108,6 +108,7 @@ def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dic
         'pos_embed': 'conv',
         'local_size': 3,
         'local_grid': img_size // patch_size,
+        'row_norm': True,
         **kwargs,
     }
 
