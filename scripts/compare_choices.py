@@ -89,7 +89,7 @@ def main(
         minutes: Minutes of training of each run that compares models, on 16×16 images.
         stage_minutes: Minutes of training of each run that compares stages, on 16×16 and then 32×32 images.
         seeds: Runs of each variant.
-        workers: Runs at a time, one thread each; the order is by seed, so that all variants meet the same conditions.
+        workers: Runs at a time, one thread each (as many as cores that are free); the order is by seed, so that all variants meet the same conditions.
         data_dir: Folder that holds the data.
         output_dir: Folder for the runs; finished ones are not repeated.
     """
@@ -128,7 +128,7 @@ def page(result: dict[str, Any]) -> str:
     return f"""# Why the pixel models and their recipe are as they are
 
 Fashion-MNIST, `linformer_vit_pico_patch1_32` (K = 64), equal training time on one CPU thread in bf16, torch
-{result['torch']}, two runs at a time. Top-1 on 3,000 validation images kept from the training set, mean ± standard
+{result['torch']}, on two cores. Top-1 on 3,000 validation images kept from the training set, mean ± standard
 deviation over {seeds} seeds; the test set was not touched. Written by
 
     {command}

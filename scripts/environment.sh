@@ -9,7 +9,7 @@ prepare_environment() {
     local extra=${1:-} base= candidate found key
     local recent='import sys; sys.exit(sys.version_info < (3, 11))'
     if [ ! -x "$python" ]; then
-        for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
             if "$candidate" -c "$recent" 2>/dev/null; then base=$candidate && break; fi
         done
         found=$("${PYTHON:-python3}" --version 2>&1) || true
