@@ -87,8 +87,9 @@ class LinformerAttention(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.per_head = sharing == 'none'
         self.matrices = SHARING[sharing]  # 1: E = F; 2: E and F
-        kind = PROJECTIONS.get(projection, PROJECTIONS['mean_pool'])  # 'none' is always full and never calls it
-        self.reduce, self.counts, self.pools, self.padding = kind.reduce, kind.counts, kind.pools, kind.padding
+        self.kind = PROJECTIONS.get(projection, PROJECTIONS['mean_pool'])  # 'none' is always full and never calls it
+        self.reduce, self.counts = self.kind.reduce, self.kind.counts
+        self.pools, self.padding = self.kind.pools, self.kind.padding
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
@@ -114,9 +115,24 @@ class LinformerAttention(nn.Module):
             Output of the attention, (B, P + N, D).
         """
         key, value, mask = self.key_value(x, projection, grid, valid)
-        out = self.attend(x, key, value, mask)
+        local: Tensor | None = None
         if self.local is not None:
-            out = out + self.local(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0), grid)
+            local = self.local(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0), grid)
+        return self.output(x, key, value, mask, local)
+
+    def output(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
+        """What becomes of each token once keys and values are known: (B, n, D) -> (B, n, D).
+
+        Args:
+            x: Any tokens of the normalised block input.
+            key: Keys, (B, H, P + K, D/H).
+            value: Values, (B, H, P + K, D/H).
+            mask: Which of them to attend to, (B, 1, 1, P + K), None for all.
+            local: The local path's output for these tokens.
+        """
+        out = self.attend(x, key, value, mask)
+        if local is not None:
+            out = out + local
         return self.proj_drop(self.proj(self.norm(out)))
 
     def is_full(self, grid: tuple[int, int]) -> bool:
@@ -142,11 +158,25 @@ class LinformerAttention(nn.Module):
             key, _, mask = self.project(self.linear(x, ones, 1), projection[:n], grid, valid)
             value, _, _ = self.project(self.linear(x, ones, 2), projection[n:], grid, valid)
         else:  # compress first
-            rows, sums, mask = self.project(x, projection[:n], grid, valid)
-            key = self.linear(rows, sums, 1)
+            tokens = x[:, self.num_prefix_tokens :]
+            rows = [self.reduce_valid(tokens, projection[: n - 1], grid, valid)]
             if self.matrices == 2:
-                rows, sums, _ = self.project(x, projection[n:], grid, valid)
-            value = self.linear(rows, sums, 2)
+                rows.append(self.reduce_valid(tokens, projection[n:-1], grid, valid))
+            return self.key_value_of_rows(rows, x[:, : self.num_prefix_tokens], projection, grid, valid)
+        if mask is not None:
+            mask = mask.unsqueeze(1).unsqueeze(1)
+        return self.k_norm(key), value, mask
+
+    def key_value_of_rows(
+        self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values from projected rows: [E x] or [E x, F x] of (B, K, D), and the prefix tokens (B, P, D)."""
+        n = len(projection) // self.matrices
+        compressed, sums, mask = self.complete(rows[0], prefix, projection[:n], grid, valid)
+        key = self.linear(compressed, sums, 1)
+        if self.matrices == 2:
+            compressed, sums, _ = self.complete(rows[1], prefix, projection[n:], grid, valid)
+        value = self.linear(compressed, sums, 2)
         if mask is not None:
             mask = mask.unsqueeze(1).unsqueeze(1)
         return self.k_norm(key), value, mask
@@ -154,23 +184,34 @@ class LinformerAttention(nn.Module):
     def project(
         self, x: Tensor, matrix: list[Tensor], grid: tuple[int, int], valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Prefix tokens as they are, then E x: (..., P + N, D) -> (..., P + K, D).
+        """Prefix tokens as they are, then E x: (..., P + N, D) -> (..., P + K, D); see `complete`."""
+        P = self.num_prefix_tokens
+        rows = self.reduce_valid(x[..., P:, :], matrix[:-1], grid, valid)
+        return self.complete(rows, x[..., :P, :], matrix, grid, valid)
+
+    def reduce_valid(self, x: Tensor, factors: list[Tensor], grid: tuple[int, int], valid: Tensor | None) -> Tensor:
+        """E x without the padded tokens: (..., N, D) -> (..., K, D)."""
+        if valid is not None:
+            padded = ~valid[:, self.num_prefix_tokens :].unsqueeze(-1)  # (B, N, 1)
+            x = x.masked_fill(padded.unsqueeze(1) if self.per_head else padded, self.padding)
+        return self.reduce(x, factors, grid, self.rows)
+
+    def complete(
+        self, rows: Tensor, prefix: Tensor, matrix: list[Tensor], grid: tuple[int, int], valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows that count their padding, are normalised if wished, and have the prefix tokens before them.
 
         Returns:
-            The rows, the row sums of that map, (P + K) or (B, P + K), and which rows hold tokens, (B, P + K) or None.
+            The rows, (..., P + K, D), the row sums of that map, (P + K) or (B, P + K), and which rows hold tokens,
+            (B, P + K) or None.
         """
         P = self.num_prefix_tokens
         factors, sums = matrix[:-1], matrix[-1]
-        tokens = x[..., P:, :]
         used: Tensor | None = None
-        if valid is None:
-            rows = self.reduce(tokens, factors, grid, self.rows)
-        else:
+        if valid is not None:
             inside = valid[:, P:].unsqueeze(-1)  # (B, N, 1)
-            padded = ~(inside.unsqueeze(1) if self.per_head else inside)
-            rows = self.reduce(tokens.masked_fill(padded, self.padding), factors, grid, self.rows)
             if self.pools:
-                part = self.counts(inside.to(x.dtype), factors, grid, self.rows)  # (B, K, 1), the share of real tokens
+                part = self.counts(inside.to(rows.dtype), factors, grid, self.rows)  # (B, K, 1), share of real tokens
                 empty = part == 0.0
                 used = F.pad(~empty.squeeze(-1), (P, 0), value=True)
                 if self.per_head:
@@ -181,7 +222,7 @@ class LinformerAttention(nn.Module):
         if self.row_norm:
             rows = F.layer_norm(rows, (rows.shape[-1],))
         if P > 0:
-            rows = torch.cat([x[..., :P, :].to(rows.dtype), rows], dim=-2)
+            rows = torch.cat([prefix.to(rows.dtype), rows], dim=-2)
             sums = F.pad(sums, (P, 0), value=1.0)
         return rows, sums, used
 

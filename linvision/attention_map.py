@@ -2,7 +2,8 @@
 
 Attention runs over K projected rows, not over tokens. A picture needs it back on the token grid: row k of E says with
 which (signed) weight each token enters row k, so that the attention a over the rows, lifted by Eᵀ a, says with which
-weight each token enters the output. It is signed and does not sum to one: not a probability over tokens.
+weight each token enters the output. It is signed and does not sum to one: not a probability over tokens. Where rows are
+normalised (`row_norm`), it is the weight before that norm.
 """
 
 import torch

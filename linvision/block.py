@@ -1,15 +1,17 @@
 """A transformer block over projected keys and values, in two pieces: a reduction of the tokens, then a map over tokens.
 
 Once a block's keys and values are known, everything else in it acts on each token alone (the local path needs a row of
-neighbours too). `forward` runs both pieces on the whole sequence and can be traced.
+neighbours too). `forward` runs both pieces on the whole sequence, which can be traced, or streams them.
 """
 
 from functools import partial
 
+import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, LayerType, Mlp
 from torch import Tensor, nn
 
 from linvision.attention import LinformerAttention
+from linvision.streaming import stream
 
 
 class LinformerBlock(nn.Module):
@@ -102,8 +104,10 @@ class LinformerBlock(nn.Module):
         projection: list[Tensor] | None = None,
         grid: tuple[int, int] | None = None,
         valid: Tensor | None = None,
+        chunk_size: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Both pieces on the whole sequence: (B, P + N, D) -> (B, P + N, D).
+        """Both pieces, on the whole sequence or streamed: (B, P + N, D) -> (B, P + N, D).
 
         Args:
             x: Tokens.
@@ -111,11 +115,16 @@ class LinformerBlock(nn.Module):
                 `nn.Sequential`, which TorchScript compiles with one argument.
             grid: Token grid (height, width). Required.
             valid: Which tokens are not padding, (B, P + N), boolean; all of them by default.
+            chunk_size: Images × tokens in a chunk, 0 for the whole sequence (see `streaming.py`).
+            out: Where a streamed block without gradients may write its result.
 
         Raises:
             ValueError: Called without the model's projection and grid.
         """
         if projection is None or grid is None:
             raise ValueError('A block needs its projection tensors and token grid, which the model passes to it.')
+        if not torch.jit.is_scripting():
+            if chunk_size > 0:
+                return stream(self, x, projection, grid, valid, chunk_size, out)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), projection, grid, valid)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

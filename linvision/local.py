@@ -48,13 +48,25 @@ class LocalPath(nn.Module):
         else:
             nn.init.zeros_(self.weight)
 
+    def step(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Tokens between two taps, down and across."""
+        return spacing(grid[0], self.grid[0]), spacing(grid[1], self.grid[1])
+
+    def reach(self, grid: tuple[int, int]) -> int:
+        """Rows of the token grid above and below a token that its output depends on."""
+        return self.weight.shape[-1] // 2 * self.step(grid)[0]
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P + N, D) -> (B, P + N, D)."""
         P = self.num_prefix_tokens
-        step = (spacing(grid[0], self.grid[0]), spacing(grid[1], self.grid[1]))
+        out = self.convolve(x[:, P:], grid, self.step(grid))
+        return F.pad(out, (0, 0, P, 0)) if P > 0 else out
+
+    def convolve(self, x: Tensor, grid: tuple[int, int], step: tuple[int, int]) -> Tensor:
+        """The convolution with taps `step` tokens apart, on whole rows of tokens: (B, N, D) -> (B, N, D)."""
         # Tokens `step` apart are images of their own, on which a dilated kernel is a plain one. PyTorch's dilation is
         # not safe in bf16 on CPUs: torch 2.14 died in the backward pass at 256 × 256 tokens and dilation 16.
-        image = x[:, P:].unflatten(1, grid)  # (B, h, w, D)
+        image = x.unflatten(1, grid)  # (B, h, w, D)
         if step[0] > 1 or step[1] > 1:
             image = F.pad(image, (0, 0, 0, -grid[1] % step[1], 0, -grid[0] % step[0]))
         size = (-(-grid[0] // step[0]), -(-grid[1] // step[1]))
@@ -62,8 +74,7 @@ class LocalPath(nn.Module):
         image = image.permute(0, 2, 4, 5, 1, 3).flatten(0, 2)  # (B * s_h * s_w, D, h / s_h, w / s_w)
         out = F.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=x.shape[-1])
         out = out.unflatten(0, (-1, step[0], step[1])).permute(0, 4, 1, 5, 2, 3)  # (B, h / s_h, s_h, w / s_w, s_w, D)
-        out = out.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)  # (B, N, D)
-        return F.pad(out, (0, 0, P, 0)) if P > 0 else out
+        return out.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)  # (B, N, D)
 
 
 def spacing(tokens: int, own: int) -> int:

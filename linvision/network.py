@@ -21,12 +21,14 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from linvision.block import LinformerBlock
 from linvision.nearest import nearest
 from linvision.position import POSITIONS
 from linvision.projection import Projection, projected_lengths, row_grid
 from linvision.resize import resized_state
+from linvision.streaming import auto_chunk_size
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class LinformerVisionTransformer(VisionTransformer):
         local_size: Side of the depth-wise convolution beside each attention, 0 for a plain Linformer.
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
+        chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' to choose by what fits into cache
+            (see `streaming.py`). Results are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
@@ -70,6 +74,7 @@ class LinformerVisionTransformer(VisionTransformer):
         local_size: int = 0,
         local_grid: int | tuple[int, int] = 0,
         row_norm: bool = False,
+        chunk_size: int | str = 'auto',
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
@@ -129,6 +134,8 @@ class LinformerVisionTransformer(VisionTransformer):
         self.projection = None
         if projection != 'none':
             self.projection = Projection(projection, sharing, lengths, grid, depth, num_heads, embed_dim, **dd)
+        self.hidden = int(embed_dim * kwargs.get('mlp_ratio', 4.0))
+        self.set_chunk_size(chunk_size)
         self.longest = 0 if projection == 'none' else max(lengths)
         self.register_load_state_dict_pre_hook(resize_on_load)
         self._log_full_attention()
@@ -174,6 +181,30 @@ class LinformerVisionTransformer(VisionTransformer):
         if self.projection is not None:
             self.projection.set_grid(self.patch_embed.grid_size)
         self._log_full_attention()
+
+    @torch.jit.ignore
+    def set_chunk_size(self, chunk_size: int | str) -> None:
+        """How blocks are run: 0 whole, a number of images × tokens at a time, or 'auto'.
+
+        Raises:
+            ValueError: Anything else.
+        """
+        if chunk_size != 'auto' and (not isinstance(chunk_size, int) or chunk_size < 0):
+            raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
+        self.chunk_size = chunk_size
+
+    @torch.jit.ignore
+    def chunk_of(self, x: Tensor) -> int:
+        """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them."""
+        if self.chunk_size == 0 or not isinstance(x, Tensor):  # a proxy of torch.fx
+            return 0
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.blocks[0].attn.fused_attn:
+            return 0
+        if any(
+            m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules() if not isinstance(m, FSDPModule)
+        ):
+            return 0
+        return auto_chunk_size(x, self.hidden) if self.chunk_size == 'auto' else self.chunk_size
 
     def embed(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images to contiguous tokens with positions and prefix.
@@ -263,9 +294,17 @@ class LinformerVisionTransformer(VisionTransformer):
         # isinstance, not `is not None`: under FX every argument is a proxy
         x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
+        chunk = 0
+        if not torch.jit.is_scripting():
+            chunk = self.chunk_of(x)
+        spare: Tensor | None = None  # two buffers take turns where there are no gradients
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, projection[i], grid, valid, use_reentrant=False)
+                x = checkpoint(block, x, projection[i], grid, valid, chunk, use_reentrant=False)
+            elif chunk > 0:
+                previous = x
+                x = block(x, projection[i], grid, valid, chunk, spare)
+                spare = previous
             else:
                 x = block(x, projection[i], grid, valid)
         return self.norm(x)

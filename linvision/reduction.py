@@ -8,6 +8,8 @@ A kind of projection is a class without state in `PROJECTIONS`; to add one, writ
 - `reduce(x, factors, grid, rows)`: E x, (..., N, D) -> (..., K, D).
 - `counts(x, factors, grid, rows)`: E x for x of width 1; of ones, the row sums E 1 that scale the biases, and of a mask
   the part of each row that is not padding.
+- `part(factors, start, stop)`: the factors for the tokens of some rows of the token grid, where E x is the sum of E x
+  over such parts; a kind without it (None) is reduced whole.
 - `resize(weights, grid, rows)`: the parameters on another token grid or for other rows; row sums stay.
 - `pools`: each row is an average, so that a row without tokens is left out and others count their tokens.
 - `padding`: what padded tokens are set to before `reduce`.
@@ -46,6 +48,10 @@ class Linear:
     counts = reduce
 
     @staticmethod
+    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
+        return [factors[0][..., start:stop, :]]
+
+    @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
         E = weights[0]  # (..., K, h, w)
         E = area_matrix(E.shape[-2], grid[0], E) @ E @ area_matrix(E.shape[-1], grid[1], E).T
@@ -78,6 +84,10 @@ class Separable:
     counts = reduce
 
     @staticmethod
+    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
+        return [factors[0][..., start:stop], factors[1]]
+
+    @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
         return [
             resize_rows(E @ area_matrix(E.shape[-1], n, E).T, k) for E, n, k in zip(weights, grid, rows, strict=True)
@@ -101,6 +111,7 @@ class MeanPool:
 
     reduce = Separable.reduce
     counts = Separable.reduce
+    part = Separable.part
 
     @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
@@ -113,6 +124,7 @@ class MaxPool:
     summed, sized = 0, 0
     pools = True
     padding = float('-inf')
+    part = None
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
@@ -143,6 +155,7 @@ class Conv:
     summed, sized = 2, 2
     pools = True
     padding = 0.0
+    part = None
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:

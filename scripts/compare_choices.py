@@ -89,7 +89,7 @@ def main(
         minutes: Minutes of training of each run that compares models, on 16×16 images.
         stage_minutes: Minutes of training of each run that compares stages, on 16×16 and then 32×32 images.
         seeds: Runs of each variant.
-        workers: Runs at a time, one thread each (as many as cores that are free); the order is by seed, so that all variants meet the same conditions.
+        workers: Runs at a time, one thread each; the order is by seed, so that all variants meet the same conditions.
         data_dir: Folder that holds the data.
         output_dir: Folder for the runs; finished ones are not repeated.
     """

@@ -1,0 +1,201 @@
+"""Streamed blocks: no N×K and no N×4D array is ever whole in memory.
+
+Once the K rows of keys and values of a block are known, the rest of the block acts on each token alone (the local path
+needs a few rows of neighbours). So a block is two loops over chunks of tokens that stay in cache: E x, summed over the
+chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
+
+- `stream` runs inside the block's `forward`: FSDP2 gathers the block's parameters there.
+- Without gradients the result goes to a buffer of the model's, never to the caller's tensor.
+- With gradients only the block's input is kept: each chunk is recomputed in the backward pass
+  (`torch.utils.checkpoint`), which also repeats its dropout. Drop path is drawn once for each image and block.
+- Chunks are whole rows of the token grid, or several whole images where images are short.
+- `conv`, `max_pool`, `sharing='none'` and full attention get their keys and values from the whole sequence; all that
+  follows is streamed.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from linvision.block import LinformerBlock
+
+CACHE_BYTES = 3 * 2**20  # what the hidden layer of a chunk may take on a CPU
+DEVICE_BYTES = 2**28  # and on an accelerator
+
+
+def auto_chunk_size(x: Tensor, hidden: int) -> int:
+    """Tokens in a chunk so that an MLP layer `hidden` wide stays in cache; 0, whole, where all tokens fit.
+
+    Args:
+        x: Tokens, (B, P + N, D).
+        hidden: Width of the hidden layer.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    tokens = (CACHE_BYTES if device == 'cpu' else DEVICE_BYTES) // (hidden * dtype.itemsize)
+    tokens = max(256, 2 ** (tokens.bit_length() - 1))
+    return tokens if x.shape[0] * x.shape[1] > tokens else 0
+
+
+def stream(
+    block: 'LinformerBlock',
+    x: Tensor,
+    projection: list[Tensor],
+    grid: tuple[int, int],
+    valid: Tensor | None,
+    chunk_size: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A block, chunk by chunk: (B, P + N, D) -> (B, P + N, D), equal to the block run whole but for rounding.
+
+    Args:
+        block: The block.
+        x: Its input; not changed.
+        projection: This layer's tensors, from `Projection.forward`.
+        grid: Token grid (height, width).
+        valid: Which tokens are not padding, (B, P + N), None for all.
+        chunk_size: Images × tokens in a chunk; it has one row of the token grid at least.
+        out: Where the result goes when there are no gradients; not `x`. By default a new tensor.
+    """
+    learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    step = max(1, chunk_size // x.shape[1])  # images
+    scales: list[Tensor] = []
+    if block.training:  # drop path of ones: timm's own draw, one number an image
+        scales = [path(x.new_ones(x.shape[0], 1, 1)) for path in (block.drop_path1, block.drop_path2)]
+    if learns:
+        padding = valid.split(step) if valid is not None else [None] * -(-len(x) // step)
+        results = []
+        for i, images in enumerate(x.split(step)):
+            drop = [s[i * step : (i + 1) * step] for s in scales]
+            results += [
+                torch.cat(Images(block, images, grid, chunk_size, padding[i], drop, True).run(projection), dim=1)
+            ]
+        return torch.cat(results) if len(results) > 1 else results[0]
+    out = torch.empty_like(x) if out is None else out
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        images = Images(
+            block, x[part], grid, chunk_size, None if valid is None else valid[part], [s[part] for s in scales], False
+        )
+        images.run(projection, out[part])
+    return out
+
+
+class Images:
+    """Some images' tokens, cut into chunks of whole rows of the token grid; the prefix is a chunk of its own.
+
+    Args:
+        block: The block.
+        x: Their tokens, (B, P + N, D).
+        grid: Token grid (height, width).
+        chunk_size: Images × tokens in a chunk.
+        valid: Which tokens are not padding, (B, P + N), None for all.
+        drop: The two scales of drop path, (B, 1, 1), or none.
+        learns: Recompute in the backward pass.
+    """
+
+    def __init__(
+        self,
+        block: 'LinformerBlock',
+        x: Tensor,
+        grid: tuple[int, int],
+        chunk_size: int,
+        valid: Tensor | None,
+        drop: list[Tensor],
+        learns: bool,
+    ) -> None:
+        self.block, self.grid, self.valid, self.drop, self.learns = block, grid, valid, drop, learns
+        self.P = block.attn.num_prefix_tokens
+        rows = max(1, chunk_size // (len(x) * grid[1]))
+        self.rows = [(start, min(start + rows, grid[0])) for start in range(0, grid[0], rows)]  # of each chunk
+        # split, not slices: the backward pass of a slice fills a whole gradient with zeros
+        self.prefix, *self.chunks = x.split([self.P] + [(b - a) * grid[1] for a, b in self.rows], dim=1)
+        self.x = x
+
+    def do(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Call a function of tensors, or checkpoint it."""
+        return checkpoint(function, *tensors, use_reentrant=False) if self.learns else function(*tensors)
+
+    def run(self, projection: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        """The block's output, chunk by chunk; written to `out` where it is given."""
+        key, value, mask = self.key_value(projection)
+        results = []
+        start = 0
+        for i in range(-1 if self.P else 0, len(self.chunks)):  # -1 is the prefix
+            chunk = self.output(i, key, value, mask)
+            if out is None:
+                results.append(chunk)
+            else:
+                out[:, start : start + chunk.shape[1]] = chunk
+                start += chunk.shape[1]
+        return results
+
+    def key_value(self, projection: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask as `LinformerAttention.key_value` gives them, from chunks where the kind allows it."""
+        block, attention, grid = self.block, self.block.attn, self.grid
+        if attention.kind.part is None or attention.per_head or attention.is_full(grid):
+            return self.do(lambda x: attention.key_value(block.norm1(x), projection, grid, self.valid), self.x)
+        n = len(projection) // attention.matrices
+        matrices = [projection[i * n : (i + 1) * n - 1] for i in range(attention.matrices)]
+        total: list[Tensor] = []
+        for chunk, (first, last) in zip(self.chunks, self.rows, strict=True):
+
+            def part(x: Tensor, first: int = first, last: int = last) -> list[Tensor]:
+                x = self.masked(block.norm1(x), first, last)
+                sub = (last - first, grid[1])
+                parts = [
+                    attention.reduce(x, attention.kind.part(m, first, last), sub, attention.rows) for m in matrices
+                ]
+                return [p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts]  # a sum of many
+
+            parts = self.do(part, chunk)
+            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+        prefix = block.norm1(self.prefix)
+        rows = [t.to(prefix.dtype) for t in total]
+        return attention.key_value_of_rows(rows, prefix, projection, grid, self.valid)
+
+    def masked(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Normalised tokens of some rows of the grid, the padded ones set to zero."""
+        if self.valid is None:
+            return x
+        inside = self.valid[:, self.P + first * self.grid[1] : self.P + last * self.grid[1]]
+        return x.masked_fill(~inside.unsqueeze(-1), 0.0)
+
+    def output(self, i: int, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """What the block makes of chunk i (-1: the prefix) once keys and values are known."""
+        block, attention, width = self.block, self.block.attn, self.grid[1]
+        if i < 0 or attention.local is None:
+            chunk = self.prefix if i < 0 else self.chunks[i]
+            return self.do(lambda x, k, v: self.tokens(x, block.norm1(x), None, k, v, mask), chunk, key, value)
+        (first, last), reach = self.rows[i], attention.local.reach(self.grid)
+        top, bottom = max(0, first - reach), min(self.grid[0], last + reach)
+        near = [j for j, (a, b) in enumerate(self.rows) if a < bottom and b > top]
+        step = attention.local.step(self.grid)
+
+        def function(k: Tensor, v: Tensor, *parts: Tensor) -> Tensor:
+            x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            x = x[:, skip : skip + (bottom - top) * width]
+            h = block.norm1(x)
+            local = attention.local.convolve(self.masked(h, top, bottom), (bottom - top, width), step)
+            own = slice((first - top) * width, (last - top) * width)
+            return self.tokens(x[:, own], h[:, own], local[:, own], k, v, mask)
+
+        if self.learns:  # neighbouring chunks as they are: nothing new is kept for the backward pass
+            skip = (top - self.rows[near[0]][0]) * width
+            return self.do(function, key, value, *(self.chunks[j] for j in near))
+        skip = self.P + top * width
+        return function(key, value, self.x)
+
+    def tokens(
+        self, x: Tensor, h: Tensor, local: Tensor | None, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention, MLP and both residuals of some tokens x; h is x normalised."""
+        block = self.block
+        y = block.ls1(block.attn.output(h, key, value, mask, local))
+        x = x + (y * self.drop[0] if self.drop else y)
+        y = block.ls2(block.mlp(block.norm2(x)))
+        return x + (y * self.drop[1] if self.drop else y)

@@ -1,0 +1,246 @@
+"""Streaming equals plain: outputs, gradients, dropout, and what must stay as it is while blocks are streamed."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from linvision.projection import SHARING
+from linvision.reduction import PROJECTIONS
+from linvision.streaming import auto_chunk_size
+
+KINDS = [*PROJECTIONS, 'none']
+CHUNKS = [1, 24, 30, 100, 1000]  # below a row of 8 × 6 tokens … above three images
+
+
+def create(dtype=torch.float64, seed: int = 0, **kwargs) -> nn.Module:
+    """A model of 8 × 6 tokens whose weights are far from the initial ones."""
+    torch.manual_seed(seed)
+    arguments = dict(num_classes=5, img_size=(8, 6), proj_len=6, chunk_size=0, local_grid=0)
+    model = timm.create_model('test_linformer_vit', **{**arguments, **kwargs}, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def batch(n: int = 3, size: tuple[int, int] = (8, 6), dtype=torch.float64) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(n, 3, *size, dtype=dtype)
+
+
+def padding(n: int = 3) -> torch.Tensor:
+    torch.manual_seed(2)
+    return torch.rand(n, 48) < 0.3
+
+
+def gradients(model: nn.Module, images: torch.Tensor, seed: int = 3, **kwargs) -> dict[str, torch.Tensor]:
+    """Loss and gradients of every parameter and of the images."""
+    model.zero_grad(set_to_none=True)
+    images = images.clone().requires_grad_()
+    torch.manual_seed(seed)
+    loss = model(images, **kwargs).square().sum()
+    loss.backward()
+    return {'loss': loss.detach(), 'images': images.grad, **{n: p.grad for n, p in model.named_parameters()}}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Chunk sizes of every streamed block."""
+    import linvision.block
+
+    seen, stream = [], linvision.block.stream
+    monkeypatch.setattr(linvision.block, 'stream', lambda *args: seen.append(args[5]) or stream(*args))
+    return seen
+
+
+@pytest.mark.parametrize('tokens', [dict(), dict(class_token=True, reg_tokens=2, global_pool='token')])
+@pytest.mark.parametrize('sharing', SHARING)
+@pytest.mark.parametrize('kind', KINDS)
+def test_streaming_equals_plain_without_and_with_gradients(kind, sharing, tokens, calls):
+    model = create(projection=kind, sharing=sharing, **tokens)
+    for arguments in (dict(), dict(key_padding_mask=padding())):
+        model.set_chunk_size(0)
+        with torch.no_grad():
+            plain = model(batch(), **arguments)
+        exact = gradients(model, batch(), **arguments)
+        assert not calls
+        for chunk in CHUNKS:
+            model.set_chunk_size(chunk)
+            with torch.no_grad():
+                torch.testing.assert_close(model(batch(), **arguments), plain, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(gradients(model, batch(), **arguments), exact, rtol=1e-9, atol=1e-9)
+            assert calls == [chunk] * 6  # three blocks, twice
+            calls.clear()
+
+
+@pytest.mark.parametrize('local_grid', [(2, 2), (4, 3), (1, 6)])
+def test_a_dilated_local_path_finds_its_neighbours_in_other_chunks(local_grid):
+    model = create(local_grid=local_grid, local_size=5)
+    plain, exact = model(batch()), gradients(model, batch())
+    for chunk in CHUNKS:
+        model.set_chunk_size(chunk)
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch()), plain)
+        torch.testing.assert_close(gradients(model, batch()), exact)
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = create(class_token=True, sharing='key_value', chunk_size=14, depth=2)
+
+    def function(images, *weights):
+        state = dict(zip((n for n, _ in model.named_parameters()), weights, strict=True))
+        return torch.func.functional_call(model, state, (images,))
+
+    inputs = (batch(2).requires_grad_(), *(p.detach().requires_grad_() for p in model.parameters()))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    model = create(chunk_size=24, proj_drop_rate=0.3, attn_drop_rate=0.2).train()
+    images, eps = batch(), 1e-6
+    exact = gradients(model, images)
+    direction = torch.randn_like(images)
+
+    def loss(x: torch.Tensor) -> float:
+        torch.manual_seed(3)
+        return model(x.requires_grad_()).square().sum().item()
+
+    slope = (loss(images + eps * direction) - loss(images - eps * direction)) / (2 * eps)
+    assert slope == pytest.approx((exact['images'] * direction).sum().item(), rel=1e-5)
+
+
+def test_drop_path_is_drawn_once_for_each_image_and_block():
+    model = create(chunk_size=6, drop_path_rate=0.5, depth=2).train()
+    block = model.blocks[1]
+    x = torch.randn(64, 48, 32, dtype=torch.float64)
+    projection = model.projection_tensors(x, (8, 6))[1]
+    with torch.no_grad():
+        for module in (block.attn.proj, block.mlp.fc2):  # each branch adds a constant: 1 and 10
+            module.weight.zero_()
+        block.attn.proj.bias.fill_(1.0)
+        block.mlp.fc2.bias.fill_(10.0)
+    for keep in (True, False):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(keep):
+            added = block(x, projection, (8, 6), None, 6).detach() - x
+        assert (added - added[:, :1]).abs().max() < 1e-9  # all tokens of an image alike
+        found = {round(v) for v in added[:, 0, 0].tolist()}
+        assert found == {0, 2, 20, 22}  # either branch, scaled by 1 / 0.5
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_low_precision_error_is_at_most_twice_that_of_the_whole_block(dtype, autocast):
+    model = create()
+    images = batch(8)
+    exact = model(images)
+    model.to(torch.float32 if autocast else dtype)
+    images = images.to(torch.float32 if autocast else dtype)
+    errors = []
+    for chunk in (0, 12):
+        model.set_chunk_size(chunk)
+        with torch.no_grad(), torch.autocast('cpu', dtype, enabled=autocast):
+            errors.append((model(images) - exact).norm())
+    assert errors[1] <= 2 * errors[0]
+
+
+def test_training_in_autocast_gives_the_gradients_of_the_whole_block():
+    model = create(dtype=torch.float32)
+    exact = gradients(model, batch(dtype=torch.float32))
+    errors = []
+    for chunk in (0, 12):
+        model.set_chunk_size(chunk)
+        with torch.autocast('cpu', torch.bfloat16):
+            found = gradients(model, batch(dtype=torch.float32))
+        errors.append(math.fsum(((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact))
+    assert errors[1] <= 2 * errors[0]
+
+
+def test_callers_tensors_are_not_changed(calls):
+    model = create(chunk_size=12)
+    images = batch()
+    before = images.clone()
+    with torch.no_grad():
+        model(images)
+        x = torch.randn(2, 48, 32, dtype=torch.float64)
+        kept = x.clone()
+        model.blocks[0](x, model.projection_tensors(x, (8, 6))[0], (8, 6), None, 12)
+    assert torch.equal(images, before) and torch.equal(x, kept) and len(calls) == 4
+
+
+def test_results_of_two_calls_do_not_share_memory():
+    model = create(chunk_size=12)
+    with torch.no_grad():
+        first = model.forward_features(batch())
+        kept = first.clone()
+        model.forward_features(batch() + 1)
+    assert torch.equal(first, kept)
+
+
+def test_blocks_are_whole_where_something_looks_into_them(calls):
+    model, images = create(chunk_size=12), batch()
+    seen = []
+    handle = model.blocks[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(images)
+    assert seen[0].shape[1] == 48 and not calls
+    handle.remove()
+    model.forward_intermediates(images)
+    assert not calls
+    model(images)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_gradient_checkpointing_goes_with_streaming(checkpointing):
+    model = create().train()
+    exact = gradients(model, batch())
+    model.set_chunk_size(12)
+    model.set_grad_checkpointing(checkpointing)
+    torch.testing.assert_close(gradients(model, batch()), exact)
+
+
+def test_only_the_blocks_inputs_are_kept_for_the_backward_pass():
+    model = create(img_size=(32, 32), proj_len=16, dtype=torch.float32).train()
+    images = batch(2, (32, 32), torch.float32)
+
+    def kept() -> int:
+        storages = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(images)
+        return sum(storages.values())
+
+    whole = kept()
+    model.set_chunk_size(128)
+    assert kept() < whole / 5
+
+
+def test_a_checkpoint_trained_streamed_loads_unstreamed(tmp_path):
+    streamed = create(dtype=torch.float32, chunk_size=12)
+    save_for_hf(streamed, str(tmp_path), safe_serialization=True)
+    plain = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, chunk_size=0).eval()
+    assert plain.chunk_size == 0 and streamed.state_dict().keys() == plain.state_dict().keys()
+    images = batch(dtype=torch.float32)
+    torch.testing.assert_close(streamed(images), plain(images))
+
+
+@pytest.mark.parametrize('wrong', [-1, 'all', 2.5])
+def test_wrong_chunk_sizes_are_refused(wrong):
+    with pytest.raises(ValueError, match="chunk_size must be 'auto', 0 or a number of tokens"):
+        create(chunk_size=wrong)
+
+
+def test_automatic_chunks_fit_into_cache_and_small_inputs_stay_whole():
+    x = torch.empty(1, 65536, 192)
+    chunk = auto_chunk_size(x, 768)
+    assert 2**20 <= chunk * 768 * 4 <= 2**22
+    assert auto_chunk_size(x.bfloat16(), 768) == 2 * chunk
+    assert auto_chunk_size(x[:, :chunk], 768) == 0
