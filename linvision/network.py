@@ -48,8 +48,8 @@ class LinformerVisionTransformer(VisionTransformer):
         local_size: Side of the depth-wise convolution beside each attention, 0 for a plain Linformer.
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
-        chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' to choose by what fits into cache
-            (see `streaming.py`). Results are equal but for rounding.
+        chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache without
+            gradients and all with them (see `streaming.py`). Results are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
@@ -204,7 +204,11 @@ class LinformerVisionTransformer(VisionTransformer):
             m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules() if not isinstance(m, FSDPModule)
         ):
             return 0
-        return auto_chunk_size(x, self.hidden) if self.chunk_size == 'auto' else self.chunk_size
+        if (
+            self.chunk_size == 'auto'
+        ):  # with gradients it saves memory, but its speed is not measured yet: on request only
+            return 0 if torch.is_grad_enabled() else auto_chunk_size(x, self.hidden)
+        return self.chunk_size
 
     def embed(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images to contiguous tokens with positions and prefix.
