@@ -35,6 +35,8 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
         hidden: Width of the hidden layer.
     """
     device = x.device.type
+    if device == 'meta':  # nothing is computed, and it has no autocast
+        return 0
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     tokens = (CACHE_BYTES if device == 'cpu' else DEVICE_BYTES) // (hidden * dtype.itemsize)
     tokens = max(256, 2 ** (tokens.bit_length() - 1))

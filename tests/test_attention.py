@@ -93,6 +93,7 @@ def test_model_hands_each_block_its_own_matrices(kind, sharing):
     model = timm.create_model(
         'test_linformer_vit', img_size=GRID, embed_dim=D, depth=DEPTH, num_heads=HEADS, local_size=0, class_token=True,
         projection=kind, sharing=sharing, proj_len=6 if sharing == 'layerwise' else LENGTHS, dtype=torch.float64,
+        row_norm=False,
     )  # fmt: skip
     randomise(model)
     seen = []
