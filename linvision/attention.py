@@ -152,7 +152,8 @@ class LinformerAttention(nn.Module):
         if self.is_full(grid):
             ones = x.new_ones(x.shape[1])
             key, value = self.linear(x, ones, 1), self.linear(x, ones, 2)
-            mask = valid
+            if valid is not None:
+                mask = valid.unsqueeze(1).unsqueeze(1)
         elif self.per_head:  # every head has its own E: the paper's order, keys and values before the projection
             ones = x.new_ones(x.shape[1])
             key, _, mask = self.project(self.linear(x, ones, 1), projection[:n], grid, valid)
@@ -163,8 +164,6 @@ class LinformerAttention(nn.Module):
             if self.matrices == 2:
                 rows.append(self.reduce_valid(tokens, projection[n:-1], grid, valid))
             return self.key_value_of_rows(rows, x[:, : self.num_prefix_tokens], projection, grid, valid)
-        if mask is not None:
-            mask = mask.unsqueeze(1).unsqueeze(1)
         return self.k_norm(key), value, mask
 
     def key_value_of_rows(
@@ -177,8 +176,6 @@ class LinformerAttention(nn.Module):
         if self.matrices == 2:
             compressed, sums, _ = self.complete(rows[1], prefix, projection[n:], grid, valid)
         value = self.linear(compressed, sums, 2)
-        if mask is not None:
-            mask = mask.unsqueeze(1).unsqueeze(1)
         return self.k_norm(key), value, mask
 
     def project(
@@ -203,7 +200,7 @@ class LinformerAttention(nn.Module):
 
         Returns:
             The rows, (..., P + K, D), the row sums of that map, (P + K) or (B, P + K), and which rows hold tokens,
-            (B, P + K) or None.
+            (B, 1, 1, P + K) or None for all.
         """
         P = self.num_prefix_tokens
         factors, sums = matrix[:-1], matrix[-1]
@@ -213,7 +210,7 @@ class LinformerAttention(nn.Module):
             if self.pools:
                 part = self.counts(inside.to(rows.dtype), factors, grid, self.rows)  # (B, K, 1), share of real tokens
                 empty = part == 0.0
-                used = F.pad(~empty.squeeze(-1), (P, 0), value=True)
+                used = F.pad(~empty.squeeze(-1), (P, 0), value=True).unsqueeze(1).unsqueeze(1)
                 if self.per_head:
                     part, empty = part.unsqueeze(1), empty.unsqueeze(1)
                 rows = (rows / part.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)

@@ -3,7 +3,7 @@
 Notable here:
 
 - The model owns the projection, once, and hands each block its tensors; the blocks own everything else.
-- Same state dict as timm's ViT: `load_state_dict` takes the weights of a plain ViT, only `projection.*` is new.
+- Same state dict as timm's ViT but for `projection.*`, which `load_state_dict(strict=True)` misses in a plain ViT's.
 - Tokens are contiguous, (B, N, D), from the patch embedding on (timm's is a transposed view, copied at every step).
 - `set_input_size`, `dynamic_img_size` and checkpoints of another size resize the projection and the positions together.
 - Padding is a `key_padding_mask` over tokens; what stands in padded pixels changes no output and no gradient.
@@ -21,14 +21,14 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from linvision.block import LinformerBlock
 from linvision.nearest import nearest
+from linvision.padding import check_padding, masked_pool, padded_pixels
 from linvision.position import POSITIONS
 from linvision.projection import Projection, projected_lengths, row_grid
 from linvision.resize import resized_state
-from linvision.streaming import auto_chunk_size
+from linvision.streaming import choose_chunk_size
 
 _logger = logging.getLogger(__name__)
 
@@ -193,23 +193,6 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
         self.chunk_size = chunk_size
 
-    @torch.jit.ignore
-    def chunk_of(self, x: Tensor) -> int:
-        """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them."""
-        if self.chunk_size == 0 or not isinstance(x, Tensor):  # a proxy of torch.fx
-            return 0
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.blocks[0].attn.fused_attn:
-            return 0
-        if any(
-            m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules() if not isinstance(m, FSDPModule)
-        ):
-            return 0
-        if (
-            self.chunk_size == 'auto'
-        ):  # with gradients it saves memory, but its speed is not measured yet: on request only
-            return 0 if torch.is_grad_enabled() else auto_chunk_size(x, self.hidden)
-        return self.chunk_size
-
     def embed(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images to contiguous tokens with positions and prefix.
 
@@ -300,7 +283,7 @@ class LinformerVisionTransformer(VisionTransformer):
         projection = self.projection_tensors(x, grid)
         chunk = 0
         if not torch.jit.is_scripting():
-            chunk = self.chunk_of(x)
+            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
         spare: Tensor | None = None  # two buffers take turns where there are no gradients
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -408,32 +391,3 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
             'An N×N attn_mask means nothing over K projected rows; for padding, give key_padding_mask, (B, N) and true '
             'for the tokens to ignore.'
         )
-
-
-def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
-    """Raise ValueError for a padding mask that does not fit the tokens."""
-    N = grid[0] * grid[1]
-    if key_padding_mask.dtype != torch.bool or list(key_padding_mask.shape) != [batch, N]:
-        raise ValueError(
-            f'key_padding_mask must be boolean with shape ({batch}, {N}), true for the tokens to ignore, got '
-            f'{key_padding_mask.dtype} {list(key_padding_mask.shape)}.'
-        )
-
-
-def padded_pixels(key_padding_mask: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """The padding mask of tokens as one of pixels: (B, N) -> (B, 1, height, width)."""
-    mask = key_padding_mask.unflatten(1, grid).unsqueeze(1)
-    return mask.repeat_interleave(patch_size[0], dim=2).repeat_interleave(patch_size[1], dim=3)
-
-
-def masked_pool(x: Tensor, global_pool: str, num_prefix_tokens: int, key_padding_mask: Tensor) -> Tensor:
-    """The pooled tokens of an image without its padding: (B, P + N, D) -> (B, D)."""
-    if global_pool == '':
-        return x
-    if global_pool == 'token':
-        return x[:, 0]
-    if global_pool == 'avg':
-        mean = x[:, num_prefix_tokens:].masked_fill(key_padding_mask.unsqueeze(-1), 0.0).mean(dim=1)
-        N = key_padding_mask.shape[1]
-        return mean * (N / (~key_padding_mask).sum(dim=1, keepdim=True)).to(x.dtype)  # a sum could overflow in fp16
-    raise ValueError(f"With a key_padding_mask, global_pool must be 'avg' or 'token', got '{global_pool}'.")

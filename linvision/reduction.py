@@ -1,18 +1,6 @@
 """How N tokens become K rows: the maps E of Linformer (arXiv 2006.04768, section 4), one class each.
 
-A kind of projection is a class without state in `PROJECTIONS`; to add one, write it and add it there. It holds
-
-- `shapes(grid, rows, dim)`: shapes of the parameters of one matrix; `summed` of their last axes are summed over, and
-  `sized` of them depend on N or K.
-- `factors(weights, grid, rows, like)`: the tensors that travel to the blocks, from the parameters.
-- `reduce(x, factors, grid, rows)`: E x, (..., N, D) -> (..., K, D).
-- `counts(x, factors, grid, rows)`: E x for x of width 1; of ones, the row sums E 1 that scale the biases, and of a mask
-  the part of each row that is not padding.
-- `part(factors, start, stop)`: the factors for the tokens of some rows of the token grid, where E x is the sum of E x
-  over such parts; a kind without it (None) is reduced whole.
-- `resize(weights, grid, rows)`: the parameters on another token grid or for other rows; row sums stay.
-- `pools`: each row is an average, so that a row without tokens is left out and others count their tokens.
-- `padding`: what padded tokens are set to before `reduce`.
+A kind of projection is a class without state in `PROJECTIONS`; to add one, write a `Kind` and add it there.
 
 Symbols: N tokens on the token grid (height, width) = `grid`, K rows seen as a grid (K_h, K_w) = `rows`, D width.
 `conv`, `mean_pool` and `max_pool` cut the token grid into cells; where K_h or K_w does not divide it, the last cells
@@ -26,20 +14,56 @@ from torch import Tensor
 from linvision.resize import area_matrix, resize_rows
 
 
-class Linear:
+class Kind:
+    """What a projection must say of itself; the defaults are those of one without parameters.
+
+    Attributes:
+        summed: How many of the last axes of its parameters are summed over.
+        sized: How many of them depend on N or K.
+        pools: Each row is an average, so that a row without tokens is left out and others count their tokens.
+        padding: What padded tokens are set to before `reduce`.
+        part: `part(factors, start, stop)`, the factors for the tokens of some rows of the token grid, where E x is the
+            sum of E x over such parts; None where it is reduced whole.
+        counts: Like `reduce`, for x of width 1: of ones, the row sums E 1 that scale the biases; of a mask, the part of
+            each row that is not padding.
+    """
+
+    summed, sized = 0, 0
+    pools = False
+    padding = 0.0
+    part = None
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        """Shapes of the parameters of one matrix."""
+        return []
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        """The tensors that travel to the blocks, from the parameters."""
+        return weights
+
+    @staticmethod
+    def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """E x, (..., N, D) -> (..., K, D)."""
+        raise NotImplementedError
+
+    counts = reduce
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        """The parameters on another token grid or for other rows; row sums stay."""
+        return weights
+
+
+class Linear(Kind):
     """E is a learned K×N matrix, without structure (the paper's), stored as (K, h, w)."""
 
     summed, sized = 2, 3
-    pools = False
-    padding = 0.0
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
         return [(rows[0] * rows[1], *grid)]
-
-    @staticmethod
-    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
-        return weights
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
@@ -58,20 +82,14 @@ class Linear:
         return [resize_rows(E.flatten(-2), rows[0] * rows[1]).unflatten(-1, grid)]
 
 
-class Separable:
+class Separable(Kind):
     """E = E_h ⊗ E_w, one small matrix for each image axis: K_h·h + K_w·w parameters instead of K·N."""
 
     summed, sized = 1, 2
-    pools = False
-    padding = 0.0
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
         return [(rows[0], grid[0]), (rows[1], grid[1])]
-
-    @staticmethod
-    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
-        return weights
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
@@ -94,16 +112,10 @@ class Separable:
         ]
 
 
-class MeanPool:
+class MeanPool(Kind):
     """Each row is the mean of a cell of the token grid: a separable E without parameters."""
 
-    summed, sized = 0, 0
     pools = True
-    padding = 0.0
-
-    @staticmethod
-    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
-        return []
 
     @staticmethod
     def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
@@ -113,26 +125,12 @@ class MeanPool:
     counts = Separable.reduce
     part = Separable.part
 
-    @staticmethod
-    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
-        return weights
 
-
-class MaxPool:
+class MaxPool(Kind):
     """Each row is the maximum of a cell of the token grid, for each channel of the block's input."""
 
-    summed, sized = 0, 0
     pools = True
     padding = float('-inf')
-    part = None
-
-    @staticmethod
-    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
-        return []
-
-    @staticmethod
-    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
-        return weights
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
@@ -140,12 +138,8 @@ class MaxPool:
 
     counts = reduce
 
-    @staticmethod
-    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
-        return weights
 
-
-class Conv:
+class Conv(Kind):
     """A depth-wise convolution whose kernel and stride are a cell of the token grid: E differs by channel.
 
     The kernel (D, 1, s_h, s_w) acts on the block's input, before the key and value weights, and their biases are added
@@ -154,16 +148,10 @@ class Conv:
 
     summed, sized = 2, 2
     pools = True
-    padding = 0.0
-    part = None
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
         return [(dim, 1, *cell_size(grid, rows))]
-
-    @staticmethod
-    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
-        return weights
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:

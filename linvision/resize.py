@@ -82,10 +82,10 @@ def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of Linformer ViTs of any size, and of plain ViTs, for a Linformer ViT; timm calls it.
 
-    A plain ViT has no projection: the model's own, as initialised, takes its place, and a warning says so.
+    A plain ViT has no projection: the model's own, as initialised, takes its place, and a warning says so. Sizes are
+    changed where the state is loaded (`network.resize_on_load`).
     """
     state_dict = vit_checkpoint_filter_fn(state_dict, model)
-    state_dict.update(resized_state(state_dict, model))
     missing = {k: v for k, v in model.state_dict().items() if k.startswith('projection.') and k not in state_dict}
     if missing and not any(k.startswith('projection.') for k in state_dict):
         _logger.warning('The checkpoint has no projection: it stays as initialised, and wants training.')

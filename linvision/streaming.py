@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
@@ -25,6 +26,26 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 3 * 2**20  # what the hidden layer of a chunk may take on a CPU
 DEVICE_BYTES = 2**28  # and on an accelerator
+
+
+def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int) -> int:
+    """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them.
+
+    Args:
+        chunk_size: What the model was told: 'auto', 0 or a number.
+        x: Tokens, (B, P + N, D).
+        blocks: The model's blocks.
+        hidden: Width of their hidden layer.
+    """
+    if chunk_size == 'auto' and torch.is_grad_enabled():  # it saves memory, but its speed in training is not measured
+        return 0
+    if chunk_size == 0 or not isinstance(x, Tensor):  # a proxy of torch.fx
+        return 0
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
+        return 0
+    if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
+        return 0
+    return auto_chunk_size(x, hidden) if chunk_size == 'auto' else chunk_size
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:
@@ -66,25 +87,23 @@ def stream(
     learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
     step = max(1, chunk_size // x.shape[1])  # images
     scales: list[Tensor] = []
-    if block.training:  # drop path of ones: timm's own draw, one number an image
+    if block.training and not isinstance(block.drop_path1, nn.Identity):
+        # drop path of ones: timm's own draw, one number an image
         scales = [path(x.new_ones(x.shape[0], 1, 1)) for path in (block.drop_path1, block.drop_path2)]
-    if learns:
-        padding = valid.split(step) if valid is not None else [None] * -(-len(x) // step)
-        results = []
-        for i, images in enumerate(x.split(step)):
-            drop = [s[i * step : (i + 1) * step] for s in scales]
-            results += [
-                torch.cat(Images(block, images, grid, chunk_size, padding[i], drop, True).run(projection), dim=1)
-            ]
-        return torch.cat(results) if len(results) > 1 else results[0]
-    out = torch.empty_like(x) if out is None else out
-    for start in range(0, len(x), step):
-        part = slice(start, start + step)
-        images = Images(
-            block, x[part], grid, chunk_size, None if valid is None else valid[part], [s[part] for s in scales], False
-        )
-        images.run(projection, out[part])
-    return out
+    if not learns and out is None:
+        out = torch.empty_like(x)
+    results = []
+    for i, images in enumerate(x.split(step)):
+        part = slice(i * step, (i + 1) * step)
+        padding, drop = None if valid is None else valid[part], [s[part] for s in scales]
+        cut = Images(block, images, grid, chunk_size, padding, drop, learns)
+        if learns:
+            results.append(torch.cat(cut.run(projection), dim=1))
+        else:
+            cut.run(projection, out[part])
+    if not learns:
+        return out
+    return torch.cat(results) if len(results) > 1 else results[0]
 
 
 class Images:

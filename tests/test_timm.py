@@ -36,7 +36,7 @@ TESTS = [
 def timm_tests(request: pytest.FixtureRequest) -> ModuleType:
     folder = os.environ.get('TIMM_TESTS')
     if not folder:
-        pytest.skip("TIMM_TESTS is not set: clone timm's repository and give the path of its tests/")
+        pytest.skip(reason="TIMM_TESTS is not set: clone timm's repository and give the path of its tests/")
     spec = importlib.util.spec_from_file_location('timm_test_models', Path(folder) / 'test_models.py')
     module = importlib.util.module_from_spec(spec)
     for mark in ('base', 'cfg', 'torchscript', 'features', 'fxforward', 'fxbackward', 'timeout'):  # timm's settings

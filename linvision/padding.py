@@ -1,0 +1,37 @@
+"""Padding of images: a mask over tokens, and what of the model it changes outside the blocks.
+
+A `key_padding_mask` is boolean, (B, N), and true for the tokens to ignore, as in `torch.nn.MultiheadAttention`. Inside
+the blocks it travels as its opposite, with the prefix tokens: `valid`, (B, P + N).
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
+    """Raise ValueError for a padding mask that does not fit the tokens."""
+    N = grid[0] * grid[1]
+    if key_padding_mask.dtype != torch.bool or list(key_padding_mask.shape) != [batch, N]:
+        raise ValueError(
+            f'key_padding_mask must be boolean with shape ({batch}, {N}), true for the tokens to ignore, got '
+            f'{key_padding_mask.dtype} {list(key_padding_mask.shape)}.'
+        )
+
+
+def padded_pixels(key_padding_mask: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """The padding mask of tokens as one of pixels: (B, N) -> (B, 1, height, width)."""
+    mask = key_padding_mask.unflatten(1, grid).unsqueeze(1)
+    return mask.repeat_interleave(patch_size[0], dim=2).repeat_interleave(patch_size[1], dim=3)
+
+
+def masked_pool(x: Tensor, global_pool: str, num_prefix_tokens: int, key_padding_mask: Tensor) -> Tensor:
+    """The pooled tokens of an image without its padding: (B, P + N, D) -> (B, D)."""
+    if global_pool == '':
+        return x
+    if global_pool == 'token':
+        return x[:, 0]
+    if global_pool == 'avg':
+        mean = x[:, num_prefix_tokens:].masked_fill(key_padding_mask.unsqueeze(-1), 0.0).mean(dim=1)
+        N = key_padding_mask.shape[1]
+        return mean * (N / (~key_padding_mask).sum(dim=1, keepdim=True)).to(x.dtype)  # a sum could overflow in fp16
+    raise ValueError(f"With a key_padding_mask, global_pool must be 'avg' or 'token', got '{global_pool}'.")
