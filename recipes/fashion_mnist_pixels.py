@@ -5,7 +5,8 @@
 Result: not yet run with these settings for whole epochs; by the clock, `bash scripts/demo.sh` gave 87.96 % (11 minutes,
 2 CPU cores, torch 2.14.1, one seed, 2026-11-24). Not yet run on a GPU.
 
-Coarse to fine: most of the time on 16×16 images (256 tokens), the rest on 32×32.
+Coarse to fine: three quarters of the steps, and less than half of the time, on 16×16 images (256 tokens), the rest on
+32×32.
 """
 
 from pathlib import Path
