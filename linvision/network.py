@@ -13,6 +13,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,6 +89,15 @@ class LinformerVisionTransformer(VisionTransformer):
         for name in kwargs:
             if name not in known:
                 raise TypeError(nearest('model argument', name, known))
+        for name in ('block_fn', 'dynamic_img_pad'):
+            if kwargs.get(name):
+                raise ValueError(f'{name} cannot be chosen: a Linformer ViT has no use for it, got {kwargs[name]!r}.')
+        if not isinstance(local_size, int) or not isinstance(row_norm, bool):
+            raise ValueError(
+                f'local_size must be a whole number and row_norm True or False, got {local_size!r} and {row_norm!r}.'
+            )
+        if kwargs.get('global_pool', 'token') == 'token' and not class_token:
+            raise ValueError("global_pool='token' needs a class token; give class_token=True or global_pool='avg'.")
         if pos_embed not in ('', 'none', 'learn', *POSITIONS):
             raise ValueError(nearest('pos_embed', pos_embed, ['none', 'learn', *POSITIONS]))
         lengths = projected_lengths(projection, sharing, proj_len, depth)
@@ -277,7 +287,7 @@ class LinformerVisionTransformer(VisionTransformer):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D); arguments as in `forward`."""
-        refuse_mask(attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal, key_padding_mask)
         # isinstance, not `is not None`: under FX every argument is a proxy
         x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
@@ -317,7 +327,7 @@ class LinformerVisionTransformer(VisionTransformer):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
-        refuse_mask(attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal, key_padding_mask)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
@@ -353,6 +363,8 @@ class LinformerVisionTransformer(VisionTransformer):
 def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
     """Raise ValueError where an image does not divide into patches."""
     img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
+    if not all(isinstance(size, Integral) for size in (*img_size, *patch_size)):
+        raise ValueError(f'Image size and patch size must be whole numbers, got {img_size} and {patch_size}.')
     if any(p < 1 or s < p or s % p for s, p in zip(img_size, patch_size, strict=True)):
         raise ValueError(f'The image size must be a multiple of the patch size, got {img_size} and {patch_size}.')
 
@@ -382,7 +394,7 @@ def check_image(
 
 
 @torch.fx.wrap
-def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None) -> None:
     """Raise ValueError for masks that attention over projected rows cannot honour."""
     if is_causal:
         raise ValueError('Causal attention is impossible here: every projected row mixes tokens of the whole sequence.')
@@ -391,3 +403,8 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
             'An N×N attn_mask means nothing over K projected rows; for padding, give key_padding_mask, (B, N) and true '
             'for the tokens to ignore.'
         )
+    if not torch.jit.is_scripting():
+        if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
+            raise TypeError(
+                f'key_padding_mask must be a boolean tensor, (B, N), got {type(key_padding_mask).__name__}.'
+            )

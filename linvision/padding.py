@@ -9,13 +9,19 @@ from torch import Tensor
 
 
 def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
-    """Raise ValueError for a padding mask that does not fit the tokens."""
+    """Raise ValueError for a padding mask that does not fit the tokens, or leaves an image without any."""
     N = grid[0] * grid[1]
     if key_padding_mask.dtype != torch.bool or list(key_padding_mask.shape) != [batch, N]:
         raise ValueError(
             f'key_padding_mask must be boolean with shape ({batch}, {N}), true for the tokens to ignore, got '
             f'{key_padding_mask.dtype} {list(key_padding_mask.shape)}.'
         )
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if key_padding_mask.all(dim=1).any():
+            empty = key_padding_mask.all(dim=1).nonzero().flatten().tolist()
+            raise ValueError(f'key_padding_mask must leave every image a token, but hides all of images {empty}.')
 
 
 def padded_pixels(key_padding_mask: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:

@@ -88,7 +88,11 @@ def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, boo
         ax.set_title(words, fontsize=11, color='#1a6e34' if right else '#b3261e')
     colours = LinearSegmentedColormap.from_list('signed', [NEGATIVE, (0.5, 0.5, 0.5), POSITIVE])
     bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), colours), ax=axes, location='bottom', aspect=70, shrink=0.6)
-    bar.set_label("what the last block attends to: weight of each pixel, relative to its image's strongest", size=11)
+    bar.set_label(
+        "what the last block attends to: weight of each pixel, relative to its image's strongest "
+        '(stripes are rows of E, much alike from image to image)',
+        size=11,
+    )
     figure.savefig(path, dpi=100)
 
 

@@ -6,6 +6,7 @@ Images are read as the model's `config.json` says: channels, size, border, mean 
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,10 @@ def main(
         results = predict(load_model(model), find_images(images), topk)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
-    print(json.dumps(results, indent=2) if as_json else table(results))
+    try:
+        print(json.dumps(results, indent=2) if as_json else table(results), flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == '__main__':

@@ -10,14 +10,15 @@ import json
 import sys
 from pathlib import Path
 
-import timm
 import tyro
 from timm.data import resolve_model_data_config
 
-import linvision  # noqa: F401  (registers the models)
 from linvision.data import DeviceBatches, create_dataset
+from linvision.nearest import nearest
 from linvision.train.evaluate import evaluate
+from linvision.train.precision import DTYPES
 from linvision.train.setup import choose_device, count_tokens, set_size
+from predict import load_model
 
 
 def main(
@@ -44,8 +45,13 @@ def main(
         device: Torch device; 'auto' takes the accelerator if there is one.
         precision: 'fp32', 'bf16' or 'fp16'.
     """
+    for name, value, low in (('img_size', img_size, 0), ('limit', limit, 0), ('batch_size', batch_size, 1)):
+        if value < low:
+            raise ValueError(f'{name} must be at least {low}, got {value}.')
+    if precision not in DTYPES:
+        raise ValueError(nearest('precision', precision, DTYPES))
     where = choose_device(device)
-    net = timm.create_model(f'local-dir:{model}', pretrained=True).to(where)
+    net = load_model(model).to(where)
     config = resolve_model_data_config(net)
     images = create_dataset(dataset, data_dir, split)
     if limit:

@@ -115,11 +115,17 @@ def test_features_and_intermediates_take_the_mask(pool):
         (torch.zeros(2, 63, dtype=torch.bool), r'shape \(2, 64\).*got torch.bool \[2, 63\]'),
         (torch.zeros(1, 64, dtype=torch.bool), r'shape \(2, 64\).*got torch.bool \[1, 64\]'),
         (torch.zeros(2, 64), r'must be boolean.*got torch.float32 \[2, 64\]'),
+        (torch.arange(128).view(2, 64) >= 64, r'hides all of images \[1\]'),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         create()(torch.randn(2, 3, 8, 8, dtype=torch.float64), key_padding_mask=mask)
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match='boolean tensor.*got list'):
+        create()(torch.randn(1, 3, 8, 8, dtype=torch.float64), key_padding_mask=[[True] * 64])
 
 
 def test_pooling_that_cannot_leave_out_padding_is_refused():

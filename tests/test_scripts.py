@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import demo_report
+import score
 from linvision.data import create_dataset
 from linvision.train import Recipe, train
 from linvision.train.export import export_model
@@ -147,6 +148,29 @@ def test_demo_help_is_its_header():
         ['bash', str(ROOT / 'scripts/demo.sh'), '--help'], check=True, capture_output=True, text=True
     )
     assert 'bash scripts/demo.sh' in result.stdout and 'set -euo' not in result.stdout
+
+
+def test_demo_without_test_scores_is_refused_before_training():
+    result = subprocess.run(['bash', str(ROOT / 'scripts/demo.sh'), '--no-test'], capture_output=True, text=True)
+    assert result.returncode == 1 and 'the demo compares test scores' in result.stderr
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'limit': -5}, 'limit must be at least 0, got -5'),
+        ({'batch_size': 0}, 'batch_size must be at least 1, got 0'),
+        ({'precision': 'fp8'}, "Unknown precision 'fp8'. Nearest: fp32, fp16, bf16"),
+    ],
+)
+def test_scoring_refuses_what_would_score_nothing(model_folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        score.main(model_folder, dataset='fake', device='cpu', **change)
+
+
+def test_scoring_a_folder_without_a_model_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'holds no model: config.json is missing'):
+        score.main(tmp_path, dataset='fake')
 
 
 def test_contributing_names_files_that_exist():

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -95,3 +99,43 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
     with pytest.raises(FloatingPointError):
         train(dataclasses.replace(recipe, epochs=0.25, warmup=0.0, sched='constant', opt='sgd', clip_grad=0.0, lr=1e38))
     assert not (recipe.output_dir / 'metrics.json').exists()
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'threads': -1}, 'threads must be at least 0, got -1'),
+        ({'stages': ((0, 0.5), (16, 0.5))}, r'image sizes of the stages must be at least 1, got \[0, 16\]'),
+        ({'model': 'resnet18'}, r'resnet18 .* its image size cannot be set.*linformer_vit_'),
+        ({'opt': 'muon', 'opt_args': {'nestrov': True}}, "'nestrov'. Nearest: nesterov"),
+        ({'precision': 'fp8'}, "Unknown precision 'fp8'. Nearest: fp32, fp16, bf16, auto"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_named(recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(recipe, **change))
+
+
+def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_weights(recipe, tmp_path):
+    train(recipe)
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    asked = iter([False, False, True])
+    assert train(parts, lambda: next(asked)) == {}
+    assert os.listdir(parts.output_dir / 'checkpoints') == ['step_00000003.pt']
+    train(parts)
+    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
+    recipe = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
+    flags = ['--model', 'test_linformer_vit', '--dataset', 'fake', '--stages', '16', '1', '--epochs', '100000']
+    command = [sys.executable, str(recipe), *flags, '--output-dir', str(tmp_path), '--device', 'cpu']
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith('step '):
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and 'Traceback' not in errors
+    assert len(list((tmp_path / 'checkpoints').glob('step_*.pt'))) >= 1

@@ -3,6 +3,7 @@
 import torch
 from timm.task import ClassificationEvaluator
 from torch import nn
+from tqdm import tqdm
 
 from linvision.data import DeviceBatches
 from linvision.train.precision import autocast
@@ -24,7 +25,9 @@ def evaluate(model: nn.Module, batches: DeviceBatches, img_size: int, precision:
     training = model.training
     model.eval()
     evaluator = ClassificationEvaluator(device=batches.labels.device)
-    for images, labels in batches.ordered(img_size):
+    steps = -(-len(batches.labels) // batches.batch_size)
+    bar = tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=None)  # only on a terminal
+    for images, labels in bar:
         with autocast(images.device, precision):
             logits = model(images)
         evaluator.update(logits.float(), labels)

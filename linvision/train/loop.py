@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,16 @@ from linvision.train.setup import choose_device, count_tokens, create_model, ope
 from linvision.version import __version__
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Train, score and export a model.
 
     Args:
         recipe: What to train. `recipe.output_dir` receives `metrics.json`, `model/`, `checkpoints/` and `tensorboard/`.
             An unfinished run in it is resumed; a finished one is reported as it is.
+        interrupted: Asked after every step and before the scores; true ends the run with a checkpoint.
 
     Returns:
-        The contents of `metrics.json`; empty where `max_steps` stopped the run.
+        The contents of `metrics.json`; empty where the run was stopped before its end.
 
     Raises:
         ValueError: A recipe that cannot be trained, or a folder with a run of another recipe.
@@ -55,7 +57,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     finished = open_folder(folder, recipe)
     if finished:
-        print(f'{folder} holds this run, finished: top-1 {100 * finished.get("top1", float("nan")):.2f} %.')
+        found = [f'{k} {100 * finished[k]:.2f} %' for k in ('top1', 'val_top1') if k in finished]
+        print(f'{folder} holds this run, finished: {", ".join(found) or "not scored"}.')
         return finished
     resumed = load_checkpoint(folder / 'checkpoints')
     if resumed:
@@ -193,7 +196,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 board.scores('val', step, evaluate(scored(task), val_batches, img_size, precision))
             if step % recipe.checkpoint_every == 0:
                 save_checkpoint(folder / 'checkpoints', step, state())
-            if recipe.max_steps and step >= recipe.max_steps and progress < 1:
+            if interrupted() or recipe.max_steps and step >= recipe.max_steps and progress < 1:
                 save_checkpoint(folder / 'checkpoints', step, state())
                 board.say(f'stopped after {step} steps as asked; the same command goes on')
                 board.close()
@@ -205,6 +208,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     # ---------------------------------------------------------------------------------------------- score and export
     save_checkpoint(folder / 'checkpoints', step, state())
     final = scored(task)
+    board.say(f'{step} steps are taken; scoring')
     if val_batches is not None:
         scores['val'] = evaluate(final, val_batches, stages[-1][0])
         board.scores('val', step, scores['val'])

@@ -3,12 +3,34 @@
 import dataclasses
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 
 import tyro
 
 from linvision.train.loop import train
 from linvision.train.recipe import Recipe
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM, noted: the run ends after its step, with a checkpoint. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        print('stopping after this step; once more to stop at once', file=sys.stderr, flush=True)
+
+    def __call__(self) -> bool:
+        """Whether the run is to end."""
+        return self.number != 0
 
 
 def main(recipe: Recipe, description: str | None = None) -> None:
@@ -20,9 +42,14 @@ def main(recipe: Recipe, description: str | None = None) -> None:
     """
     recipe = tyro.cli(Recipe, default=dataclasses.replace(recipe), description=description)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    interrupt = Interrupt()
     try:
-        train(recipe)
+        train(recipe, interrupt)
+    except KeyboardInterrupt:
+        print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
     except (ValueError, TypeError, FileNotFoundError, OSError, FloatingPointError) as error:
         if os.environ.get('LINVISION_TRACEBACK'):
             raise
         sys.exit(f'error: {error}')
+    if interrupt():
+        sys.exit(128 + interrupt.number)

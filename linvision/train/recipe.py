@@ -1,12 +1,13 @@
 """What a training run is: one dataclass, each field a flag on the command line."""
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_class, list_optimizers
 
 from linvision.data import DATASETS
 from linvision.nearest import nearest
@@ -101,7 +102,13 @@ class Recipe:
         _known('precision', self.precision, PRECISIONS)
         if not self.max_minutes > 0 and not self.epochs > 0:
             raise ValueError(f'epochs must be above 0, got {self.epochs}.')
-        for name, low in {'batch_size': 1, 'eval_batch_size': 1, 'log_every': 1, 'checkpoint_every': 1}.items():
+        for name, low in {
+            'threads': 0,
+            'batch_size': 1,
+            'eval_batch_size': 1,
+            'log_every': 1,
+            'checkpoint_every': 1,
+        }.items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} must be at least {low}, got {getattr(self, name)}.')
         for name in (
@@ -124,15 +131,27 @@ class Recipe:
             raise ValueError('val_fraction must lie below 1, got 1: no image would be left to train on.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
+        if any(size < 1 for size, _ in self.stages):
+            raise ValueError(
+                f'The image sizes of the stages must be at least 1, got {[size for size, _ in self.stages]}.'
+            )
         shares = [share for _, share in self.stages]
         if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
             raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
+        _known_arguments('opt_args', self.opt_args, get_optimizer_class(self.opt, bind_defaults=False))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in plain types, for JSON and checkpoints."""
         values = dataclasses.asdict(self)
         values['stages'] = [list(stage) for stage in self.stages]
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def _known_arguments(what: str, arguments: dict[str, Any], function: Any) -> None:
+    known = inspect.signature(function).parameters
+    for name in arguments:
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise ValueError(nearest(f'name in {what}', name, set(known) - {'params', 'lr', 'weight_decay'}))
 
 
 def _known(what: str, name: str, names: Any) -> None:

@@ -64,7 +64,16 @@ def split_validation(images: ImageSet, fraction: float, seed: int) -> tuple[Imag
 def create_model(recipe: Recipe, images: ImageSet, img_size: int) -> nn.Module:
     """The recipe's model for these images: their channels, classes and size."""
     defaults = {'in_chans': images.images.shape[1], 'num_classes': len(images.classes), 'img_size': img_size}
-    return timm.create_model(recipe.model, **{**defaults, **recipe.model_args})
+    try:
+        return timm.create_model(recipe.model, **{**defaults, **recipe.model_args})
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+        names = ('linformer_vit_*', 'vit_*', 'deit_*')
+        raise ValueError(
+            f'{recipe.model} cannot be trained by a recipe: its image size cannot be set. Models that can: '
+            f'{", ".join(names)}, and others that take img_size.'
+        ) from error
 
 
 def set_size(model: nn.Module, img_size: int) -> None:
