@@ -108,7 +108,7 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
         ({'stages': ((0, 0.5), (16, 0.5))}, r'image sizes of the stages must be at least 1, got \[0, 16\]'),
         ({'model': 'resnet18'}, r'resnet18 .* its image size cannot be set.*linformer_vit_'),
         ({'opt': 'muon', 'opt_args': {'nestrov': True}}, "'nestrov'. Nearest: nesterov"),
-        ({'precision': 'fp8'}, "Unknown precision 'fp8'. Nearest: fp32, fp16, bf16, auto"),
+        ({'precision': 'fp8'}, "Unknown precision 'fp8'. Nearest: fp32, fp16, auto, bf16"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_named(recipe, change, message):
