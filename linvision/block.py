@@ -97,6 +97,7 @@ class LinformerBlock(nn.Module):
         )
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.compiled = False  # whether chunks run through torch.compile; see the model's set_chunk_size
 
     def forward(
         self,

@@ -193,8 +193,13 @@ class LinformerVisionTransformer(VisionTransformer):
         self._log_full_attention()
 
     @torch.jit.ignore
-    def set_chunk_size(self, chunk_size: int | str) -> None:
+    def set_chunk_size(self, chunk_size: int | str, compiled: bool = False) -> None:
         """How blocks are run: 0 whole, a number of images × tokens at a time, or 'auto'.
+
+        Args:
+            chunk_size: As for the model.
+            compiled: Let `torch.compile` make one function of what happens to a chunk, used for all chunks and blocks.
+                (`torch.compile(model)` compiles whole blocks instead.)
 
         Raises:
             ValueError: Anything else.
@@ -202,6 +207,8 @@ class LinformerVisionTransformer(VisionTransformer):
         if chunk_size != 'auto' and (not isinstance(chunk_size, int) or chunk_size < 0):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
         self.chunk_size = chunk_size
+        for block in self.blocks:
+            block.compiled = compiled
 
     def embed(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images to contiguous tokens with positions and prefix.

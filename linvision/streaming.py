@@ -14,6 +14,7 @@ chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,35 +189,66 @@ class Images:
 
     def output(self, i: int, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """What the block makes of chunk i (-1: the prefix) once keys and values are known."""
-        block, attention, width = self.block, self.block.attn, self.grid[1]
-        if i < 0 or attention.local is None:
+        function = compiled_map_tokens() if self.block.compiled else map_tokens
+        block, width, local = self.block, self.grid[1], self.block.attn.local
+        if i < 0 or local is None:
             chunk = self.prefix if i < 0 else self.chunks[i]
-            return self.do(lambda x, k, v: self.tokens(x, block.norm1(x), None, k, v, mask), chunk, key, value)
-        (first, last), reach = self.rows[i], attention.local.reach(self.grid)
+            return self.do(lambda x, k, v: function(block, x, k, v, mask, self.drop), chunk, key, value)
+        (first, last), reach = self.rows[i], local.reach(self.grid)
         top, bottom = max(0, first - reach), min(self.grid[0], last + reach)
+        own = ((first - top) * width, (last - top) * width)
+        area = (bottom - top, width), own, local.step(self.grid)
+        inside = None
+        if self.valid is not None:
+            inside = self.valid[:, self.P + top * width : self.P + bottom * width].unsqueeze(-1)
+        if not self.learns:
+            x = self.x[:, self.P + top * width : self.P + bottom * width]
+            return function(block, x, key, value, mask, self.drop, area, inside)
         near = [j for j, (a, b) in enumerate(self.rows) if a < bottom and b > top]
-        step = attention.local.step(self.grid)
+        skip = (top - self.rows[near[0]][0]) * width
 
-        def function(k: Tensor, v: Tensor, *parts: Tensor) -> Tensor:
+        def joined(k: Tensor, v: Tensor, *parts: Tensor) -> Tensor:
             x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            x = x[:, skip : skip + (bottom - top) * width]
-            h = block.norm1(x)
-            local = attention.local.convolve(self.masked(h, top, bottom), (bottom - top, width), step)
-            own = slice((first - top) * width, (last - top) * width)
-            return self.tokens(x[:, own], h[:, own], local[:, own], k, v, mask)
+            return function(block, x[:, skip : skip + (bottom - top) * width], k, v, mask, self.drop, area, inside)
 
-        if self.learns:  # neighbouring chunks as they are: nothing new is kept for the backward pass
-            skip = (top - self.rows[near[0]][0]) * width
-            return self.do(function, key, value, *(self.chunks[j] for j in near))
-        skip = self.P + top * width
-        return function(key, value, self.x)
+        # neighbouring chunks as they are: nothing new is kept for the backward pass
+        return self.do(joined, key, value, *(self.chunks[j] for j in near))
 
-    def tokens(
-        self, x: Tensor, h: Tensor, local: Tensor | None, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Attention, MLP and both residuals of some tokens x; h is x normalised."""
-        block = self.block
-        y = block.ls1(block.attn.output(h, key, value, mask, local))
-        x = x + (y * self.drop[0] if self.drop else y)
-        y = block.ls2(block.mlp(block.norm2(x)))
-        return x + (y * self.drop[1] if self.drop else y)
+
+def map_tokens(
+    block: 'LinformerBlock',
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    drop: list[Tensor],
+    area: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None,
+    inside: Tensor | None = None,
+) -> Tensor:
+    """Attention, MLP and both residuals of some tokens, once keys and values are known.
+
+    Args:
+        block: The block.
+        x: Its input: the tokens, and with a local path also the rows above and below that it reads, (B, n, D).
+        key, value, mask: As `LinformerAttention.key_value` gives them.
+        drop: The two scales of drop path, (B, 1, 1), or none.
+        area: For the local path: the grid that x is, the first token of its own and the one after the last, the step
+            of the taps. None for no local path.
+        inside: Which tokens of x are not padding, (B, n, 1), None for all.
+    """
+    h = block.norm1(x)
+    local: Tensor | None = None
+    if area is not None:
+        grid, own, step = area
+        local = block.attn.local.convolve(h if inside is None else h.masked_fill(~inside, 0.0), grid, step)
+        x, h, local = (t[:, own[0] : own[1]] for t in (x, h, local))
+    y = block.ls1(block.attn.output(h, key, value, mask, local))
+    x = x + (y * drop[0] if drop else y)
+    y = block.ls2(block.mlp(block.norm2(x)))
+    return x + (y * drop[1] if drop else y)
+
+
+@cache
+def compiled_map_tokens() -> Callable[..., Tensor]:
+    """`map_tokens`, compiled: once for all blocks, since their parameters are inputs of the graph."""
+    return torch.compile(map_tokens)

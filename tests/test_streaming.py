@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from linvision.projection import SHARING
 from linvision.reduction import PROJECTIONS
@@ -244,3 +245,26 @@ def test_automatic_chunks_fit_into_cache_and_small_inputs_stay_whole():
     assert 2**20 <= chunk * 768 * 4 <= 2**22
     assert auto_chunk_size(x.bfloat16(), 768) == 2 * chunk
     assert auto_chunk_size(x[:, :chunk], 768) == 0
+
+
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')  # dynamo looks at it on inputs within a graph
+@pytest.mark.parametrize('arguments', [dict(), dict(key_padding_mask=padding())])
+def test_compiled_chunks_give_the_same_and_one_function_serves_all_blocks_and_chunks(arguments, monkeypatch):
+    import linvision.streaming as streaming
+
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(streaming.map_tokens, backend=counter)
+    monkeypatch.setattr(streaming, 'compiled_map_tokens', lambda: compiled)
+    torch._dynamo.reset()
+    model, images = create(depth=5, img_size=(16, 6)), batch(size=(16, 6))
+    if arguments:
+        arguments = dict(key_padding_mask=padding().repeat(1, 2))
+    exact = gradients(model, images, **arguments)
+    with torch.no_grad():
+        plain = model(images, **arguments)
+        model.set_chunk_size(72, compiled=True)  # 4 rows of 3 images: 4 chunks; the first and the last have one border
+        torch.testing.assert_close(model(images, **arguments), plain, rtol=1e-9, atol=1e-9)
+    graphs = counter.frame_count
+    assert 1 <= graphs <= 4
+    torch.testing.assert_close(gradients(model, images, **arguments), exact, rtol=1e-9, atol=1e-9)
+    assert counter.frame_count <= 2 * graphs  # with and without gradients

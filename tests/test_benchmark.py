@@ -1,0 +1,103 @@
+"""The benchmarks' own arithmetic, and a reduced run of both scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpu_report
+from benchmark_tables import markdown
+from contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
+
+ROOT = Path(__file__).parents[1]
+D, DEPTH, HEADS = SIZE.values()
+
+
+def linear_layers(tokens: int) -> int:
+    """Multiply-adds of what all contenders share: the MLP, query and output, patch embedding and head."""
+    return DEPTH * tokens * 10 * D * D + tokens * 3 * D + 1000 * D
+
+
+def test_multiply_adds_are_those_of_the_closed_formulas():
+    N = 1024
+    vit = multiply_adds(Case('ViT, fused', N, False, 'fp32'))
+    assert vit == linear_layers(N) + DEPTH * N * 2 * D * D + DEPTH * 2 * N * N * D
+    assert multiply_adds(Case('ViT, written out', N, False, 'fp32')) == vit
+    rows = DEPTH * PROJ_LEN * 2 * D * D  # keys and values
+    linear_e = multiply_adds(Case('linvision, linear E', N, False, 'fp32'))
+    local = 9 * N * D * (DEPTH + 1)  # a depth-wise 3 × 3 in each block, and one for the positions
+    reduction = DEPTH * N * PROJ_LEN * D + N * PROJ_LEN  # E x in each block, and the row sums of E once
+    assert linear_e == linear_layers(N) + rows + DEPTH * 2 * N * PROJ_LEN * D + reduction + local
+    side, factor = 32, 16
+    separable = (DEPTH * D + 1) * (factor * side * side + factor * factor * side)
+    assert multiply_adds(Case('linvision', N, False, 'fp32')) == linear_e - reduction + separable
+
+
+@pytest.mark.parametrize('model', ['linvision', 'ViT, fused', 'linformer'])
+def test_contenders_have_the_same_size(model):
+    blocks = DEPTH * 12 * D * D
+    built = build(Case(model, 64, False, 'fp32'))
+    projections = sum(p.numel() for n, p in built.named_parameters() if 'proj_' in n or n.startswith('projection'))
+    total = sum(p.numel() for p in built.parameters()) - projections - 1000 * D
+    assert 0.99 * blocks < total < 1.02 * blocks
+
+
+def test_attention_that_cannot_fit_is_predicted():
+    """Scores and weights of 65,536 tokens: 3 heads × 65,536² numbers of 4 bytes, twice."""
+    assert predicted_gib(Case('ViT, written out', 65536, False, 'fp32')) > 3 * 65536**2 * 4 * 2 / 2**30
+    assert predicted_gib(Case('ViT, fused', 65536, False, 'fp32')) < 1
+
+
+def test_the_table_gives_medians_ratios_and_reasons():
+    def row(model, seconds):
+        row = {'model': model, 'tokens': 4096, 'training': False, 'precision': 'fp32', 'multiply_adds': 10**9}
+        if seconds is None:
+            return {**row, 'steps': [], 'why_not': 'needs at least 51 GiB'}
+        return {**row, 'steps': [{}], 'seconds': seconds, 'peak_gib': seconds / 10}
+
+    rows = [
+        row('linvision', 0.5), row('linvision, K = 128', 0.25), row('ViT, fused', 3.0), row('ViT, written out', None)
+    ]  # fmt: skip
+    machine = {'cpu': 'a CPU', 'threads': 2, 'date': '2026-01-01', 'versions': {'torch': '2'}}
+    roofline = {'fp32': {'square_gflops': 8.0, 'shapes_gflops': 5.0}}
+    text = markdown({'machine': machine, 'command': 'python x', 'roofline': roofline, 'rows': rows})
+    assert '| ViT, fused | 3 s (6×), 0.3 GiB |' in text
+    assert '| ViT, written out | needs at least 51 GiB |' in text
+    assert (
+        '| 4,096, fp32 | 3.4× faster, 14× less memory | needs at least 51 GiB | 12× faster, 12× less memory |' in text
+    )
+    assert '| 4,096, fp32 | 4 | 50 % of 8 | 80 % of 5 |' in text
+
+
+def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, str(ROOT / 'scripts/benchmark.py'), '--output', str(tmp_path / 'b'), '--threads', '1',
+               '--tokens', '64', '--models', 'linvision', 'ViT, fused', '--repeats', '2', '--precisions', 'fp32',
+               '--modes', 'training']  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    found = json.loads((tmp_path / 'b.json').read_text())
+    assert [row['model'] for row in found['rows']] == ['linvision', 'ViT, fused']
+    for row in found['rows']:
+        assert len(row['steps']) == 2 and row['seconds'] > 0 and 0 < row['peak_gib'] < 1
+        assert row['peak_gib'] >= 4 * row['parameters'] / 2**30  # the gradients at least
+    assert (tmp_path / 'b.png').stat().st_size > 10_000
+
+
+def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):
+    names = ('linvision', 'linvision, linear E', 'ViT, fused')
+    gpu_report.main(
+        tmp_path / 'g', device='cpu', tokens=(64,), models_=names, attention_batch=1, batch_limit=2, repeats=1
+    )
+    found = json.loads((tmp_path / 'g.json').read_text())
+    assert [row['model'] for row in found['rows']] == [*names, *names]
+    assert all(len(row['steps']) == 1 for row in [*found['rows'], *found['attention']])
+    assert found['largest_batch']['batch_size'] == 2 and found['largest_batch']['joules_per_image'] is None
+    assert 'Largest batch of a training step at 64 tokens' in (tmp_path / 'g.md').read_text()
+
+
+@pytest.mark.gpu
+def test_the_gpu_report_measures_memory_and_finds_the_largest_batch(tmp_path):
+    gpu_report.main(tmp_path / 'g', tokens=(1024,), models_=('linvision',), batch_limit=4, repeats=2, max_minutes=2)
+    found = json.loads((tmp_path / 'g.json').read_text())
+    assert all(row['peak_gib'] > 0 for row in found['rows']) and found['largest_batch']['batch_size'] == 4
