@@ -66,13 +66,15 @@ class LocalPath(nn.Module):
         """The convolution with taps `step` tokens apart, on whole rows of tokens: (B, N, D) -> (B, N, D)."""
         # Tokens `step` apart are images of their own, on which a dilated kernel is a plain one. PyTorch's dilation is
         # not safe in bf16 on CPUs: torch 2.14 died in the backward pass at 256 × 256 tokens and dilation 16.
-        image = x.unflatten(1, grid)  # (B, h, w, D)
-        if step[0] > 1 or step[1] > 1:
-            image = F.pad(image, (0, 0, 0, -grid[1] % step[1], 0, -grid[0] % step[0]))
+        image, half, D = x.unflatten(1, grid), self.weight.shape[-1] // 2, x.shape[-1]  # (B, h, w, D)
+        if step[0] == 1 and step[1] == 1:  # a view with channels last, which convolutions take as it is
+            out = F.conv2d(image.permute(0, 3, 1, 2), self.weight, padding=half, groups=D)
+            return out.permute(0, 2, 3, 1).flatten(1, 2)
+        image = F.pad(image, (0, 0, 0, -grid[1] % step[1], 0, -grid[0] % step[0]))
         size = (-(-grid[0] // step[0]), -(-grid[1] // step[1]))
         image = image.unflatten(2, (size[1], step[1])).unflatten(1, (size[0], step[0]))
         image = image.permute(0, 2, 4, 5, 1, 3).flatten(0, 2)  # (B * s_h * s_w, D, h / s_h, w / s_w)
-        out = F.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=x.shape[-1])
+        out = F.conv2d(image, self.weight, padding=half, groups=D)
         out = out.unflatten(0, (-1, step[0], step[1])).permute(0, 4, 1, 5, 2, 3)  # (B, h / s_h, s_h, w / s_w, s_w, D)
         return out.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)  # (B, N, D)
 

@@ -338,13 +338,16 @@ class LinformerVisionTransformer(VisionTransformer):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
+        chunk = 0
+        if not torch.jit.is_scripting():
+            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         intermediates = []
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, projection[i], grid, valid, use_reentrant=False)
+                x = checkpoint(block, x, projection[i], grid, valid, chunk, use_reentrant=False)
             else:
-                x = block(x, projection[i], grid, valid)
+                x = block(x, projection[i], grid, valid, chunk)
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm else x)
 

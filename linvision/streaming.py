@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from linvision import onednn
+
 if TYPE_CHECKING:
     from linvision.block import LinformerBlock
 
-CACHE_BYTES = 3 * 2**20  # what the hidden layer of a chunk may take on a CPU
+CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 DEVICE_BYTES = 2**28  # and on an accelerator
 
 
@@ -50,7 +52,7 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:
-    """Tokens in a chunk so that an MLP layer `hidden` wide stays in cache; 0, whole, where all tokens fit.
+    """Tokens in a chunk so that an MLP layer `hidden` wide stays in cache; 0, whole, where streaming gains nothing.
 
     Args:
         x: Tokens, (B, P + N, D).
@@ -59,10 +61,11 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
     device = x.device.type
     if device == 'meta':  # nothing is computed, and it has no autocast
         return 0
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = onednn.compute_dtype(x)
     tokens = (CACHE_BYTES if device == 'cpu' else DEVICE_BYTES) // (hidden * dtype.itemsize)
     tokens = max(256, 2 ** (tokens.bit_length() - 1))
-    return tokens if x.shape[0] * x.shape[1] > tokens else 0
+    fused = device == 'cpu' and x.shape[1] >= onednn.LONG and onednn.supports(dtype)
+    return tokens if fused or x.shape[0] * x.shape[1] > tokens else 0
 
 
 def stream(
@@ -145,6 +148,9 @@ class Images:
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
         """The block's output, chunk by chunk; written to `out` where it is given."""
         key, value, mask = self.key_value(projection)
+        self.fused = None
+        if not self.learns and not self.block.compiled and onednn.applies(self.block, self.chunks[0], key, mask):
+            self.fused = onednn.FusedTokens(self.block, self.chunks[0].shape[1], self.x, key, value)
         results = []
         start = 0
         for i in range(-1 if self.P else 0, len(self.chunks)):  # -1 is the prefix
@@ -193,6 +199,8 @@ class Images:
         block, width, local = self.block, self.grid[1], self.block.attn.local
         if i < 0 or local is None:
             chunk = self.prefix if i < 0 else self.chunks[i]
+            if self.fused is not None:
+                return self.fused(chunk)
             return self.do(lambda x, k, v: function(block, x, k, v, mask, self.drop), chunk, key, value)
         (first, last), reach = self.rows[i], local.reach(self.grid)
         top, bottom = max(0, first - reach), min(self.grid[0], last + reach)
@@ -203,6 +211,8 @@ class Images:
             inside = self.valid[:, self.P + top * width : self.P + bottom * width].unsqueeze(-1)
         if not self.learns:
             x = self.x[:, self.P + top * width : self.P + bottom * width]
+            if self.fused is not None:
+                return self.fused(x, area, inside)
             return function(block, x, key, value, mask, self.drop, area, inside)
         near = [j for j, (a, b) in enumerate(self.rows) if a < bottom and b > top]
         skip = (top - self.rows[near[0]][0]) * width

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmark_tables import draw, markdown
 from contenders import CONTENDERS, DTYPES, PROJ_LEN, SIZE, Case, create_step, multiply_adds, predicted_gib
+from linvision import onednn
 
 LONGEST = {'linvision': 2**20}  # beyond the others' sizes
 SLOW_S = 20  # a step that is predicted to take longer is taken once, without a warm-up
@@ -104,14 +105,17 @@ class Worker:
 
 
 def product_gflops(m: int, k: int, n: int, dtype: torch.dtype, threads: int) -> float:
-    """Billions of floating-point operations a second of one matrix product, (m, k) @ (k, n) as a linear layer's."""
+    """Billions of floating-point operations a second of one matrix product, (m, k) @ (k, n) as a linear layer's, in the
+    faster of PyTorch's and oneDNN's operators."""
     x, weight = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
-    timer = Timer(
-        'linear(x, weight)',
-        globals={'linear': torch.nn.functional.linear, 'x': x, 'weight': weight},
-        num_threads=threads,
-    )
-    return 2e-9 * m * k * n / timer.blocked_autorange(min_run_time=1.0).median
+    products = [torch.nn.functional.linear]
+    if onednn.supports(dtype):
+        products.append(lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], ''))
+    timers = [
+        Timer('product(x, weight)', globals={'product': p, 'x': x, 'weight': weight}, num_threads=threads)
+        for p in products
+    ]
+    return 2e-9 * m * k * n / min(timer.blocked_autorange(min_run_time=1.0).median for timer in timers)
 
 
 def roofline(precision: str, threads: int, chunk: int) -> dict[str, float]:

@@ -1,0 +1,117 @@
+"""Fused products equal the plain block, for what they take and where they hand over to it."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from linvision import onednn
+
+pytestmark = pytest.mark.skipif(not onednn.supports(torch.float32), reason='this PyTorch has no oneDNN')
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Images of 48 tokens count as long."""
+    monkeypatch.setattr(onednn, 'LONG', 6)
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[bool]:
+    """Whether each block was fused."""
+    seen, applies = [], onednn.applies
+    monkeypatch.setattr(onednn, 'applies', lambda *args: seen.append(applies(*args)) or seen[-1])
+    return seen
+
+
+def create(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    arguments = dict(num_classes=5, img_size=(8, 6), proj_len=6, chunk_size=0, qkv_bias=True, local_grid=0)
+    model = timm.create_model('test_linformer_vit', **{**arguments, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def batch(n: int = 3) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 6, generator=torch.Generator().manual_seed(1))
+
+
+OPTIONS = [
+    dict(),
+    dict(projection='linear', sharing='none'),
+    dict(projection='none'),
+    dict(class_token=True, reg_tokens=2, global_pool='token'),
+    dict(qkv_bias=False, proj_bias=False),
+    dict(local_size=0, init_values=0.5, pos_embed='learn'),
+    dict(act_layer=partial(nn.GELU, approximate='tanh')),
+    dict(scale_attn_norm=True),
+    dict(img_size=(8, 6), local_grid=(2, 2)),
+]
+
+
+@pytest.mark.parametrize('kwargs', OPTIONS, ids=lambda o: '-'.join(o) or 'default')
+def test_fused_equals_plain(kwargs, used):
+    model = create(**kwargs)
+    with torch.no_grad():
+        plain = model(batch())
+        for chunk in (6, 24, 100, 1000):
+            model.set_chunk_size(chunk)
+            torch.testing.assert_close(model(batch()), plain, rtol=2e-4, atol=2e-5)
+    assert any(used)
+
+
+def test_the_callers_tensor_and_the_parameters_stay_as_they_are(used):
+    model, images = create(chunk_size=24), batch()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        first = model(images)
+        assert torch.equal(images, batch()) and torch.equal(model(images), first) and all(used)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_bf16_errs_at_most_twice_as_much_as_plain_bf16(autocast, used):
+    if not onednn.supports(torch.bfloat16):
+        pytest.skip('this CPU has no bf16 products')
+    model = create(img_size=(32, 32), proj_len=16, embed_dim=64)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = model(images)
+        low = model if autocast else model.bfloat16()
+        images = images if autocast else images.bfloat16()
+        errors = []
+        for chunk in (0, 512):
+            low.set_chunk_size(chunk)
+            with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+                errors.append((low(images).float() - exact).square().mean().sqrt())
+    assert all(used) and errors[1] <= 2 * errors[0]
+
+
+@pytest.mark.parametrize(
+    'kwargs', [dict(qk_norm=True), dict(act_layer='relu'), dict(mlp_layer='swiglu')], ids=lambda o: next(iter(o))
+)
+def test_other_blocks_are_run_as_they_are(kwargs, used):
+    if 'mlp_layer' in kwargs:
+        kwargs = dict(mlp_layer=timm.layers.SwiGLU)
+    model = create(**kwargs)
+    with torch.no_grad():
+        plain = model(batch())
+        model.set_chunk_size(24)
+        torch.testing.assert_close(model(batch()), plain, rtol=1e-4, atol=1e-5)
+    assert used and not any(used)
+
+
+def test_training_mode_padding_and_short_images_are_run_as_they_are(used, monkeypatch):
+    model = create(chunk_size=24, proj_drop_rate=0.5)
+    with torch.no_grad():
+        model(batch(), key_padding_mask=torch.zeros(3, 48, dtype=torch.bool))
+        assert torch.equal(model(batch()), model(batch()))
+        del used[:]
+        model.train()(batch())
+        monkeypatch.setattr(onednn, 'LONG', 10_000)
+        model.eval()(batch())
+    assert used and not any(used)
