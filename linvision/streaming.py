@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from linvision.block import LinformerBlock
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
+FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
 DEVICE_BYTES = 2**28  # and on an accelerator
 
 
@@ -65,7 +66,7 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
     tokens = (CACHE_BYTES if device == 'cpu' else DEVICE_BYTES) // (hidden * dtype.itemsize)
     tokens = max(256, 2 ** (tokens.bit_length() - 1))
     fused = device == 'cpu' and x.shape[1] >= onednn.LONG and onednn.supports(dtype)
-    return tokens if fused or x.shape[0] * x.shape[1] > tokens else 0
+    return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
 
 
 def stream(
