@@ -4,15 +4,17 @@
     python scripts/benchmark.py --quick          # a few minutes, up to 4,096 tokens
 
 Each case is a process of its own, so that its peak of memory is its own; the processes of one size wait for each other
-and step in turn, so that all meet the same load. Times are medians. Memory is the peak of the resident set during a
-step, above what the process held with the model and its input made. What cannot fit into memory, or into the time that
-is left, is predicted, reported as such, and not started.
+and step in turn, so that all meet the same load (a step below a second is taken twice, and the second one counts).
+Times are medians. Memory is the peak of the resident set during a step, above what the process held with the model and
+its input made. What cannot fit into memory, or into the time that is left, is predicted, reported as such, and not
+started.
 """
 
 import dataclasses
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,12 +51,17 @@ def memory_gib(field: str) -> float:
 def work(case: Case, threads: int) -> None:
     """Make a case's model, say so, then take a step for each line that comes in. One line of JSON goes out for each."""
     torch.set_num_threads(threads)
+    limit = int(0.9 * available_gib() * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # an error here, not the end of another process
     step, parameters = create_step(case, torch.device('cpu'))
     a = torch.randn(64, 64, dtype=DTYPES[case.precision])
     torch.nn.functional.gelu(a @ a)  # loads the libraries
     base = memory_gib('VmRSS')
     print(json.dumps({'parameters': parameters}), flush=True)
+    seconds = float('inf')
     for _ in sys.stdin:
+        if seconds < 1:  # another process has had the cores and their caches: a step that does not count
+            step()
         Path('/proc/self/clear_refs').write_text('5')  # the peak starts afresh
         start = time.perf_counter()
         loss = float(step().float().sum())
@@ -62,6 +69,12 @@ def work(case: Case, threads: int) -> None:
         if loss != loss:
             raise FloatingPointError(f'{case} gives NaN.')
         print(json.dumps({'seconds': seconds, 'peak_gib': memory_gib('VmHWM') - base}), flush=True)
+
+
+def reason(errors: list[str], code: int) -> str:
+    """Why a case's process ended, in a few words."""
+    last = errors[-1] if errors else f'the process ended with code {code}'
+    return 'out of memory' if "can't allocate memory" in last or 'MemoryError' in last else last[:100]
 
 
 class Worker:
@@ -86,7 +99,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             code, errors = self.process.wait(), self.process.stderr.read().strip().splitlines()
-            raise RuntimeError(errors[-1] if errors else f'the process ended with code {code}')
+            raise RuntimeError(reason(errors, code))
         return json.loads(line)
 
     def step(self) -> dict[str, float]:
@@ -177,13 +190,16 @@ def available_gib() -> float:
 # ---------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(cases: list[Case], repeats: int, deadline: float, rate: float, threads: int, say: Any) -> list[dict]:
+def measure(
+    cases: list[Case], repeats: int, deadline: float, longest_s: float, rate: float, threads: int, say: Any
+) -> list[dict]:
     """Measure cases of one size side by side.
 
     Args:
         cases: The cases.
         repeats: Steps of each.
         deadline: When to stop, on the clock of `time.monotonic`.
+        longest_s: Seconds that one step may be predicted to take.
         rate: Multiply-adds a second that a model may be expected to reach; predicts how long a case takes.
         threads: CPU threads.
         say: Called with a line for each case.
@@ -199,7 +215,7 @@ def measure(cases: list[Case], repeats: int, deadline: float, rate: float, threa
         need, seconds = predicted_gib(case), work / rate
         if need > 0.9 * available_gib():
             row['why_not'] = f'needs at least {need:,.0f} GiB'
-        elif time.monotonic() + seconds > deadline:
+        elif seconds > longest_s or time.monotonic() + seconds > deadline:
             row['why_not'] = f'would take about {seconds / 60:,.0f} min'
         else:
             try:
@@ -242,6 +258,7 @@ def main(
     precisions: tuple[str, ...] = ('fp32', 'bf16'),
     repeats: int = 5,
     max_minutes: float = 60.0,
+    max_step_minutes: float = 6.0,
     threads: int = 0,
     worker: str = '',
 ) -> None:
@@ -256,6 +273,7 @@ def main(
         precisions: 'fp32', 'bf16' or both.
         repeats: Steps of each case, after a warm-up.
         max_minutes: A bound on the whole.
+        max_step_minutes: A step that is predicted to take longer is not started.
         threads: CPU threads (0: all cores).
         worker: A case in JSON, for the process that takes its steps.
     """
@@ -275,7 +293,7 @@ def main(
     for n, training, precision in tqdm(groups, disable=None):
         cases = [Case(m, n, training, precision) for m in models if n <= LONGEST.get(m, 65536)]
         rate = 0.25e9 * found['roofline'][precision]['square_gflops']  # half of the rate, two operations
-        found['rows'] += measure(cases, repeats, deadline, rate, threads, tqdm.write)
+        found['rows'] += measure(cases, repeats, deadline, 60 * max_step_minutes, rate, threads, tqdm.write)
         output.with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
     text = markdown(found)
     output.with_suffix('.md').write_text(text)
