@@ -42,7 +42,7 @@ def applies(block: 'LinformerBlock', x: Tensor, key: Tensor, mask: Tensor | None
     attention, mlp = block.attn, block.mlp
     return (
         x.is_cpu
-        and not block.training
+        and not (block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()))
         and mask is None
         and torch.backends.mkldnn.enabled
         and supports(compute_dtype(x))

@@ -6,21 +6,22 @@ chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
 
 - `stream` runs inside the block's `forward`: FSDP2 gathers the block's parameters there.
 - Without gradients the result goes to a buffer of the model's, never to the caller's tensor.
-- With gradients only the block's input is kept: each chunk is recomputed in the backward pass
-  (`torch.utils.checkpoint`), which also repeats its dropout. Drop path is drawn once for each image and block.
+- With gradients only the block's input is kept: each chunk is recomputed in the backward pass, with the same dropout,
+  and the gradients of keys, values, E and weights add up over the chunks. Drop path is drawn once for each image.
 - Chunks are whole rows of the token grid, or several whole images where images are short.
 - `conv`, `max_pool`, `sharing='none'` and full attention get their keys and values from the whole sequence; all that
   follows is streamed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from linvision import onednn
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
+KEPT_BYTES = 2**32  # training recomputes (1.5 times the time, a seventh of the memory) where blocks would keep more
 DEVICE_BYTES = 2**28  # and on an accelerator
 
 
@@ -41,15 +43,20 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
         blocks: The model's blocks.
         hidden: Width of their hidden layer.
     """
-    if chunk_size == 'auto' and torch.is_grad_enabled():  # it saves memory, but its speed in training is not measured
-        return 0
     if chunk_size == 0 or not isinstance(x, Tensor):  # a proxy of torch.fx
         return 0
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
         return 0
     if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
         return 0
+    if chunk_size == 'auto' and torch.is_grad_enabled() and kept_bytes(x, len(blocks)) < KEPT_BYTES:
+        return 0
     return auto_chunk_size(x, hidden) if chunk_size == 'auto' else chunk_size
+
+
+def kept_bytes(x: Tensor, depth: int) -> int:
+    """What whole blocks keep for the backward pass, about: 24 numbers a token, channel and block."""
+    return 24 * x.numel() * depth * (x.dtype if x.is_meta else onednn.compute_dtype(x)).itemsize
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:
@@ -95,20 +102,54 @@ def stream(
     if block.training and not isinstance(block.drop_path1, nn.Identity):
         # drop path of ones: timm's own draw, one number an image
         scales = [path(x.new_ones(x.shape[0], 1, 1)) for path in (block.drop_path1, block.drop_path2)]
-    if not learns and out is None:
-        out = torch.empty_like(x)
     results = []
     for i, images in enumerate(x.split(step)):
         part = slice(i * step, (i + 1) * step)
-        padding, drop = None if valid is None else valid[part], [s[part] for s in scales]
-        cut = Images(block, images, grid, chunk_size, padding, drop, learns)
+        settings = (grid, chunk_size, None if valid is None else valid[part], [s[part] for s in scales])
         if learns:
-            results.append(torch.cat(cut.run(projection), dim=1))
+            inputs = [*projection, *(p for p in block.parameters() if p.requires_grad)]
+            results.append(Recomputed.apply(block, settings, len(projection), images, *inputs))
         else:
-            cut.run(projection, out[part])
-    if not learns:
-        return out
-    return torch.cat(results) if len(results) > 1 else results[0]
+            results.append(Images(block, images, *settings).run(projection, None if out is None else out[part]))
+    if len(results) == 1:
+        return results[0]
+    return torch.cat(results) if learns or out is None else out
+
+
+class Recomputed(torch.autograd.Function):
+    """A block over some images: keeps its input, and computes chunk by chunk again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, block: 'LinformerBlock', settings: tuple, n: int, x: Tensor, *inputs: Tensor) -> Tensor:
+        """Inputs are the n projection tensors, then the block's parameters that learn."""
+        ctx.block, ctx.settings = block, settings
+        ctx.save_for_backward(x, *inputs[:n])
+        device = x.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.random = (torch.get_rng_state(), *get_device_states(x)) if drops(block) else None
+        return Images(block, x, *settings).run(list(inputs[:n]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *projection = ctx.saved_tensors
+        device, dtype, enabled = ctx.autocast
+        state, devices, states = ctx.random or (None, [], [])
+        kind = device if devices else 'cuda'  # without devices, any
+        with (
+            torch.enable_grad(),
+            torch.autocast(device, dtype, enabled),
+            torch.random.fork_rng(devices, enabled=state is not None, device_type=kind),
+        ):
+            if state is not None:
+                torch.set_rng_state(state)
+                set_device_states(devices, states, device_type=kind)
+            return None, None, None, *Images(ctx.block, x, *ctx.settings).gradients(projection, grad)
+
+
+def drops(block: 'LinformerBlock') -> bool:
+    """Whether the block draws dropout."""
+    return block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
 
 
 class Images:
@@ -121,7 +162,6 @@ class Images:
         chunk_size: Images × tokens in a chunk.
         valid: Which tokens are not padding, (B, P + N), None for all.
         drop: The two scales of drop path, (B, 1, 1), or none.
-        learns: Recompute in the backward pass.
     """
 
     def __init__(
@@ -132,98 +172,139 @@ class Images:
         chunk_size: int,
         valid: Tensor | None,
         drop: list[Tensor],
-        learns: bool,
     ) -> None:
-        self.block, self.grid, self.valid, self.drop, self.learns = block, grid, valid, drop, learns
+        self.block, self.grid, self.valid, self.drop, self.x = block, grid, valid, drop, x.detach()
         self.P = block.attn.num_prefix_tokens
         rows = max(1, chunk_size // (len(x) * grid[1]))
         self.rows = [(start, min(start + rows, grid[0])) for start in range(0, grid[0], rows)]  # of each chunk
-        # split, not slices: the backward pass of a slice fills a whole gradient with zeros
-        self.prefix, *self.chunks = x.split([self.P] + [(b - a) * grid[1] for a, b in self.rows], dim=1)
-        self.x = x
+        attention = block.attn
+        self.sums = attention.kind.part is not None and not attention.per_head and not attention.is_full(grid)
 
-    def do(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        """Call a function of tensors, or checkpoint it."""
-        return checkpoint(function, *tensors, use_reentrant=False) if self.learns else function(*tensors)
+    def tokens(self, first: int, last: int) -> slice:
+        """Where some rows of the token grid are in the sequence."""
+        return slice(self.P + first * self.grid[1], self.P + last * self.grid[1])
 
-    def run(self, projection: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
-        """The block's output, chunk by chunk; written to `out` where it is given."""
-        key, value, mask = self.key_value(projection)
-        self.fused = None
-        if not self.learns and not self.block.compiled and onednn.applies(self.block, self.chunks[0], key, mask):
-            self.fused = onednn.FusedTokens(self.block, self.chunks[0].shape[1], self.x, key, value)
-        results = []
-        start = 0
-        for i in range(-1 if self.P else 0, len(self.chunks)):  # -1 is the prefix
-            chunk = self.output(i, key, value, mask)
-            if out is None:
-                results.append(chunk)
+    def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
+        """The block's output, written to `out` where it is given; no gradients."""
+        with torch.no_grad():
+            if self.sums:
+                key, value, mask = self.key_value(self.project(projection), self.x[:, : self.P], projection)
             else:
-                out[:, start : start + chunk.shape[1]] = chunk
-                start += chunk.shape[1]
-        return results
+                key, value, mask = self.key_value_of_all(self.x, projection)
+            fused = None
+            first = self.tokens(*self.rows[0])
+            if not self.block.compiled and onednn.applies(self.block, self.x[:, first], key, mask) and not self.drop:
+                fused = onednn.FusedTokens(self.block, first.stop - first.start, self.x, key, value)
+            for own, context, area, inside in self.chunks():
+                x = self.x[:, context]
+                y = fused(x, area, inside) if fused is not None else self.map(x, key, value, mask, area, inside)
+                if out is None or out.dtype != y.dtype:
+                    out = y.new_empty(self.x.shape)
+                out[:, own] = y
+        return out
 
-    def key_value(self, projection: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and mask as `LinformerAttention.key_value` gives them, from chunks where the kind allows it."""
-        block, attention, grid = self.block, self.block.attn, self.grid
-        if attention.kind.part is None or attention.per_head or attention.is_full(grid):
-            return self.do(lambda x: attention.key_value(block.norm1(x), projection, grid, self.valid), self.x)
-        n = len(projection) // attention.matrices
-        matrices = [projection[i * n : (i + 1) * n - 1] for i in range(attention.matrices)]
+    def gradients(self, projection: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+        """Gradients of the tokens, of the projection tensors and of the block's parameters, from that of the output."""
+        projection = [p.detach().requires_grad_(p.requires_grad) for p in projection]
+        parameters = [p for p in self.block.parameters() if p.requires_grad]
+        learning = [p for p in projection if p.requires_grad] + parameters
+        dx = torch.zeros_like(self.x)
+        found: dict[int, Tensor] = {}  # by the identity of what learns
+
+        def back(outputs: list[Tensor], grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+            """Gradients of the inputs; those of what learns are added up."""
+            got = torch.autograd.grad(outputs, [*inputs, *learning], grads, allow_unused=True)
+            for tensor, g in zip(learning, got[len(inputs) :], strict=True):
+                if g is not None:
+                    # a copy first: autograd may hand the same tensor out twice
+                    found[id(tensor)] = found[id(tensor)].add_(g) if id(tensor) in found else g.clone()
+            return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
+
+        # keys and values, from leaves
+        if self.sums:
+            with torch.no_grad():
+                rows = self.project(projection)
+            sources = [r.requires_grad_() for r in (*rows, self.x[:, : self.P].clone())]
+            made = self.key_value(sources[:-1], sources[-1], projection)
+        else:
+            sources = [self.x.clone().requires_grad_()]
+            made = self.key_value_of_all(sources[0], projection)
+        key, value = (t.detach().requires_grad_() for t in made[:2])
+
+        # all that follows, chunk by chunk
+        dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
+        for own, context, area, inside in self.chunks():
+            x = self.x[:, context].requires_grad_()
+            y = self.map(x, key, value, made[2], area, inside)
+            got = back([y], [grad[:, own]], [x, key, value])
+            for whole, part in zip((dx[:, context], dkey, dvalue), got, strict=True):
+                whole += part
+
+        # back through keys and values to the tokens
+        got = back(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
+        if not self.sums:
+            dx += got[0]
+        else:
+            dx[:, : self.P] += got[-1]
+            for first, last in self.rows:
+                x = self.x[:, self.tokens(first, last)].requires_grad_()
+                dx[:, self.tokens(first, last)] += back(self.part(x, projection, first, last), got[:-1], [x])[0]
+        return [dx, *(found.get(id(p)) for p in (*projection, *parameters))]
+
+    def project(self, projection: list[Tensor]) -> list[Tensor]:
+        """[E x], or [E x, F x], as sums over the chunks: (B, K, D) each."""
         total: list[Tensor] = []
-        for chunk, (first, last) in zip(self.chunks, self.rows, strict=True):
-
-            def part(x: Tensor, first: int = first, last: int = last) -> list[Tensor]:
-                x = self.masked(block.norm1(x), first, last)
-                sub = (last - first, grid[1])
-                parts = [
-                    attention.reduce(x, attention.kind.part(m, first, last), sub, attention.rows) for m in matrices
-                ]
-                return [p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts]  # a sum of many
-
-            parts = self.do(part, chunk)
+        for first, last in self.rows:
+            parts = self.part(self.x[:, self.tokens(first, last)], projection, first, last)
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        prefix = block.norm1(self.prefix)
-        rows = [t.to(prefix.dtype) for t in total]
-        return attention.key_value_of_rows(rows, prefix, projection, grid, self.valid)
+        return total
 
-    def masked(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Normalised tokens of some rows of the grid, the padded ones set to zero."""
-        if self.valid is None:
-            return x
-        inside = self.valid[:, self.P + first * self.grid[1] : self.P + last * self.grid[1]]
-        return x.masked_fill(~inside.unsqueeze(-1), 0.0)
-
-    def output(self, i: int, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """What the block makes of chunk i (-1: the prefix) once keys and values are known."""
-        function = compiled_map_tokens() if self.block.compiled else map_tokens
-        block, width, local = self.block, self.grid[1], self.block.attn.local
-        if i < 0 or local is None:
-            chunk = self.prefix if i < 0 else self.chunks[i]
-            if self.fused is not None:
-                return self.fused(chunk)
-            return self.do(lambda x, k, v: function(block, x, k, v, mask, self.drop), chunk, key, value)
-        (first, last), reach = self.rows[i], local.reach(self.grid)
-        top, bottom = max(0, first - reach), min(self.grid[0], last + reach)
-        own = ((first - top) * width, (last - top) * width)
-        area = (bottom - top, width), own, local.step(self.grid)
-        inside = None
+    def part(self, x: Tensor, projection: list[Tensor], first: int, last: int) -> list[Tensor]:
+        """What some rows of the token grid add to E x and F x."""
+        attention = self.block.attn
+        n = len(projection) // attention.matrices
+        x = self.block.norm1(x)
         if self.valid is not None:
-            inside = self.valid[:, self.P + top * width : self.P + bottom * width].unsqueeze(-1)
-        if not self.learns:
-            x = self.x[:, self.P + top * width : self.P + bottom * width]
-            if self.fused is not None:
-                return self.fused(x, area, inside)
-            return function(block, x, key, value, mask, self.drop, area, inside)
-        near = [j for j, (a, b) in enumerate(self.rows) if a < bottom and b > top]
-        skip = (top - self.rows[near[0]][0]) * width
+            x = x.masked_fill(~self.valid[:, self.tokens(first, last)].unsqueeze(-1), 0.0)
+        parts = []
+        for i in range(attention.matrices):
+            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], first, last)
+            rows = attention.reduce(x, factors, (last - first, self.grid[1]), attention.rows)
+            parts.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))  # a sum of many
+        return parts
 
-        def joined(k: Tensor, v: Tensor, *parts: Tensor) -> Tensor:
-            x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            return function(block, x[:, skip : skip + (bottom - top) * width], k, v, mask, self.drop, area, inside)
+    def key_value(
+        self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask from [E x] or [E x, F x] and the prefix tokens."""
+        prefix = self.block.norm1(prefix)
+        rows = [r.to(prefix.dtype) for r in rows]
+        return self.block.attn.key_value_of_rows(rows, prefix, projection, self.grid, self.valid)
 
-        # neighbouring chunks as they are: nothing new is kept for the backward pass
-        return self.do(joined, key, value, *(self.chunks[j] for j in near))
+    def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask for kinds that are no sums over tokens, from the whole sequence."""
+        return self.block.attn.key_value(self.block.norm1(x), projection, self.grid, self.valid)
+
+    def chunks(self) -> Iterator[tuple[slice, slice, Any, Tensor | None]]:
+        """Of each chunk: its own tokens, those that it reads, and `area` and `inside` of `map_tokens`."""
+        local, width = self.block.attn.local, self.grid[1]
+        if self.P:
+            yield slice(0, self.P), slice(0, self.P), None, None
+        for first, last in self.rows:
+            own = self.tokens(first, last)
+            if local is None:
+                yield own, own, None, None
+                continue
+            reach = local.reach(self.grid)
+            top, bottom = max(0, first - reach), min(self.grid[0], last + reach)
+            context = self.tokens(top, bottom)
+            area = (bottom - top, width), ((first - top) * width, (last - top) * width), local.step(self.grid)
+            yield own, context, area, None if self.valid is None else self.valid[:, context].unsqueeze(-1)
+
+    def map(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, area: Any, inside: Any) -> Tensor:
+        """`map_tokens`, compiled or not."""
+        function = compiled_map_tokens() if self.block.compiled else map_tokens
+        return function(self.block, x, key, value, mask, self.drop, area, inside)
 
 
 def map_tokens(

@@ -278,3 +278,19 @@ def test_compiled_chunks_give_the_same_and_one_function_serves_all_blocks_and_ch
     assert 1 <= graphs <= 4
     torch.testing.assert_close(gradients(model, images, **arguments), exact, rtol=1e-9, atol=1e-9)
     assert counter.frame_count <= 2 * graphs  # with and without gradients
+
+
+def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibibytes(calls, monkeypatch):
+    import linvision.streaming as streaming
+
+    model, images = create(chunk_size='auto'), batch()
+    exact = gradients(model, images)
+    assert not calls
+    kept = 24 * 3 * 48 * 32 * 8 * 3  # numbers × images × tokens × channels × bytes × blocks
+    monkeypatch.setattr(streaming, 'KEPT_BYTES', kept + 1)
+    gradients(model, images)
+    assert not calls
+    monkeypatch.setattr(streaming, 'KEPT_BYTES', kept)
+    monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 12)
+    torch.testing.assert_close(gradients(model, images), exact, rtol=1e-9, atol=1e-9)
+    assert calls == [12] * 3
