@@ -7,6 +7,7 @@ PAPER = {4096: (3.4, 14), 16384: (8.6, 56), 65536: (20, 60)}  # arXiv 2006.04768
 COLOURS = {
     'linvision': '#c1121f',
     'linvision, whole': '#f4a261',
+    'linvision, streamed': '#9d0208',
     'linvision, compiled': '#7b2cbf',
     'linvision, linear E': '#e76f51',
     'linvision, K = 128': '#ffb703',
@@ -43,7 +44,7 @@ def ratio(row: dict[str, Any], other: dict[str, Any], field: str) -> str:
 
 def times_and_memory(found: dict[str, Any], training: bool, precision: str) -> list[str]:
     """A table: a line for each model, a column for each size; seconds, GiB, and seconds beside linvision's."""
-    sizes = unique(found, 'tokens')
+    sizes = sorted(unique(found, 'tokens'))
     lines = ['| | ' + ' | '.join(f'{n:,}' for n in sizes) + ' |', '| --- |' + ' --- |' * len(sizes)]
     for model in unique(found, 'model'):
         cells = []
@@ -88,7 +89,9 @@ def shares(found: dict[str, Any]) -> list[str]:
     """How near linvision comes to the machine's rate."""
     lines = []
     for precision, rates in found['roofline'].items():
-        for row in pick(found, model='linvision', training=False, precision=precision):
+        for row in sorted(
+            pick(found, model='linvision', training=False, precision=precision), key=lambda row: row['tokens']
+        ):
             if row['steps']:
                 gflops = 2e-9 * row['multiply_adds'] / row['seconds']
                 lines.append(
@@ -156,13 +159,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for column, (training, precision) in enumerate(columns):
         for model in unique(found, 'model'):
             rows = [r for r in pick(found, model=model, training=training, precision=precision) if r['steps']]
+            rows.sort(key=lambda row: row['tokens'])
             for ax, field in zip(axes[:, column], ('seconds', 'peak_gib'), strict=True):
                 style = {'lw': 3, 'zorder': 5} if model == 'linvision' else {'lw': 1.5}
                 x, y = [r['tokens'] for r in rows], [max(r[field], 1e-3) for r in rows]
                 ax.loglog(x, y, 'o-', ms=4, color=COLOURS.get(model, 'black'), label=model, **style)
         axes[0, column].set_title(f'{"training step" if training else "inference"}, {precision}')
         axes[1, column].set_xlabel('tokens')
-        sizes = unique(found, 'tokens')
+        sizes = sorted(unique(found, 'tokens'))
         axes[1, column].set_xticks(sizes, [f'{n:,}' for n in sizes], rotation=30)
         axes[1, column].minorticks_off()
     axes[0, 0].set_ylabel('seconds a step')

@@ -23,6 +23,7 @@ PATCH = {'xcit': 8}  # pixels to a side of a token; 1 for all others
 OURS = {  # name -> arguments beside those of the registered model
     'linvision': {},
     'linvision, whole': {'chunk_size': 0},
+    'linvision, streamed': {'chunk_size': 8192},  # in training too
     'linvision, compiled': {},
     'linvision, linear E': {'projection': 'linear'},
     'linvision, K = 128': {'proj_len': 128},
