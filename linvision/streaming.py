@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from linvision import onednn
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
-KEPT_BYTES = 2**32  # training recomputes (1.5 times the time, a seventh of the memory) where blocks would keep more
 DEVICE_BYTES = 2**28  # and on an accelerator
+KEPT_BYTES = 2**32  # training recomputes (1.5 times the time, a seventh of the memory) where blocks would keep more
 
 
 def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int) -> int:
@@ -96,7 +97,7 @@ def stream(
         chunk_size: Images × tokens in a chunk; it has one row of the token grid at least.
         out: Where the result goes when there are no gradients; not `x`. By default a new tensor.
     """
-    learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *projection, *block.parameters()))
     step = max(1, chunk_size // x.shape[1])  # images
     scales: list[Tensor] = []
     if block.training and not isinstance(block.drop_path1, nn.Identity):
@@ -107,32 +108,37 @@ def stream(
         part = slice(i * step, (i + 1) * step)
         settings = (grid, chunk_size, None if valid is None else valid[part], [s[part] for s in scales])
         if learns:
-            inputs = [*projection, *(p for p in block.parameters() if p.requires_grad)]
-            results.append(Recomputed.apply(block, settings, len(projection), images, *inputs))
+            weights = {name: p for name, p in block.named_parameters() if p.requires_grad}
+            results.append(Recomputed.apply(block, settings, tuple(weights), images, *weights.values(), *projection))
         else:
             results.append(Images(block, images, *settings).run(projection, None if out is None else out[part]))
     if len(results) == 1:
         return results[0]
-    return torch.cat(results) if learns or out is None else out
+    written = not learns and out is not None and out.dtype == results[0].dtype
+    return out if written else torch.cat(results)
 
 
 class Recomputed(torch.autograd.Function):
     """A block over some images: keeps its input, and computes chunk by chunk again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, block: 'LinformerBlock', settings: tuple, n: int, x: Tensor, *inputs: Tensor) -> Tensor:
-        """Inputs are the n projection tensors, then the block's parameters that learn."""
-        ctx.block, ctx.settings = block, settings
-        ctx.save_for_backward(x, *inputs[:n])
+    def forward(
+        ctx: Any, block: 'LinformerBlock', settings: tuple, names: tuple[str, ...], x: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        """Inputs are the block's parameters that learn, whose names are given, then the projection tensors."""
+        ctx.block, ctx.settings, ctx.names = block, settings, names
+        ctx.save_for_backward(x, *inputs)
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.random = (torch.get_rng_state(), *get_device_states(x)) if drops(block) else None
-        return Images(block, x, *settings).run(list(inputs[:n]))
+        return Images(block, x, *settings).run(list(inputs[len(names) :]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *projection = ctx.saved_tensors
+        x, *inputs = ctx.saved_tensors
+        inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        weights = {f'block.{n}': t for n, t in zip(ctx.names, inputs, strict=False)}
         device, dtype, enabled = ctx.autocast
         state, devices, states = ctx.random or (None, [], [])
         kind = device if devices else 'cuda'  # without devices, any
@@ -144,7 +150,20 @@ class Recomputed(torch.autograd.Function):
             if state is not None:
                 torch.set_rng_state(state)
                 set_device_states(devices, states, device_type=kind)
-            return None, None, None, *Images(ctx.block, x, *ctx.settings).gradients(projection, grad)
+            # the weights of the forward pass, whatever the block holds by now
+            return None, None, None, *functional_call(Again(ctx.block), weights, (x, ctx.settings, inputs, grad))
+
+
+class Again(nn.Module):
+    """A block's backward pass as a module, so that `torch.func.functional_call` can give it its weights."""
+
+    def __init__(self, block: 'LinformerBlock') -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, settings: tuple, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+        """Gradients of x and the inputs of `Recomputed`."""
+        return Images(self.block, x, *settings).gradients(inputs, grad)
 
 
 def drops(block: 'LinformerBlock') -> bool:
@@ -203,11 +222,15 @@ class Images:
                 out[:, own] = y
         return out
 
-    def gradients(self, projection: list[Tensor], grad: Tensor) -> list[Tensor | None]:
-        """Gradients of the tokens, of the projection tensors and of the block's parameters, from that of the output."""
-        projection = [p.detach().requires_grad_(p.requires_grad) for p in projection]
-        parameters = [p for p in self.block.parameters() if p.requires_grad]
-        learning = [p for p in projection if p.requires_grad] + parameters
+    def gradients(self, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+        """Gradients of the tokens and of the inputs, from that of the output.
+
+        Args:
+            inputs: The block's parameters that learn, then the projection tensors; all leaves.
+            grad: Gradient of the output.
+        """
+        projection = inputs[sum(p.requires_grad for p in self.block.parameters()) :]
+        learning = [t for t in inputs if t.requires_grad]
         dx = torch.zeros_like(self.x)
         found: dict[int, Tensor] = {}  # by the identity of what learns
 
@@ -249,7 +272,7 @@ class Images:
             for first, last in self.rows:
                 x = self.x[:, self.tokens(first, last)].requires_grad_()
                 dx[:, self.tokens(first, last)] += back(self.part(x, projection, first, last), got[:-1], [x])[0]
-        return [dx, *(found.get(id(p)) for p in (*projection, *parameters))]
+        return [dx, *(found.get(id(t)) for t in inputs)]
 
     def project(self, projection: list[Tensor]) -> list[Tensor]:
         """[E x], or [E x, F x], as sums over the chunks: (B, K, D) each."""

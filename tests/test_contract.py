@@ -220,7 +220,7 @@ def test_moving_average_follows_the_model():
     assert not torch.equal(ema.module(batch()), model(batch()))
 
 
-def shard(rank: int, port: int, folder: str, checkpointing: bool) -> None:
+def shard(rank: int, port: int, folder: str, checkpointing: bool, chunk_size: int) -> None:
     """One of two processes: a step with per-block FSDP2 on its half of the batch; rank 0 writes the whole gradients."""
     from torch.distributed.fsdp import fully_shard
 
@@ -230,6 +230,7 @@ def shard(rank: int, port: int, folder: str, checkpointing: bool) -> None:
     try:
         model = create().train()
         model.set_grad_checkpointing(checkpointing)
+        model.set_chunk_size(chunk_size)
         mesh = dist.device_mesh.init_device_mesh('cpu', (2,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -244,12 +245,12 @@ def shard(rank: int, port: int, folder: str, checkpointing: bool) -> None:
     os._exit(0)  # gloo's threads now and then abort Python's own exit ("terminate called without an active exception")
 
 
-@pytest.mark.parametrize('checkpointing', [False, True])
-def test_per_block_fsdp_gives_the_gradients_of_one_process(checkpointing, tmp_path):
+@pytest.mark.parametrize('checkpointing, chunk_size', [(False, 0), (True, 0), (False, 16), (True, 16)])
+def test_per_block_fsdp_gives_the_gradients_of_one_process(checkpointing, chunk_size, tmp_path):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    mp.spawn(shard, (port, str(tmp_path), checkpointing), nprocs=2)
+    mp.spawn(shard, (port, str(tmp_path), checkpointing, chunk_size), nprocs=2)
     sharded = torch.load(tmp_path / 'gradients.pt', weights_only=True)
     model = create().train()
     model(batch(4)).square().mean().backward()

@@ -101,6 +101,19 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
+def test_gradients_are_those_of_the_weights_that_the_forward_pass_had():
+    model = create(class_token=True)
+    weights = {n: (p.detach() + 0.1 * torch.randn_like(p)).requires_grad_() for n, p in model.named_parameters()}
+
+    def found() -> list[torch.Tensor]:
+        loss = torch.func.functional_call(model, weights, (batch(),)).square().sum()
+        return torch.autograd.grad(loss, list(weights.values()))
+
+    exact = found()
+    model.set_chunk_size(12)
+    torch.testing.assert_close(found(), exact, rtol=1e-9, atol=1e-9)
+
+
 def test_dropout_is_the_same_in_both_passes():
     model = create(chunk_size=24, proj_drop_rate=0.3, attn_drop_rate=0.2).train()
     images, eps = batch(), 1e-6
@@ -294,3 +307,30 @@ def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibiby
     monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 12)
     torch.testing.assert_close(gradients(model, images), exact, rtol=1e-9, atol=1e-9)
     assert calls == [12] * 3
+
+
+def test_a_projection_learns_where_all_else_is_frozen():
+    model = create(projection='linear')
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(('projection.', 'head.')))
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        model(batch()).square().sum().backward()
+        return model.projection.weights[0].grad
+
+    exact = gradient()
+    model.set_chunk_size(12)
+    assert exact.abs().max() > 0
+    torch.testing.assert_close(gradient(), exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('n', [1, 3])
+def test_blocks_whose_output_has_another_dtype_than_their_input(n):
+    """Under autocast a layer scale in fp32 makes fp32 of tokens in bf16."""
+    model = create(dtype=torch.float32, init_values=0.5)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        plain = model(batch(n, dtype=torch.float32))
+        for chunk in (24, 48):
+            model.set_chunk_size(chunk)
+            torch.testing.assert_close(model(batch(n, dtype=torch.float32)), plain, rtol=0.05, atol=0.05)
