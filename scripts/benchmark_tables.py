@@ -118,6 +118,20 @@ def attention(found: dict[str, Any]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def spread(found: dict[str, Any]) -> str:
+    """How far apart the repetitions of a case lie, in words."""
+    times = [[s['seconds'] for s in row['steps']] for row in found['rows'] if len(row['steps']) > 1]
+    spreads = sorted(max(t) / min(t) - 1 for t in times)
+    if not spreads:
+        return 'Each was taken once.'
+    half, most = (100 * spreads[int(q * (len(spreads) - 1))] for q in (0.5, 0.9))
+    once = sum(len(row['steps']) == 1 for row in found['rows'])
+    return (
+        f'The slowest repetition is longer than the fastest by {half:.0f} % (median over cases) and {most:.0f} % (nine '
+        f'in ten); {once} cases were taken once.'
+    )
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The whole report."""
     machine = found['machine']
@@ -125,7 +139,8 @@ def markdown(found: dict[str, Any]) -> str:
     parts = [
         f'`{found["command"]}`, {machine["date"]}: {machine.get("device", machine["cpu"])}, '
         f'{machine["threads"]} CPU threads, {versions}.\n\n'
-        'Seconds (median) of one step, how many times those of linvision, and the peak of memory above the model.'
+        'Seconds (median) of one step, how many times those of linvision, and the peak of memory above the model. '
+        + spread(found)
     ]
     for training, precision in unique(found, 'training', 'precision'):
         title = f'### {"Training step" if training else "Inference"}, {precision}'
