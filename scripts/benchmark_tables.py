@@ -126,9 +126,11 @@ def spread(found: dict[str, Any]) -> str:
         return 'Each was taken once.'
     half, most = (100 * spreads[int(q * (len(spreads) - 1))] for q in (0.5, 0.9))
     once = sum(len(row['steps']) == 1 for row in found['rows'])
+    compiled = [row['first_s'] for row in found['rows'] if row['model'] == 'linvision, compiled' and 'first_s' in row]
+    words = f' The first compiled step takes up to {max(compiled):.0f} s.' if compiled else ''
     return (
         f'The slowest repetition is longer than the fastest by {half:.0f} % (median over cases) and {most:.0f} % (nine '
-        f'in ten); {once} cases were taken once.'
+        f'in ten); {once} cases were taken once.{words}'
     )
 
 

@@ -220,8 +220,8 @@ def test_moving_average_follows_the_model():
     assert not torch.equal(ema.module(batch()), model(batch()))
 
 
-def shard(rank: int, port: int, folder: str, checkpointing: bool, chunk_size: int) -> None:
-    """One of two processes: a step with per-block FSDP2 on its half of the batch; rank 0 writes the whole gradients."""
+def shard(rank: int, port: int, folder: str, parallel: str, checkpointing: bool, chunk_size: int) -> None:
+    """One of two processes: a step on its half of the batch, by DDP or per-block FSDP2; rank 0 writes the gradients."""
     from torch.distributed.fsdp import fully_shard
 
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
@@ -231,12 +231,16 @@ def shard(rank: int, port: int, folder: str, checkpointing: bool, chunk_size: in
         model = create().train()
         model.set_grad_checkpointing(checkpointing)
         model.set_chunk_size(chunk_size)
-        mesh = dist.device_mesh.init_device_mesh('cpu', (2,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model(batch(4).chunk(2)[rank]).square().mean().backward()
-        whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        step = model
+        if parallel == 'fsdp':
+            mesh = dist.device_mesh.init_device_mesh('cpu', (2,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            step = nn.parallel.DistributedDataParallel(model)
+        step(batch(4).chunk(2)[rank]).square().mean().backward()
+        whole = {n: p.grad.full_tensor() if parallel == 'fsdp' else p.grad for n, p in model.named_parameters()}
         if rank == 0:
             torch.save(whole, Path(folder) / 'gradients.pt')
         dist.barrier()
@@ -245,12 +249,13 @@ def shard(rank: int, port: int, folder: str, checkpointing: bool, chunk_size: in
     os._exit(0)  # gloo's threads now and then abort Python's own exit ("terminate called without an active exception")
 
 
+@pytest.mark.parametrize('parallel', ['fsdp', 'ddp'])
 @pytest.mark.parametrize('checkpointing, chunk_size', [(False, 0), (True, 0), (False, 16), (True, 16)])
-def test_per_block_fsdp_gives_the_gradients_of_one_process(checkpointing, chunk_size, tmp_path):
+def test_two_processes_give_the_gradients_of_one(parallel, checkpointing, chunk_size, tmp_path):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    mp.spawn(shard, (port, str(tmp_path), checkpointing, chunk_size), nprocs=2)
+    mp.spawn(shard, (port, str(tmp_path), parallel, checkpointing, chunk_size), nprocs=2)
     sharded = torch.load(tmp_path / 'gradients.pt', weights_only=True)
     model = create().train()
     model(batch(4)).square().mean().backward()
