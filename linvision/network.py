@@ -50,8 +50,8 @@ class LinformerVisionTransformer(VisionTransformer):
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
-            training for all unless that would keep more than 4 GiB (see `streaming.py`). Results are equal but for
-            rounding.
+            training for all unless that would keep more than 4 GiB, or a quarter of a GPU (see `streaming.py`). Results
+            are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
