@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import gpu_report
+import profile_step
 from benchmark_tables import markdown
 from contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
 
@@ -103,3 +104,10 @@ def test_the_gpu_report_measures_memory_and_finds_the_largest_batch(tmp_path):
     gpu_report.main(tmp_path / 'g', tokens=(1024,), models_=('linvision',), batch_limit=4, repeats=2, max_minutes=2)
     found = json.loads((tmp_path / 'g.json').read_text())
     assert all(row['peak_gib'] > 0 for row in found['rows']) and found['largest_batch']['batch_size'] == 4
+
+
+def test_a_profile_accounts_for_the_whole_step(capsys):
+    profile_step.main(tokens=64, precision='fp32', threads=1, rows=3)
+    lines = capsys.readouterr().out.splitlines()
+    shares = [int(line.split('|')[-2].split()[0]) for line in lines if line.endswith('% |')]
+    assert len(shares) == 4 and 97 <= sum(shares) <= 103  # each is rounded
