@@ -104,8 +104,11 @@ class Worker:
 
     def step(self) -> dict[str, float]:
         """Take one step: its seconds and its peak of memory."""
-        self.process.stdin.write('step\n')
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write('step\n')
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: reading says why
         return self._read()
 
     def close(self) -> None:
@@ -249,6 +252,19 @@ def measure(
     return rows
 
 
+def earlier(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run found, to be added to.
+
+    Raises:
+        ValueError: It was another machine, or other versions.
+    """
+    old = json.loads(path.read_text())
+    differs = [k for k, v in found['machine'].items() if old['machine'][k] != v and k != 'date']
+    if differs:
+        raise ValueError(f'{path} cannot be updated: it was measured with another {", ".join(differs)}.')
+    return {**old, 'command': f'{old["command"]}; {found["command"]}'}
+
+
 def main(
     output: Path = Path('outputs/benchmark'),
     quick: bool = False,
@@ -260,6 +276,7 @@ def main(
     max_minutes: float = 60.0,
     max_step_minutes: float = 6.0,
     threads: int = 0,
+    update: bool = False,
     worker: str = '',
 ) -> None:
     """Measure, print a table, and write JSON, Markdown and a picture.
@@ -275,6 +292,7 @@ def main(
         max_minutes: A bound on the whole.
         max_step_minutes: A step that is predicted to take longer is not started.
         threads: CPU threads (0: all cores).
+        update: Keep what OUTPUT.json holds of this machine and is not measured now.
         worker: A case in JSON, for the process that takes its steps.
     """
     threads = threads or len(os.sched_getaffinity(0))
@@ -286,6 +304,8 @@ def main(
     torch.set_num_threads(threads)
     output.parent.mkdir(parents=True, exist_ok=True)
     found = {'machine': machine(threads), 'command': ' '.join(['python', *sys.argv]), 'roofline': {}, 'rows': []}
+    if update:
+        found = earlier(output.with_suffix('.json'), found)
     groups = [(n, mode == 'training', p) for n in tokens for mode in modes for p in precisions]
     groups = [(n, t, p) for n, t, p in groups if n <= 65536 or (p == 'bf16' and not t)]
     for precision in precisions:
@@ -293,6 +313,8 @@ def main(
     for n, training, precision in tqdm(groups, disable=None):
         cases = [Case(m, n, training, precision) for m in models if n <= LONGEST.get(m, 65536)]
         rate = 0.25e9 * found['roofline'][precision]['square_gflops']  # half of the rate, two operations
+        measured = (n, training, precision)
+        found['rows'] = [r for r in found['rows'] if (r['tokens'], r['training'], r['precision']) != measured]
         found['rows'] += measure(cases, repeats, deadline, 60 * max_step_minutes, rate, threads, tqdm.write)
         output.with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
     text = markdown(found)
@@ -302,4 +324,7 @@ def main(
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')

@@ -9,6 +9,7 @@ import pytest
 
 import gpu_report
 import profile_step
+from benchmark import earlier
 from benchmark_tables import markdown
 from contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
 
@@ -85,6 +86,10 @@ def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
         assert len(row['steps']) == 2 and row['seconds'] > 0 and 0 < row['peak_gib'] < 1
         assert row['peak_gib'] >= 4 * row['parameters'] / 2**30  # the gradients at least
     assert (tmp_path / 'b.png').stat().st_size > 10_000
+    kept = earlier(tmp_path / 'b.json', {'machine': found['machine'], 'command': 'again'})
+    assert kept['rows'] == found['rows'] and kept['command'] == found['command'] + '; again'
+    with pytest.raises(ValueError, match='measured with another threads'):
+        earlier(tmp_path / 'b.json', {'machine': {**found['machine'], 'threads': 9}, 'command': ''})
 
 
 def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):
