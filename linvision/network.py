@@ -301,7 +301,7 @@ class LinformerVisionTransformer(VisionTransformer):
         projection = self.projection_tensors(x, grid)
         chunk = 0
         if not torch.jit.is_scripting():
-            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
+            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden, grid)
         spare: Tensor | None = None  # two buffers take turns where there are no gradients
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -341,7 +341,7 @@ class LinformerVisionTransformer(VisionTransformer):
         projection = self.projection_tensors(x, grid)
         chunk = 0
         if not torch.jit.is_scripting():
-            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
+            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden, grid)
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         intermediates = []
         for i, block in enumerate(blocks):

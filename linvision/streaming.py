@@ -37,7 +37,9 @@ KEPT_BYTES = (
 )  # training recomputes (1.4 times the time, a fifth of the memory or less) where blocks would keep more
 
 
-def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int) -> int:
+def choose_chunk_size(
+    chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int, grid: tuple[int, int]
+) -> int:
     """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them.
 
     Args:
@@ -45,6 +47,7 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
         x: Tokens, (B, P + N, D).
         blocks: The model's blocks.
         hidden: Width of their hidden layer.
+        grid: Token grid (height, width).
     """
     if chunk_size == 0 or not isinstance(x, Tensor):  # a proxy of torch.fx
         return 0
@@ -56,7 +59,12 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
         limit = torch.cuda.get_device_properties(x.device).total_memory // 4 if x.is_cuda else KEPT_BYTES
         if kept_bytes(x, len(blocks)) < limit:
             return 0
-    return auto_chunk_size(x, hidden) if chunk_size == 'auto' else chunk_size
+    if chunk_size != 'auto':
+        return chunk_size
+    tokens, local = auto_chunk_size(x, hidden), blocks[0].attn.local
+    if tokens > 0 and local is not None:  # what neighbouring chunks both read is to stay below a half
+        tokens = max(tokens, 4 * local.reach(grid) * grid[1])
+    return tokens
 
 
 def kept_bytes(x: Tensor, depth: int) -> int:

@@ -304,9 +304,9 @@ def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibiby
     gradients(model, images)
     assert not calls
     monkeypatch.setattr(streaming, 'KEPT_BYTES', kept)
-    monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 12)
+    monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 24)
     torch.testing.assert_close(gradients(model, images), exact, rtol=1e-9, atol=1e-9)
-    assert calls == [12] * 3
+    assert calls == [24] * 3
 
 
 def test_a_projection_learns_where_all_else_is_frozen():
@@ -334,3 +334,13 @@ def test_blocks_whose_output_has_another_dtype_than_their_input(n):
         for chunk in (24, 48):
             model.set_chunk_size(chunk)
             torch.testing.assert_close(model(batch(n, dtype=torch.float32)), plain, rtol=0.05, atol=0.05)
+
+
+def test_automatic_chunks_are_long_where_the_local_path_reaches_far(calls, monkeypatch):
+    import linvision.streaming as streaming
+
+    model = create(img_size=(32, 6), local_grid=(16, 6), chunk_size='auto')  # taps 2 rows apart
+    monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 12)
+    with torch.no_grad():
+        model(batch(1, (32, 6)))
+    assert calls == [4 * 2 * 6] * 3
