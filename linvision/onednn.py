@@ -38,11 +38,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def applies(block: 'LinformerBlock', x: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether `FusedTokens` can stand for `map_tokens`."""
+    """Whether `FusedTokens` can stand for `map_tokens`, where there is no dropout and no drop path."""
     attention, mlp = block.attn, block.mlp
     return (
         x.is_cpu
-        and not (block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()))
         and mask is None
         and torch.backends.mkldnn.enabled
         and supports(compute_dtype(x))
@@ -112,20 +111,9 @@ class FusedTokens:
             images.append(torch.cat(heads, dim=-1))
         return torch.cat(images) if len(images) > 1 else images[0]
 
-    def __call__(
-        self,
-        x: Tensor,
-        area: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None,
-        inside: Tensor | None = None,
-    ) -> Tensor:
-        """Attention, MLP and both residuals of some tokens; arguments as in `map_tokens`."""
+    def __call__(self, x: Tensor, h: Tensor, local: Tensor | None) -> Tensor:
+        """Attention, MLP and both residuals of some tokens, as `streaming.read` gives them."""
         block = self.block
-        h = block.norm1(x)
-        local: Tensor | None = None
-        if area is not None:
-            grid, own, step = area
-            local = block.attn.local.convolve(h if inside is None else h.masked_fill(~inside, 0.0), grid, step)
-            x, h, local = (t[:, own[0] : own[1]] for t in (x, h, local))
         y = self.attend(h)
         if local is not None:
             y += local

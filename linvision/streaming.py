@@ -49,7 +49,7 @@ def choose_chunk_size(
         hidden: Width of their hidden layer.
         grid: Token grid (height, width).
     """
-    if chunk_size == 0 or not isinstance(x, Tensor):  # a proxy of torch.fx
+    if chunk_size == 0 or not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
         return 0
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
         return 0
@@ -69,7 +69,7 @@ def choose_chunk_size(
 
 def kept_bytes(x: Tensor, depth: int) -> int:
     """What whole blocks keep for the backward pass, about: 24 numbers a token, channel and block."""
-    return 24 * x.numel() * depth * (x.dtype if x.is_meta else onednn.compute_dtype(x)).itemsize
+    return 24 * x.numel() * depth * onednn.compute_dtype(x).itemsize
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:
@@ -80,8 +80,6 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
         hidden: Width of the hidden layer.
     """
     device = x.device.type
-    if device == 'meta':  # nothing is computed, and it has no autocast
-        return 0
     dtype = onednn.compute_dtype(x)
     tokens = (CACHE_BYTES if device == 'cpu' else DEVICE_BYTES) // (hidden * dtype.itemsize)
     tokens = max(256, 2 ** (tokens.bit_length() - 1))
@@ -224,11 +222,15 @@ class Images:
                 key, value, mask = self.key_value_of_all(self.x, projection)
             fused = None
             first = self.tokens(*self.rows[0])
-            if not self.block.compiled and onednn.applies(self.block, self.x[:, first], key, mask) and not self.drop:
+            plain = self.block.compiled or self.drop or drops(self.block)
+            if not plain and onednn.applies(self.block, self.x[:, first], key, mask):
                 fused = onednn.FusedTokens(self.block, first.stop - first.start, self.x, key, value)
             for own, context, area, inside in self.chunks():
                 x = self.x[:, context]
-                y = fused(x, area, inside) if fused is not None else self.map(x, key, value, mask, area, inside)
+                if fused is not None:
+                    y = fused(*read(self.block, x, area, inside))
+                else:
+                    y = self.map(x, key, value, mask, area, inside)
                 if out is None or out.dtype != y.dtype:
                     out = y.new_empty(self.x.shape)
                 out[:, own] = y
@@ -342,6 +344,22 @@ class Images:
         return function(self.block, x, key, value, mask, self.drop, area, inside)
 
 
+def read(
+    block: 'LinformerBlock',
+    x: Tensor,
+    area: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None,
+    inside: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A chunk's own tokens, the same normalised, and the local path's output for them; arguments as in `map_tokens`."""
+    h = block.norm1(x)
+    if area is None:
+        return x, h, None
+    grid, own, step = area
+    local = block.attn.local.convolve(h if inside is None else h.masked_fill(~inside, 0.0), grid, step)
+    part = slice(*own)
+    return x[:, part], h[:, part], local[:, part]
+
+
 def map_tokens(
     block: 'LinformerBlock',
     x: Tensor,
@@ -363,12 +381,7 @@ def map_tokens(
             of the taps. None for no local path.
         inside: Which tokens of x are not padding, (B, n, 1), None for all.
     """
-    h = block.norm1(x)
-    local: Tensor | None = None
-    if area is not None:
-        grid, own, step = area
-        local = block.attn.local.convolve(h if inside is None else h.masked_fill(~inside, 0.0), grid, step)
-        x, h, local = (t[:, own[0] : own[1]] for t in (x, h, local))
+    x, h, local = read(block, x, area, inside)
     y = block.ls1(block.attn.output(h, key, value, mask, local))
     x = x + (y * drop[0] if drop else y)
     y = block.ls2(block.mlp(block.norm2(x)))

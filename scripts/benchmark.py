@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import tyro
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from benchmark_tables import draw, markdown
+from benchmark_tables import summarise, write
 from contenders import CONTENDERS, DTYPES, PROJ_LEN, SIZE, Case, create_step, multiply_adds, predicted_gib
 from linvision import onednn
 
@@ -243,9 +244,7 @@ def measure(
     for worker in workers.values():
         worker.close()
     for row in rows:
-        if row['steps']:
-            row['seconds'] = statistics.median(s['seconds'] for s in row['steps'])
-            row['peak_gib'] = max(s['peak_gib'] for s in row['steps'])
+        summarise(row)
         what = f'{row["seconds"]:.3f} s, {row["peak_gib"]:.2f} GiB' if row['steps'] else row['why_not']
         mode = 'training' if row['training'] else 'inference'
         say(f'{row["tokens"]:>9,}  {mode} {row["precision"]}  {row["model"]:22} {what}')
@@ -303,7 +302,7 @@ def main(
     deadline = time.monotonic() + 60 * max_minutes
     torch.set_num_threads(threads)
     output.parent.mkdir(parents=True, exist_ok=True)
-    found = {'machine': machine(threads), 'command': ' '.join(['python', *sys.argv]), 'roofline': {}, 'rows': []}
+    found = {'machine': machine(threads), 'command': shlex.join(['python', *sys.argv]), 'roofline': {}, 'rows': []}
     if update:
         found = earlier(output.with_suffix('.json'), found)
     groups = [(n, mode == 'training', p) for n in tokens for mode in modes for p in precisions]
@@ -317,10 +316,7 @@ def main(
         found['rows'] = [r for r in found['rows'] if (r['tokens'], r['training'], r['precision']) != measured]
         found['rows'] += measure(cases, repeats, deadline, 60 * max_step_minutes, rate, threads, tqdm.write)
         output.with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
-    text = markdown(found)
-    output.with_suffix('.md').write_text(text)
-    draw(found, output.with_suffix('.png'))
-    print(text)
+    write(found, output)
 
 
 if __name__ == '__main__':

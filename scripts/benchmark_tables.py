@@ -1,5 +1,7 @@
 """The tables and the picture of `benchmark.py` and `gpu_report.py`, from their JSON."""
 
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,22 @@ def markdown(found: dict[str, Any]) -> str:
             + '.'
         )
     return '\n\n'.join(parts) + '\n'
+
+
+def summarise(row: dict[str, Any]) -> None:
+    """Add the median of a row's seconds and its peak of memory, where it has steps."""
+    if row['steps']:
+        row['seconds'] = statistics.median(s['seconds'] for s in row['steps'])
+        row['peak_gib'] = max(s['peak_gib'] for s in row['steps'])
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    """OUTPUT.json, .md and .png; the tables are printed too."""
+    output.with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
+    text = markdown(found)
+    output.with_suffix('.md').write_text(text)
+    draw(found, output.with_suffix('.png'))
+    print(text)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import linvision  # noqa: F401  (registers the models)
+from linvision.nearest import nearest
+from linvision.train.precision import DTYPES
 
 SIZE = {'embed_dim': 192, 'depth': 12, 'num_heads': 3}  # timm's vit_tiny
 PROJ_LEN = 256
@@ -30,7 +32,6 @@ OURS = {  # name -> arguments beside those of the registered model
 }
 OTHERS = ('ViT, fused', 'ViT, written out', 'linformer', 'linformer-pytorch', 'xcit')
 CONTENDERS = (*OURS, *OTHERS)
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def build(case: Case) -> nn.Module:
             dropout=0.0, dropout_ff=0.0, parameter_sharing='layerwise',
         )  # fmt: skip
         return Package(case.img_size, encoder)
-    raise ValueError(f'Unknown model {case.model!r}. Known: {", ".join(CONTENDERS)}.')
+    raise ValueError(nearest('model', case.model, CONTENDERS))
 
 
 def multiply_adds(case: Case) -> int:

@@ -9,8 +9,7 @@ training images a second there, and joules an image where NVML counts them. `--d
 """
 
 import dataclasses
-import json
-import statistics
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from benchmark import machine
-from benchmark_tables import draw, markdown
+from benchmark_tables import summarise, write
 from contenders import Case, create_step, multiply_adds
 
 MODELS = ('linvision', 'linvision, whole', 'linvision, compiled', 'linvision, linear E', 'linvision, K = 128',
@@ -88,9 +87,7 @@ def interleave(meter: Meter, steps: dict[str, Callable[[], Any]], repeats: int) 
             else:
                 row['steps'].append(once)
     for row in found.values():
-        if row['steps']:
-            row['seconds'] = statistics.median(s['seconds'] for s in row['steps'])
-            row['peak_gib'] = max(s['peak_gib'] for s in row['steps'])
+        summarise(row)
     return found
 
 
@@ -205,18 +202,14 @@ def main(
     start = time.monotonic()
     about = machine(torch.get_num_threads())
     about['device'] = torch.cuda.get_device_name(where) if where.type == 'cuda' else about['cpu']
-    found: dict[str, Any] = {'machine': about, 'command': ' '.join(['python', *sys.argv]), 'roofline': {}}
+    found: dict[str, Any] = {'machine': about, 'command': shlex.join(['python', *sys.argv]), 'roofline': {}}
     share = 60 * max_minutes
     found['rows'] = models(Meter(where, start + 0.6 * share), tokens, models_, repeats)
     found['attention'] = attention_alone(Meter(where, start + 0.8 * share), tokens, attention_batch, repeats)
     found['largest_batch'] = largest_batch(Meter(where, start + 0.95 * share), tokens[-1], batch_limit)
     found['seconds'] = time.monotonic() - start
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
-    text = markdown(found)
-    output.with_suffix('.md').write_text(text)
-    draw(found, output.with_suffix('.png'))
-    print(text)
+    write(found, output)
 
 
 if __name__ == '__main__':

@@ -76,7 +76,7 @@ def test_the_callers_tensor_and_the_parameters_stay_as_they_are(used):
 @pytest.mark.parametrize('autocast', [False, True])
 def test_bf16_errs_at_most_twice_as_much_as_plain_bf16(autocast, used):
     if not onednn.supports(torch.bfloat16):
-        pytest.skip('this CPU has no bf16 products')
+        pytest.skip(reason='this CPU has no bf16 products')
     model = create(img_size=(32, 32), proj_len=16, embed_dim=64)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
