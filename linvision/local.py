@@ -39,6 +39,7 @@ class LocalPath(nn.Module):
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
         self.std = std
+        self.half = size // 2  # taps on either side of a token
         self.weight = nn.Parameter(torch.empty(dim, 1, size, size, device=device, dtype=dtype))
         self.init_weights()
 
@@ -52,10 +53,6 @@ class LocalPath(nn.Module):
         """Tokens between two taps, down and across."""
         return spacing(grid[0], self.grid[0]), spacing(grid[1], self.grid[1])
 
-    def reach(self, grid: tuple[int, int]) -> int:
-        """Rows of the token grid above and below a token that its output depends on."""
-        return self.weight.shape[-1] // 2 * self.step(grid)[0]
-
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P + N, D) -> (B, P + N, D)."""
         P = self.num_prefix_tokens
@@ -64,19 +61,27 @@ class LocalPath(nn.Module):
 
     def convolve(self, x: Tensor, grid: tuple[int, int], step: tuple[int, int]) -> Tensor:
         """The convolution with taps `step` tokens apart, on whole rows of tokens: (B, N, D) -> (B, N, D)."""
-        # Tokens `step` apart are images of their own, on which a dilated kernel is a plain one. PyTorch's dilation is
-        # not safe in bf16 on CPUs: torch 2.14 died in the backward pass at 256 × 256 tokens and dilation 16.
-        image, half, D = x.unflatten(1, grid), self.weight.shape[-1] // 2, x.shape[-1]  # (B, h, w, D)
-        if step[0] == 1 and step[1] == 1:  # a view with channels last, which convolutions take as it is
-            out = F.conv2d(image.permute(0, 3, 1, 2), self.weight, padding=half, groups=D)
-            return out.permute(0, 2, 3, 1).flatten(1, 2)
-        image = F.pad(image, (0, 0, 0, -grid[1] % step[1], 0, -grid[0] % step[0]))
-        size = (-(-grid[0] // step[0]), -(-grid[1] // step[1]))
-        image = image.unflatten(2, (size[1], step[1])).unflatten(1, (size[0], step[0]))
-        image = image.permute(0, 2, 4, 5, 1, 3).flatten(0, 2)  # (B * s_h * s_w, D, h / s_h, w / s_w)
-        out = F.conv2d(image, self.weight, padding=half, groups=D)
-        out = out.unflatten(0, (-1, step[0], step[1])).permute(0, 4, 1, 5, 2, 3)  # (B, h / s_h, s_h, w / s_w, s_w, D)
-        return out.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)  # (B, N, D)
+        # Rows `step` apart are images of their own, and tokens `step` apart in a row channels of their own: on these
+        # a dilated kernel is a plain one. PyTorch's dilation is not safe in bf16 on CPUs: torch 2.14 died in the
+        # backward pass at 256 × 256 tokens and dilation 16.
+        down, across = step
+        image, weight = x.unflatten(1, grid), self.weight  # (B, h, w, D)
+        if grid[0] % down or grid[1] % across:
+            image = F.pad(image, (0, 0, 0, -grid[1] % across, 0, -grid[0] % down))
+        if across > 1:
+            image = image.unflatten(2, (-1, across)).flatten(3)  # (B, h, w / across, across * D)
+            weight = weight.repeat(across, 1, 1, 1)
+        if down > 1:
+            image = image.unflatten(1, (-1, down)).transpose(1, 2).flatten(0, 1)  # (B * down, h / down, …)
+        image = image.permute(0, 3, 1, 2)  # a view with channels last, which convolutions take as it is
+        out = F.conv2d(image, weight, padding=self.half, groups=weight.shape[0]).permute(0, 2, 3, 1)
+        if down > 1:
+            out = out.unflatten(0, (-1, down)).transpose(1, 2).flatten(1, 2)
+        if across > 1:
+            out = out.unflatten(3, (across, x.shape[-1])).flatten(2, 3)  # (B, h, w, D)
+        if grid[0] % down or grid[1] % across:
+            out = out[:, : grid[0], : grid[1]]
+        return out.flatten(1, 2)
 
 
 def spacing(tokens: int, own: int) -> int:

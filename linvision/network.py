@@ -24,12 +24,12 @@ from timm.models.vision_transformer import VisionTransformer, feature_take_indic
 from torch import Tensor
 
 from linvision.block import LinformerBlock
+from linvision.chunk_size import choose_chunk_size
 from linvision.nearest import nearest
 from linvision.padding import check_padding, masked_pool, padded_pixels
 from linvision.position import POSITIONS
 from linvision.projection import Projection, projected_lengths, row_grid
 from linvision.resize import resized_state
-from linvision.streaming import choose_chunk_size
 
 _logger = logging.getLogger(__name__)
 
@@ -211,7 +211,9 @@ class LinformerVisionTransformer(VisionTransformer):
         for block in self.blocks:
             block.compiled = compiled
 
-    def embed(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+    def embed(
+        self, x: Tensor, key_padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int], Tensor | None, int]:
         """Images to contiguous tokens with positions and prefix.
 
         Args:
@@ -219,7 +221,8 @@ class LinformerVisionTransformer(VisionTransformer):
             key_padding_mask: See `forward`.
 
         Returns:
-            Tokens, (B, P + N, D), their grid (height, width), and which of them are not padding, (B, P + N) or None.
+            Tokens, (B, P + N, D), their grid (height, width), which of them are not padding, (B, P + N) or None, and
+            how many a block is to handle at a time (0 for all).
         """
         grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
@@ -236,8 +239,11 @@ class LinformerVisionTransformer(VisionTransformer):
         x = x.contiguous()
         if inside is not None:
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
+        chunk_size = 0
+        if not torch.jit.is_scripting():
+            chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
         if self.position is not None:
-            x = self.position(x, grid)
+            x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:
             x = x.unflatten(1, grid)  # what timm's table of positions wants
         x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
@@ -247,7 +253,7 @@ class LinformerVisionTransformer(VisionTransformer):
         valid: Tensor | None = None
         if inside is not None:
             valid = F.pad(inside.squeeze(-1), (self.num_prefix_tokens, 0), value=True)
-        return x, grid, valid
+        return x, grid, valid, chunk_size
 
     def projection_tensors(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
         """Each layer's projection tensors (see `Projection.forward`); empty without a projection."""
@@ -297,11 +303,8 @@ class LinformerVisionTransformer(VisionTransformer):
         """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D); arguments as in `forward`."""
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         # isinstance, not `is not None`: under FX every argument is a proxy
-        x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
+        x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
-        chunk = 0
-        if not torch.jit.is_scripting():
-            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden, grid)
         spare: Tensor | None = None  # two buffers take turns where there are no gradients
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -337,11 +340,8 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x, grid, valid = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
+        x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
-        chunk = 0
-        if not torch.jit.is_scripting():
-            chunk = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden, grid)
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         intermediates = []
         for i, block in enumerate(blocks):

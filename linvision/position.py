@@ -11,6 +11,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from linvision.chunk_size import row_chunks
 from linvision.local import LocalPath
 from linvision.resize import resize_axis
 
@@ -32,7 +33,7 @@ class SeparablePosition(nn.Module):
         self.row = nn.Parameter(resize_axis(self.row.detach(), grid[0]), requires_grad=self.row.requires_grad)
         self.column = nn.Parameter(resize_axis(self.column.detach(), grid[1]), requires_grad=self.column.requires_grad)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], chunk_size: int = 0) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         row, column = resize_axis(self.row, grid[0]), resize_axis(self.column, grid[1])
         return x + (row.unsqueeze(2) + column.unsqueeze(1)).flatten(1, 2)
@@ -48,9 +49,24 @@ class ConvPosition(nn.Module):
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Nothing depends on the grid."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, grid: tuple[int, int], chunk_size: int = 0) -> Tensor:
+        """(B, N, D) -> (B, N, D); without gradients by chunks of so many tokens, where it is not 0."""
+        if not torch.jit.is_scripting():
+            if chunk_size > 0 and not torch.is_grad_enabled():
+                return self.by_chunks(x, grid, chunk_size)
         return x + self.local(x, grid)
+
+    @torch.jit.unused
+    def by_chunks(self, x: Tensor, grid: tuple[int, int], chunk_size: int) -> Tensor:
+        """`forward` without gradients, in less memory."""
+        step, image = self.local.step(grid), x.unflatten(1, grid)  # (B, h, w, D)
+        out = torch.empty_like(image)
+        for own, context, part in row_chunks(grid, chunk_size // x.shape[0], step[0], self.local.half):
+            rows = image[:, context]
+            size = (rows.shape[1], grid[1])
+            local = self.local.convolve(rows.flatten(1, 2), size, (1, step[1])).unflatten(1, size)
+            out[:, own] = rows[:, part] + local[:, part]
+        return out.flatten(1, 2)
 
 
 POSITIONS = {'separable': SeparablePosition, 'conv': ConvPosition}

@@ -93,10 +93,13 @@ class Separable(Kind):
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-        x = x.unflatten(-2, grid).flatten(-2)  # (..., h, w*D)
-        x = factors[0] @ x  # (..., K_h, w*D)
-        x = x.unflatten(-1, (grid[1], -1))  # (..., K_h, w, D)
-        x = factors[1].unsqueeze(-3) @ x  # (..., K_h, K_w, D)
+        x = x.unflatten(-2, grid)  # (..., h, w, D)
+        if grid[1] > grid[0]:  # the longer axis first: fewer products
+            x = (factors[1].unsqueeze(-3) @ x).flatten(-2)  # (..., h, K_w*D)
+            x = (factors[0] @ x).unflatten(-1, (rows[1], -1))  # (..., K_h, K_w, D)
+        else:
+            x = (factors[0] @ x.flatten(-2)).unflatten(-1, (grid[1], -1))  # (..., K_h, w, D)
+            x = factors[1].unsqueeze(-3) @ x  # (..., K_h, K_w, D)
         return x.flatten(-3, -2)  # (..., K, D)
 
     counts = reduce

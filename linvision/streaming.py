@@ -8,7 +8,7 @@ chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
 - Without gradients the result goes to a buffer of the model's, never to the caller's tensor.
 - With gradients only the block's input is kept: each chunk is recomputed in the backward pass, with the same dropout,
   and the gradients of keys, values, E and weights add up over the chunks. Drop path is drawn once for each image.
-- Chunks are whole rows of the token grid, or several whole images where images are short.
+- Chunks are whole rows of the token grid, or several whole images where images are short (see `chunk_size.py`).
 - `conv`, `max_pool`, `sharing='none'` and full attention get their keys and values from the whole sequence; all that
   follows is streamed.
 """
@@ -20,71 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from linvision import onednn
+from linvision.chunk_size import row_chunks
 
 if TYPE_CHECKING:
     from linvision.block import LinformerBlock
-
-CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
-FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
-DEVICE_BYTES = 2**28  # and on an accelerator
-KEPT_BYTES = (
-    2**32
-)  # training recomputes (1.4 times the time, a fifth of the memory or less) where blocks would keep more
-
-
-def choose_chunk_size(
-    chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int, grid: tuple[int, int]
-) -> int:
-    """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them.
-
-    Args:
-        chunk_size: What the model was told: 'auto', 0 or a number.
-        x: Tokens, (B, P + N, D).
-        blocks: The model's blocks.
-        hidden: Width of their hidden layer.
-        grid: Token grid (height, width).
-    """
-    if chunk_size == 0 or not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
-        return 0
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
-        return 0
-    if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
-        return 0
-    if chunk_size == 'auto' and torch.is_grad_enabled():
-        limit = torch.cuda.get_device_properties(x.device).total_memory // 4 if x.is_cuda else KEPT_BYTES
-        if kept_bytes(x, len(blocks)) < limit:
-            return 0
-    if chunk_size != 'auto':
-        return chunk_size
-    tokens, local = auto_chunk_size(x, hidden), blocks[0].attn.local
-    if tokens > 0 and local is not None:  # what neighbouring chunks both read is to stay below a half
-        tokens = max(tokens, 4 * local.reach(grid) * grid[1])
-    return tokens
-
-
-def kept_bytes(x: Tensor, depth: int) -> int:
-    """What whole blocks keep for the backward pass, about: 24 numbers a token, channel and block."""
-    return 24 * x.numel() * depth * onednn.compute_dtype(x).itemsize
-
-
-def auto_chunk_size(x: Tensor, hidden: int) -> int:
-    """Tokens in a chunk so that an MLP layer `hidden` wide stays in cache; 0, whole, where streaming gains nothing.
-
-    Args:
-        x: Tokens, (B, P + N, D).
-        hidden: Width of the hidden layer.
-    """
-    device = x.device.type
-    dtype = onednn.compute_dtype(x)
-    tokens = (CACHE_BYTES if device == 'cpu' else DEVICE_BYTES) // (hidden * dtype.itemsize)
-    tokens = max(256, 2 ** (tokens.bit_length() - 1))
-    fused = device == 'cpu' and x.shape[1] >= onednn.LONG and onednn.supports(dtype)
-    return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
 
 
 def stream(
@@ -204,14 +147,15 @@ class Images:
     ) -> None:
         self.block, self.grid, self.valid, self.drop, self.x = block, grid, valid, drop, x.detach()
         self.P = block.attn.num_prefix_tokens
-        rows = max(1, chunk_size // (len(x) * grid[1]))
-        self.rows = [(start, min(start + rows, grid[0])) for start in range(0, grid[0], rows)]  # of each chunk
+        self.chunk_size = chunk_size // len(x)
         attention = block.attn
         self.sums = attention.kind.part is not None and not attention.per_head and not attention.is_full(grid)
 
-    def tokens(self, first: int, last: int) -> slice:
-        """Where some rows of the token grid are in the sequence."""
-        return slice(self.P + first * self.grid[1], self.P + last * self.grid[1])
+    def at(self, tokens: Tensor, rows: slice | None) -> Tensor:
+        """A view of some rows of the token grid, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
+        if rows is None:
+            return tokens[:, : self.P].unsqueeze(1)  # (B, 1, P, …)
+        return tokens[:, self.P :].unflatten(1, self.grid)[:, rows]
 
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
         """The block's output, written to `out` where it is given; no gradients."""
@@ -221,19 +165,19 @@ class Images:
             else:
                 key, value, mask = self.key_value_of_all(self.x, projection)
             fused = None
-            first = self.tokens(*self.rows[0])
             plain = self.block.compiled or self.drop or drops(self.block)
-            if not plain and onednn.applies(self.block, self.x[:, first], key, mask):
-                fused = onednn.FusedTokens(self.block, first.stop - first.start, self.x, key, value)
+            if not plain and onednn.applies(self.block, self.x, key, mask):
+                fused = onednn.FusedTokens(self.block, self.chunk_size, self.x, key, value)
             for own, context, area, inside in self.chunks():
-                x = self.x[:, context]
+                x = self.at(self.x, context).flatten(1, 2)
                 if fused is not None:
                     y = fused(*read(self.block, x, area, inside))
                 else:
                     y = self.map(x, key, value, mask, area, inside)
                 if out is None or out.dtype != y.dtype:
                     out = y.new_empty(self.x.shape)
-                out[:, own] = y
+                place = self.at(out, own)
+                place.copy_(y.reshape(place.shape))
         return out
 
     def gradients(self, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
@@ -271,11 +215,11 @@ class Images:
         # all that follows, chunk by chunk
         dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
         for own, context, area, inside in self.chunks():
-            x = self.x[:, context].requires_grad_()
+            x = self.at(self.x, context).flatten(1, 2).requires_grad_()
             y = self.map(x, key, value, made[2], area, inside)
-            got = back([y], [grad[:, own]], [x, key, value])
-            for whole, part in zip((dx[:, context], dkey, dvalue), got, strict=True):
-                whole += part
+            got = back([y], [self.at(grad, own).flatten(1, 2)], [x, key, value])
+            for whole, part in zip((self.at(dx, context), dkey, dvalue), got, strict=True):
+                whole += part.reshape(whole.shape)
 
         # back through keys and values to the tokens
         got = back(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
@@ -283,31 +227,32 @@ class Images:
             dx += got[0]
         else:
             dx[:, : self.P] += got[-1]
-            for first, last in self.rows:
-                x = self.x[:, self.tokens(first, last)].requires_grad_()
-                dx[:, self.tokens(first, last)] += back(self.part(x, projection, first, last), got[:-1], [x])[0]
+            for rows, _, _ in row_chunks(self.grid, self.chunk_size):
+                x = self.at(self.x, rows).requires_grad_()
+                whole = self.at(dx, rows)
+                whole += back(self.part(x, projection, rows), got[:-1], [x])[0]
         return [dx, *(found.get(id(t)) for t in inputs)]
 
     def project(self, projection: list[Tensor]) -> list[Tensor]:
         """[E x], or [E x, F x], as sums over the chunks: (B, K, D) each."""
         total: list[Tensor] = []
-        for first, last in self.rows:
-            parts = self.part(self.x[:, self.tokens(first, last)], projection, first, last)
+        for rows, _, _ in row_chunks(self.grid, self.chunk_size):
+            parts = self.part(self.at(self.x, rows), projection, rows)
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
         return total
 
-    def part(self, x: Tensor, projection: list[Tensor], first: int, last: int) -> list[Tensor]:
-        """What some rows of the token grid add to E x and F x."""
+    def part(self, x: Tensor, projection: list[Tensor], rows: slice) -> list[Tensor]:
+        """What neighbouring rows of the token grid, x of (B, rows, width, D), add to E x and F x."""
         attention = self.block.attn
         n = len(projection) // attention.matrices
-        x = self.block.norm1(x)
+        x = self.block.norm1(x).flatten(1, 2)
         if self.valid is not None:
-            x = x.masked_fill(~self.valid[:, self.tokens(first, last)].unsqueeze(-1), 0.0)
+            x = x.masked_fill(~self.at(self.valid, rows).flatten(1, 2).unsqueeze(-1), 0.0)
         parts = []
         for i in range(attention.matrices):
-            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], first, last)
-            rows = attention.reduce(x, factors, (last - first, self.grid[1]), attention.rows)
-            parts.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))  # a sum of many
+            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], rows.start, rows.stop)
+            y = attention.reduce(x, factors, (rows.stop - rows.start, self.grid[1]), attention.rows)
+            parts.append(y.to(torch.promote_types(y.dtype, torch.float32)))  # a sum of many
         return parts
 
     def key_value(
@@ -322,21 +267,20 @@ class Images:
         """Keys, values and mask for kinds that are no sums over tokens, from the whole sequence."""
         return self.block.attn.key_value(self.block.norm1(x), projection, self.grid, self.valid)
 
-    def chunks(self) -> Iterator[tuple[slice, slice, Any, Tensor | None]]:
-        """Of each chunk: its own tokens, those that it reads, and `area` and `inside` of `map_tokens`."""
+    def chunks(self) -> Iterator[tuple[slice | None, slice | None, Any, Tensor | None]]:
+        """Of each chunk: its own rows, those that it reads (see `at`), and `area` and `inside` of `map_tokens`."""
         local, width = self.block.attn.local, self.grid[1]
         if self.P:
-            yield slice(0, self.P), slice(0, self.P), None, None
-        for first, last in self.rows:
-            own = self.tokens(first, last)
-            if local is None:
-                yield own, own, None, None
-                continue
-            reach = local.reach(self.grid)
-            top, bottom = max(0, first - reach), min(self.grid[0], last + reach)
-            context = self.tokens(top, bottom)
-            area = (bottom - top, width), ((first - top) * width, (last - top) * width), local.step(self.grid)
-            yield own, context, area, None if self.valid is None else self.valid[:, context].unsqueeze(-1)
+            yield None, None, None, None
+        if local is None:
+            yield from ((own, own, None, None) for own, _, _ in row_chunks(self.grid, self.chunk_size))
+            return
+        step = local.step(self.grid)
+        for own, context, part in row_chunks(self.grid, self.chunk_size, step[0], local.half):
+            rows = len(range(context.start, context.stop, context.step))
+            area = (rows, width), (part.start * width, part.stop * width), (1, step[1])
+            inside = None if self.valid is None else self.at(self.valid, context).flatten(1, 2).unsqueeze(-1)
+            yield own, context, area, inside
 
     def map(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, area: Any, inside: Any) -> Tensor:
         """`map_tokens`, compiled or not."""

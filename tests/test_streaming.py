@@ -10,9 +10,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from linvision import onednn
+from linvision.chunk_size import auto_chunk_size
 from linvision.projection import SHARING
 from linvision.reduction import PROJECTIONS
-from linvision.streaming import auto_chunk_size
 
 KINDS = [*PROJECTIONS, 'none']
 CHUNKS = [1, 24, 30, 100, 1000]  # below a row of 8 × 6 tokens … above three images
@@ -294,17 +294,17 @@ def test_compiled_chunks_give_the_same_and_one_function_serves_all_blocks_and_ch
 
 
 def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibibytes(calls, monkeypatch):
-    import linvision.streaming as streaming
+    import linvision.chunk_size as chunk_size
 
     model, images = create(chunk_size='auto'), batch()
     exact = gradients(model, images)
     assert not calls
     kept = 24 * 3 * 48 * 32 * 8 * 3  # numbers × images × tokens × channels × bytes × blocks
-    monkeypatch.setattr(streaming, 'KEPT_BYTES', kept + 1)
+    monkeypatch.setattr(chunk_size, 'KEPT_BYTES', kept + 1)
     gradients(model, images)
     assert not calls
-    monkeypatch.setattr(streaming, 'KEPT_BYTES', kept)
-    monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 24)
+    monkeypatch.setattr(chunk_size, 'KEPT_BYTES', kept)
+    monkeypatch.setattr(chunk_size, 'auto_chunk_size', lambda x, hidden: 24)
     torch.testing.assert_close(gradients(model, images), exact, rtol=1e-9, atol=1e-9)
     assert calls == [24] * 3
 
@@ -334,13 +334,3 @@ def test_blocks_whose_output_has_another_dtype_than_their_input(n):
         for chunk in (24, 48):
             model.set_chunk_size(chunk)
             torch.testing.assert_close(model(batch(n, dtype=torch.float32)), plain, rtol=0.05, atol=0.05)
-
-
-def test_automatic_chunks_are_long_where_the_local_path_reaches_far(calls, monkeypatch):
-    import linvision.streaming as streaming
-
-    model = create(img_size=(32, 6), local_grid=(16, 6), chunk_size='auto')  # taps 2 rows apart
-    monkeypatch.setattr(streaming, 'auto_chunk_size', lambda x, hidden: 12)
-    with torch.no_grad():
-        model(batch(1, (32, 6)))
-    assert calls == [4 * 2 * 6] * 3

@@ -1,0 +1,86 @@
+"""How many tokens a block handles at a time: the rule behind `chunk_size='auto'`, and how a token grid is cut.
+
+A chunk is small enough for the MLP's hidden layer to stay in cache. Whole blocks are used where something must see the
+model's operators one by one. A local path whose taps are s rows apart never mixes row i with row i + 1: each s-th row
+makes an image of its own, and chunks are cut from these, so that a chunk's neighbours are few however far it reaches.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from linvision import onednn
+
+CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
+FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
+DEVICE_BYTES = 2**28  # and on an accelerator
+KEPT_BYTES = 2**32  # training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
+
+
+def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int) -> int:
+    """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them.
+
+    Args:
+        chunk_size: What the model was told: 'auto', 0 or a number.
+        x: Tokens, (B, N, D), with or without prefix.
+        blocks: The model's blocks.
+        hidden: Width of their hidden layer.
+    """
+    if chunk_size == 0 or not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
+        return 0
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
+        return 0
+    if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
+        return 0
+    if chunk_size == 'auto' and torch.is_grad_enabled():
+        limit = torch.cuda.get_device_properties(x.device).total_memory // 4 if x.is_cuda else KEPT_BYTES
+        if kept_bytes(x, len(blocks)) < limit:
+            return 0
+    if chunk_size != 'auto':
+        return chunk_size
+    return auto_chunk_size(x, hidden)
+
+
+def kept_bytes(x: Tensor, depth: int) -> int:
+    """What whole blocks keep for the backward pass, about: 24 numbers a token, channel and block."""
+    return 24 * x.numel() * depth * onednn.compute_dtype(x).itemsize
+
+
+def auto_chunk_size(x: Tensor, hidden: int) -> int:
+    """Tokens in a chunk so that an MLP layer `hidden` wide stays in cache; 0, whole, where streaming gains nothing.
+
+    Args:
+        x: Tokens, (B, N, D).
+        hidden: Width of the hidden layer.
+    """
+    tokens = (CACHE_BYTES if x.is_cpu else DEVICE_BYTES) // (hidden * onednn.compute_dtype(x).itemsize)
+    tokens = max(256, 2 ** (tokens.bit_length() - 1))
+    fused = x.is_cpu and x.shape[1] >= onednn.LONG and onednn.supports(onednn.compute_dtype(x))
+    return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
+
+
+def row_chunks(
+    grid: tuple[int, int], tokens: int, step: int = 1, reach: int = 0
+) -> Iterator[tuple[slice, slice, slice]]:
+    """The token grid cut into chunks of whole rows, `step` apart.
+
+    Args:
+        grid: Token grid (height, width).
+        tokens: Tokens in a chunk; it has one row at least.
+        step: Rows from one row of a chunk to the next.
+        reach: How many of such rows above and below a chunk reads besides its own.
+
+    Yields:
+        A chunk's own rows, the rows that it reads, and which of these are its own.
+    """
+    rows = max(1, tokens // grid[1])
+    for phase in range(min(step, grid[0])):
+        n = len(range(phase, grid[0], step))
+        for first in range(0, n, rows):
+            last = min(first + rows, n)
+            top, bottom = max(0, first - reach), min(n, last + reach)
+            own = slice(phase + first * step, phase + (last - 1) * step + 1, step)
+            context = slice(phase + top * step, phase + (bottom - 1) * step + 1, step)
+            yield own, context, slice(first - top, last - top)
