@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import demo_report
-import score
+import evaluate
 from linvision.data import create_dataset
 from linvision.train import Recipe, train
 from linvision.train.export import export_model
@@ -165,12 +165,12 @@ def test_demo_without_test_scores_is_refused_before_training():
 )
 def test_scoring_refuses_what_would_score_nothing(model_folder, change, message):
     with pytest.raises(ValueError, match=message):
-        score.main(model_folder, dataset='fake', device='cpu', **change)
+        evaluate.main(model_folder, dataset='fake', device='cpu', **change)
 
 
 def test_scoring_a_folder_without_a_model_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'holds no model: config.json is missing'):
-        score.main(tmp_path, dataset='fake')
+        evaluate.main(tmp_path, dataset='fake')
 
 
 def test_contributing_names_files_that_exist():

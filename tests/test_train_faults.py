@@ -68,7 +68,7 @@ def test_arguments_that_json_cannot_hold_are_refused_before_training(recipe):
 def test_the_same_max_steps_again_takes_no_further_step(recipe):
     for _ in range(2):
         train(dataclasses.replace(recipe, max_steps=3))
-    assert sorted(os.listdir(recipe.output_dir / 'checkpoints')) == ['step_00000003.pt']
+    assert sorted(os.listdir(recipe.output_dir / 'checkpoints')) == ['step_00000003']
 
 
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatch):
@@ -90,8 +90,9 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatc
     monkeypatch.setattr(network.LinformerVisionTransformer, 'forward_features', spoilt)
     with pytest.raises(FloatingPointError):
         train(dataclasses.replace(recipe, checkpoint_every=1))
-    for path in (recipe.output_dir / 'checkpoints').glob('*.pt'):
-        assert all(v.isfinite().all() for v in torch.load(path, weights_only=True)['model'].values())
+    for path in (recipe.output_dir / 'checkpoints').glob('step_*'):
+        state = torch.load(path / 'state.pt', weights_only=True)
+        assert all(v.isfinite().all() for v in state['learner']['model'].values())
 
 
 def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, monkeypatch):
@@ -121,7 +122,7 @@ def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_we
     parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
     asked = iter([False, False, True])
     assert train(parts, lambda: next(asked)) == {}
-    assert os.listdir(parts.output_dir / 'checkpoints') == ['step_00000003.pt']
+    assert os.listdir(parts.output_dir / 'checkpoints') == ['step_00000003']
     train(parts)
     whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -138,4 +139,4 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + number and 'Traceback' not in errors
-    assert len(list((tmp_path / 'checkpoints').glob('step_*.pt'))) >= 1
+    assert len(list((tmp_path / 'checkpoints').glob('step_*'))) >= 1

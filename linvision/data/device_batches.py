@@ -1,7 +1,7 @@
 """Batches of a set that lives on the device as uint8, augmented there.
 
 Order and augmentation of image i in epoch e under seed s are functions of (s, e, i) alone: a run that is resumed in the
-middle of an epoch repeats nothing and skips nothing.
+middle of an epoch repeats nothing and skips nothing. A batch is global: of several processes, each gets its share.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,25 @@ class DeviceBatches:
 
     Args:
         images: The set.
-        batch_size: Images in a batch.
+        batch_size: Images in a batch, over all processes.
         mean: Mean of each channel, on the scale 0..1; also the colour of the border around smaller images.
         std: Standard deviation of each channel.
         device: Where the set lives.
+        rank: Number of this process.
+        count: How many processes share a batch; it must divide `batch_size` in training.
     """
 
     def __init__(
-        self, images: ImageSet, batch_size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+        self,
+        images: ImageSet,
+        batch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        rank: int = 0,
+        count: int = 1,
     ) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.rank, self.count = batch_size, rank, count
         self.labels = images.labels.to(device)
         self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
@@ -70,11 +79,11 @@ class DeviceBatches:
             hflip: Probability of a horizontal flip.
             shift: Largest shift in pixels, in each direction; what moves in has the mean colour.
         """
-        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)  # of integers: the same in every process
+        generator = torch.Generator().manual_seed(key(seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
         draws = torch.rand(len(self.labels), 3, generator=generator).to(self.labels.device)
         for i in range(start, len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size]
+            index = order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.count]
             images = self._augment(self.images[index], draws[index], hflip, shift)
             yield self.normalise(images, img_size), self.labels[index]
 
@@ -101,7 +110,22 @@ class DeviceBatches:
         return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in order, never augmented: for evaluation."""
-        for start in range(0, len(self.labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        """This process's share in order, never augmented: for evaluation.
+
+        Of n images, process r gets r, r + count, …; the last one again where that makes all shares equally long (see
+        `num_valid`).
+        """
+        n, share = len(self.labels), -(-len(self.labels) // self.count)
+        index = (torch.arange(share, device=self.labels.device) * self.count + self.rank).clamp(max=n - 1)
+        for part in index.split(max(1, self.batch_size // self.count)):
             yield self.normalise(self.images[part], img_size), self.labels[part]
+
+    @property
+    def num_valid(self) -> int:
+        """How many of the images that `ordered` gives are this process's own; the others follow them."""
+        return len(range(self.rank, len(self.labels), self.count))
+
+
+def key(*numbers: int) -> int:
+    """A seed from whole numbers, the same in every process."""
+    return hash(numbers) % 2**63

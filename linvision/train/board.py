@@ -1,27 +1,35 @@
-"""What a run shows: lines or a progress bar on the terminal, and TensorBoard."""
+"""What a run shows: lines or a progress bar on the terminal, and TensorBoard. Only the first process shows anything."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from linvision.data import DeviceBatches
+from linvision.train.pictures import attention, misclassified
 from linvision.train.recipe import Recipe
+
+HISTOGRAMS = 10  # of the weights, in a run
 
 
 class Board:
     """Progress on the terminal and in TensorBoard.
 
     Args:
-        folder: Output folder of the run; TensorBoard's files go into `tensorboard/`.
+        folder: Output folder of the run; TensorBoard's files go into `tensorboard/`. None for no TensorBoard.
         recipe: The recipe, shown as text.
         step: First step, for a run that is resumed: later points of the interrupted run are dropped.
+        speaks: Whether this process prints.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, step: int) -> None:
+    def __init__(self, folder: Path | None, recipe: Recipe, step: int, speaks: bool = True) -> None:
+        self.writer, self.bar, self.speaks, self.drawn = None, None, speaks, -1
+        if folder is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step if step else None)
@@ -38,6 +46,8 @@ class Board:
             scalars: Values by TensorBoard tag.
             minutes: Minutes of training so far.
         """
+        if self.writer is None:
+            return
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
         left = minutes / progress - minutes if progress > 0 else float('nan')
@@ -53,6 +63,8 @@ class Board:
 
     def scores(self, split: str, step: int, scores: dict[str, Any]) -> None:
         """Scores of one split: a line, and scalars `<split>/top1` and so on."""
+        if self.writer is None:
+            return
         for name in ('loss', 'top1', 'top5'):
             self.writer.add_scalar(f'{split}/{name}', scores[name], step)
         self.say(
@@ -63,6 +75,8 @@ class Board:
 
     def batch(self, images: Tensor, step: int) -> None:
         """The first images of an augmented batch as a picture, each stretched to 0..1."""
+        if self.writer is None:
+            return
         from torchvision.utils import make_grid
 
         images = images[:32].float().cpu()
@@ -70,25 +84,46 @@ class Board:
             images = images[:, :1]
         self.writer.add_image('train/batch', make_grid(images, nrow=8, normalize=True, scale_each=True), step)
 
+    def weights(self, model: nn.Module, step: int, progress: float) -> None:
+        """Histograms of the weights, ten times in a run; of sharded ones, those of this process."""
+        if self.writer is None or int(progress * HISTOGRAMS) == self.drawn:
+            return
+        self.drawn = int(progress * HISTOGRAMS)
+        for name, parameter in model.named_parameters():
+            values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if values.numel():
+                self.writer.add_histogram(name, values.detach().float().cpu(), step)
+
+    def pictures(
+        self, split: str, model: nn.Module, batches: DeviceBatches, img_size: int, classes: list[str], step: int
+    ) -> None:
+        """Images that the model gets wrong, and what it attends to."""
+        if self.writer is None:
+            return
+        for name, draw in (('misclassified', misclassified), ('attention', attention)):
+            figure = draw(model, batches, img_size, classes)
+            if figure is not None:
+                self.writer.add_figure(f'{split}/{name}', figure, step)
+        self.writer.flush()
+
+    def hparams(self, recipe: Recipe, metrics: dict[str, Any]) -> None:
+        """The recipe's settings beside the final scores."""
+        if self.writer is None:
+            return
+        settings = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in recipe.to_dict().items()}
+        found = {f'final/{k}': metrics[k] for k in ('top1', 'loss', 'val_top1', 'val_loss') if k in metrics}
+        self.writer.add_hparams(settings, found, run_name='.')
+
     def say(self, words: str) -> None:
         """A line that leaves the progress bar whole."""
         if self.bar is not None:
             self.bar.write(words)
-        else:
+        elif self.speaks:
             print(words, flush=True)
 
     def close(self) -> None:
         """Flush and close."""
         if self.bar is not None:
             self.bar.close()
-        self.writer.close()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: on the accelerator, or the process's resident set on the CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == 'darwin' else 2**20)
+        if self.writer is not None:
+            self.writer.close()

@@ -1,50 +1,160 @@
-"""Checkpoints of a run: written whole or not at all, the last two kept, and never mixed up with another run's."""
+"""Checkpoints of a run: written whole or not at all, checked when read, and never mixed up with another run's.
 
+    checkpoints/step_00000500/
+        state.pt          recipe, step, stage, clock, random states; model, moving average and optimizer
+        shards/           model, moving average and optimizer instead, under FSDP: PyTorch's distributed checkpoint,
+                          which loads on any number of processes
+        checksums.json    SHA-256 of each file
+
+A checkpoint is made in a folder named `.part`, brought to the disk, and then renamed. `state.pt` is read with
+`weights_only=True`: it can hold no code.
+"""
+
+import hashlib
 import json
 import os
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+
+from linvision.train.parallel import Processes
 
 FREE_TO_CHANGE = {
     'output_dir',
     'data_dir',
     'download',
+    'fresh',
+    'dry_run',
     'max_steps',
     'log_every',
     'checkpoint_every',
+    'keep_checkpoints',
+    'workers',
     'device',
     'threads',
 }
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of a step, then remove all but the last `keep`.
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    shards: dict[str, Any],
+    processes: Processes,
+    keep: int = 2,
+    best_step: int = 0,
+) -> None:
+    """Write the checkpoint of a step; all processes call this together.
 
-    The file appears under its name only once it is whole and on the disk.
+    Args:
+        folder: Where checkpoints are.
+        step: Steps taken.
+        state: What the first process writes.
+        shards: What each process holds a part of; empty but for FSDP.
+        processes: The processes.
+        keep: How many to keep, the newest; the others are removed.
+        best_step: The step of one more that stays.
+
+    Raises:
+        OSError: It cannot be written; those before it are as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'step_{step:08d}.pt'
+    path = folder / f'step_{step:08d}'
     part = path.with_suffix('.part')
-    with part.open('wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    for old in sorted(folder.glob('step_*.pt'))[:-keep]:
-        old.unlink()
-    return path
+    try:
+        if processes.main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            torch.save(state, part / 'state.pt')
+        if shards:
+            processes.wait()
+            dcp.save(shards, checkpoint_id=part / 'shards')
+            processes.wait()
+        if processes.main:
+            seal(part)
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+            os.replace(part, path)
+            kept = {path, folder / f'step_{best_step:08d}', *checkpoints(folder)[-keep:]}
+            for old in set(checkpoints(folder)) - kept:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f'The checkpoint of step {step} cannot be written to {folder} ({str(error).splitlines()[0]}; '
+            f'{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free). The checkpoints before it are as they '
+            'were; make room there, and the same command goes on from the last of them.'
+        ) from error
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None. A damaged one is passed over, with a line that says so."""
-    for path in sorted(folder.glob('step_*.pt'), reverse=True):
+def seal(part: Path) -> None:
+    """Bring a checkpoint's files to the disk and write their checksums beside them."""
+    sums = {}
+    for path in sorted(p for p in part.rglob('*') if p.is_file()):
+        sums[str(path.relative_to(part))] = digest(path)
+    (part / 'checksums.json').write_text(json.dumps(sums, indent=2))
+    for path in [*part.rglob('*'), part]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob('step_*') if p.suffix != '.part')
+
+
+def load_checkpoint(folder: Path, say: bool = True) -> tuple[dict[str, Any], Path] | None:
+    """State and path of the newest whole checkpoint, or None. A line says of a damaged one that it is passed over."""
+    for path in reversed(checkpoints(folder)):
         try:
-            return torch.load(path, map_location='cpu', weights_only=True)
+            sums = json.loads((path / 'checksums.json').read_text())
+            for name, sum in sums.items():
+                if digest(path / name) != sum:
+                    raise ValueError(f'{name} is not what was written')
+            return torch.load(path / 'state.pt', map_location='cpu', weights_only=True), path
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            print(f'{path} cannot be read ({str(error).splitlines()[0]}); the one before it is used.')
+            if say:
+                print(f'{path} is damaged ({str(error).splitlines()[0]}); the one before it is used.', flush=True)
     return None
+
+
+def load_shards(path: Path, shards: dict[str, Any]) -> None:
+    """Fill what each process holds of a sharded checkpoint, in place."""
+    dcp.load(shards, checkpoint_id=path / 'shards')
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, in types that load without code."""
+    version, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        'python': random.getstate(),
+        'numpy': (version, keys.tolist(), position, has_gauss, gauss),
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators back. Nothing in training depends on it: draws are keyed by (seed, epoch, index) or step."""
+    version, numbers, gauss = states['python']
+    random.setstate((version, tuple(numbers), gauss))
+    version, keys, *rest = states['numpy']
+    np.random.set_state((version, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states['torch'])
+    if len(states['cuda']) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states['cuda'])
 
 
 def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) -> None:
@@ -60,6 +170,6 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
     if changed:
         words = ', '.join(f'{k}: {found.get(k)} there, {recipe[k]} now' for k in changed)
         raise ValueError(
-            f'{folder} holds a run of another recipe ({words}). Nothing was changed. Choose another --output-dir, or '
-            'run the recipe that the folder was made with.'
+            f'{folder} holds a run of another recipe ({words}). Nothing was changed. Choose another --output-dir, run '
+            'the recipe that the folder was made with, or start over beside it with --fresh.'
         )

@@ -2,41 +2,49 @@
 
 Notable here:
 
+- One process or many (`parallel.py`): each takes its share of every batch; the first prints and writes.
 - Steps or minutes: one number, `progress` from 0 to 1, drives the learning rate, the stages and the end.
-- Coarse to fine: `stages` changes the image size through the model's `set_input_size`.
+- Coarse to fine: `stages` changes the image size through the model's `set_input_size` (`learner.py`).
 - Order, augmentation and dropout are functions of (seed, epoch, index) and (seed, step): a resumed run repeats nothing.
+- A run can die at any moment and loses the steps since its last checkpoint (`checkpoint.py`).
 """
 
-import json
-import os
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from timm.data import Mixup
-from timm.task import ClassificationTask
-from torch import Tensor, nn
+from torch import Tensor
 
 from linvision.data import DeviceBatches, create_dataset
-from linvision.train.board import Board, peak_memory_gib
-from linvision.train.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from linvision.data.device_batches import key
+from linvision.data.worker_batches import worker_stream
+from linvision.train.board import Board
+from linvision.train.checkpoint import (
+    check_same_run,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+)
 from linvision.train.evaluate import evaluate
-from linvision.train.export import export_model
-from linvision.train.optimizer import CLOCK_UPDATES, carry_state, create_optimizer, create_schedule
-from linvision.train.precision import autocast, choose_precision
+from linvision.train.folder import finished_run, run_folder
+from linvision.train.learner import Learner
+from linvision.train.metrics import peak_memory_gib, step_scalars, write_results
+from linvision.train.optimizer import CLOCK_UPDATES
+from linvision.train.parallel import Processes, processes
+from linvision.train.plan import plan
+from linvision.train.precision import choose_precision
 from linvision.train.recipe import Recipe
-from linvision.train.setup import choose_device, count_tokens, create_model, open_folder, set_size, split_validation
-from linvision.version import __version__
+from linvision.train.setup import count_tokens, split_validation
 
 
 def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Train, score and export a model.
+    """Train, score and export a model; under `torchrun`, every process calls this.
 
     Args:
         recipe: What to train. `recipe.output_dir` receives `metrics.json`, `model/`, `checkpoints/` and `tensorboard/`.
@@ -44,285 +52,329 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
         interrupted: Asked after every step and before the scores; true ends the run with a checkpoint.
 
     Returns:
-        The contents of `metrics.json`; empty where the run was stopped before its end.
+        The contents of `metrics.json`; empty where the run was stopped before its end, or was a dry one.
 
     Raises:
         ValueError: A recipe that cannot be trained, or a folder with a run of another recipe.
         FileNotFoundError: The data is missing.
-        OSError: The output folder cannot be written.
+        OSError: The output folder cannot be written, or another process is running in it.
         FloatingPointError: The loss is not finite; the last checkpoint is kept.
+        MemoryError: Memory does not suffice; the message says what to change.
     """
-    # ------------------------------------------------------------------------------------------------ folder, machine
     recipe.validate()
-    folder = Path(recipe.output_dir)
-    finished = open_folder(folder, recipe)
-    if finished:
-        found = [f'{k} {100 * finished[k]:.2f} %' for k in ('top1', 'val_top1') if k in finished]
-        print(f'{folder} holds this run, finished: {", ".join(found) or "not scored"}.')
-        return finished
-    resumed = load_checkpoint(folder / 'checkpoints')
-    if resumed:
-        check_same_run(folder, recipe.to_dict(), resumed['recipe'])
-    device = choose_device(recipe.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    with processes(recipe.device, recipe.parallel) as joined:
+        recipe.share(joined.count)
+        if recipe.dry_run:
+            Run(recipe, joined, None).try_one_step()
+            return {}
+        with run_folder(recipe, joined) as folder:
+            finished = finished_run(folder, recipe)
+            if finished:
+                found = [f'{k} {100 * finished[k]:.2f} %' for k in ('top1', 'val_top1') if k in finished]
+                if joined.main:
+                    print(f'{folder} holds this run, finished: {", ".join(found) or "not scored"}.')
+                joined.wait()
+                return finished
+            run = Run(recipe, joined, folder)
+            try:
+                return run.to_its_end(interrupted)
+            finally:
+                run.board.close()
 
-    # ----------------------------------------------------------------------------------------------------------- data
-    train_set = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download)
-    train_set, val_set = split_validation(train_set, recipe.val_fraction, recipe.seed)
-    mean, std = train_set.statistics()
-    train_batches = DeviceBatches(train_set, recipe.batch_size, mean, std, device)
-    val_batches = DeviceBatches(val_set, recipe.eval_batch_size, mean, std, device) if len(val_set) else None
-    if not len(train_batches):
-        raise ValueError(f'batch_size {recipe.batch_size} is larger than the training set of {len(train_set)} images.')
-    mixup = None
-    if recipe.mixup or recipe.cutmix:
-        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(train_set.classes))
 
-    # ---------------------------------------------------------------------------------------------- model, optimizer
-    total = CLOCK_UPDATES if recipe.max_minutes else max(1, round(recipe.epochs * len(train_batches)))
-    stages = recipe.stages or ((train_set.img_size, 1.0),)
-    model = create_model(recipe, train_set, stages[-1][0]).to(device)
-    step, minutes, stage, tokens = (
-        (resumed[k] for k in ('step', 'minutes', 'stage', 'tokens')) if resumed else (0, 0.0, 0, 0)
-    )
-    set_size(model, stages[stage][0])
-    task = ClassificationTask(
-        model,
-        criterion_kwargs={'soft_targets': True} if mixup else {'smoothing': recipe.smoothing},
-        device=device,
-        verbose=False,
-    )
-    optimizer = create_optimizer(recipe, model)
-    schedule = create_schedule(recipe, optimizer, total)
-    images, _ = next(train_batches.epoch(recipe.seed, 0, stages[stage][0]))
-    if resumed:
-        precision, probe = resumed['precision'], resumed['probe']
-    else:
-        precision, probe = choose_precision(recipe.precision, model, images)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
-    if recipe.ema_decay:
-        task.setup_ema(decay=recipe.ema_decay, use_warmup=True)
-    if resumed:
-        restore(resumed, task, optimizer, scaler)
+@dataclass
+class Position:
+    """How far a run is: what a checkpoint holds beside the weights.
 
-    board = Board(folder, recipe, step)
-    board.say(
-        f'{recipe.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {recipe.dataset}: '
-        f'{len(train_set):,} training images, {device}, {precision}, {torch.get_num_threads()} threads'
-        + (f'; resumed at step {step}' if resumed else '')
-    )
+    Attributes:
+        step: Steps taken; with the seed, also the place in the data: step = epoch × batches of an epoch + batch.
+        minutes: Minutes of training so far.
+        stage: Stage of the last step.
+        tokens: Tokens seen.
+        best_top1: Highest score on the validation slice, as a fraction.
+        best_step: Where it was.
+    """
 
-    def state() -> dict[str, Any]:
-        return {
-            'recipe': recipe.to_dict(),
-            'step': step,
-            'minutes': minutes,
-            'stage': stage,
-            'tokens': tokens,
-            'precision': precision,
-            'probe': probe,
-            'model': model.state_dict(),
-            'ema': task.get_trainable_module(ema=True).module.state_dict() if task.has_ema() else {},
-            'optimizer': optimizer.state_dict(),
-            'scaler': scaler.state_dict(),
-        }
+    step: int = 0
+    minutes: float = 0.0
+    stage: int = 0
+    tokens: int = 0
+    best_top1: float = -1.0
+    best_step: int = 0
 
-    # ----------------------------------------------------------------------------------------------------------- loop
-    progress = minutes / recipe.max_minutes if recipe.max_minutes else step / total
-    last_log, scores = (step, minutes), {}
-    if recipe.max_steps and step >= recipe.max_steps and progress < 1:
-        board.say(f'{step} steps are taken already, and --max-steps is {recipe.max_steps}')
-        board.close()
-        return {}
-    while progress < 1:
-        # the stage that this share of the run belongs to
-        if stage != stage_at(stages, progress):
-            stage = stage_at(stages, progress)
-            optimizer = change_size(recipe, task, optimizer, stages[stage][0])
-            schedule = create_schedule(recipe, optimizer, total)
-        img_size = stages[stage][0]
-        board.say(f'stage {stage + 1} of {len(stages)}: {img_size}×{img_size} images from step {step}')
 
-        model.train()
-        tick = time.perf_counter()
-        for images, labels in train_batches.stream(recipe.seed, step, img_size, recipe.hflip, recipe.shift):
-            torch.manual_seed(hash((recipe.seed, step)) % 2**63)
-            if mixup:
-                np.random.seed(hash((recipe.seed, step)) % 2**32)
-                images, labels = mixup(images, labels)
-            if step == 0:
-                board.batch(images, step)
+class Run:
+    """A run of a recipe in these processes, at its beginning or where its last checkpoint left it.
 
-            # forward, backward, update
-            schedule.step(int(progress * total))
-            loss, grad_norm = update(task, optimizer, scaler, images, labels, precision, recipe.clip_grad)
-            saves = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.max_steps
-            look = device.type == 'cpu' or (step + 1) % recipe.log_every == 0 or saves  # never save what is not finite
-            if look and not (torch.isfinite(loss) and (torch.isfinite(grad_norm) or scaler.is_enabled())):
-                raise FloatingPointError(
-                    f'The loss is {loss.item()} at step {step} (norm of the gradient {float(grad_norm):.3g}; last '
-                    f'looked at within {recipe.log_every} steps). The checkpoints in {folder / "checkpoints"} are as '
-                    'they were. Try a smaller --lr or --precision fp32.'
-                )
-            step, tokens = step + 1, tokens + recipe.batch_size * count_tokens(model)
-            task.update_ema(step=step)
+    Args:
+        recipe: What to train.
+        joined: The processes.
+        folder: The output folder; None writes nothing.
+    """
 
-            # the clock
+    def __init__(self, recipe: Recipe, joined: Processes, folder: Path | None) -> None:
+        self.recipe, self.processes, self.folder = recipe, joined, folder
+        self.at, self.last_log, self.saved_step = Position(), (0, 0.0), -1
+        found, path = (folder and load_checkpoint(folder / 'checkpoints', say=joined.main)) or (None, None)
+        if found:
+            check_same_run(folder, recipe.to_dict(), found['recipe'])
+            self.at = Position(**found['position'])
+            self.last_log, self.saved_step = (self.at.step, self.at.minutes), self.at.step
+        torch.manual_seed(recipe.seed)
+
+        # ------------------------------------------------------------------------------------------------------- data
+        images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download)
+        self.train_set, val_set = split_validation(images, recipe.val_fraction, recipe.seed)
+        self.mean, self.std = self.train_set.statistics()
+        self.batches = self.batches_of(self.train_set, recipe.batch_size, on_cpu=recipe.workers > 0)
+        self.val_batches = self.batches_of(val_set, recipe.eval_batch_size) if len(val_set) else None
+        if not len(self.batches):
+            raise ValueError(
+                f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images.'
+            )
+        classes = len(self.train_set.classes)
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+        by_epochs = max(1, round(recipe.epochs * len(self.batches)))
+        self.updates = CLOCK_UPDATES if recipe.max_minutes else by_epochs
+        self.stages = recipe.stages or ((self.train_set.img_size, 1.0),)
+
+        # ---------------------------------------------------------------------------------------- model and optimizer
+        shape = {'in_chans': self.train_set.images.shape[1], 'num_classes': classes}
+        last = self.stages[-1][0]
+        self.learner = Learner(recipe, shape, self.img_size, last, self.updates, self.mean, self.std, joined)
+        if found:
+            self.precision, self.probe = found['precision'], found['probe']
+        else:
+            sample, _ = next(self.batches.epoch(recipe.seed, 0, self.img_size))
+            sample = sample.to(joined.device)[: recipe.share(joined.count)]
+            self.precision, self.probe = choose_precision(recipe.precision, self.learner.model, sample, joined)
+        self.learner.start(self.precision)
+        if found:
+            self.learner.restore(found['learner'], path)
+            set_random_states(found['random'])
+
+        self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
+        self.board.say(
+            f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
+            f'{recipe.dataset}: {len(self.train_set):,} training images, {joined.device}, {self.precision}, '
+            f'{torch.get_num_threads()} threads'
+            + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
+            + (f'; resumed at step {self.at.step}' if found else '')
+        )
+
+    def batches_of(self, images: Any, batch_size: int, on_cpu: bool = False) -> DeviceBatches:
+        """This process's share of the batches of a set."""
+        device = torch.device('cpu') if on_cpu else self.processes.device
+        return DeviceBatches(images, batch_size, self.mean, self.std, device, self.processes.rank, self.processes.count)
+
+    @property
+    def img_size(self) -> int:
+        """Image size of the present stage."""
+        return self.stages[self.at.stage][0]
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done; 1 or more at its end."""
+        if self.recipe.max_minutes:
+            return self.at.minutes / self.recipe.max_minutes
+        return self.at.step / self.updates
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def to_its_end(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
+        """Train through the stages, then score and export; {} where it is stopped before."""
+        if self.recipe.max_steps and self.at.step >= self.recipe.max_steps and self.progress < 1:
+            self.board.say(f'{self.at.step} steps are taken already, and --max-steps is {self.recipe.max_steps}')
+            return {}
+        while self.progress < 1:
+            stage = stage_at(self.stages, self.progress)
+            if stage != self.at.stage:
+                self.at.stage = stage
+                self.learner.set_size(self.img_size)
+            self.board.say(
+                f'stage {stage + 1} of {len(self.stages)}: {self.img_size}×{self.img_size} images from step '
+                f'{self.at.step}'
+            )
+            if not self.train_stage(interrupted):
+                self.save()
+                self.board.say(f'stopped after {self.at.step} steps as asked; the same command goes on')
+                return {}
+        self.save()
+        self.board.say(f'{self.at.step} steps are taken; scoring')
+        return self.finish()
+
+    def train_stage(self, interrupted: Callable[[], bool]) -> bool:
+        """Steps until the stage ends (true) or the run is to stop (false)."""
+        recipe, at, stage = self.recipe, self.at, self.at.stage
+        self.learner.task.train()
+        tokens, waited, tick = recipe.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
+        for images, labels in self.stream():
+            waited += time.perf_counter() - tick
+            images, labels = self.prepare(images, labels)
+            loss, grad_norm, logits = self.step(images, labels)
+            at.step, at.tokens = at.step + 1, at.tokens + tokens
+
+            # the clock and the signals, agreed on
             tock = time.perf_counter()
-            minutes, tick = minutes + (tock - tick) / 60, tock
-            progress = minutes / recipe.max_minutes if recipe.max_minutes else step / total
+            minutes, stop = self.processes.largest(at.minutes + (tock - tick) / 60, float(interrupted()))
+            at.minutes, tick = minutes, tock
+            stop = bool(stop) or at.step == recipe.max_steps and self.progress < 1
 
             # log, evaluate, save
-            if step % recipe.log_every == 0 or progress >= 1:
-                seconds = max((minutes - last_log[1]) * 60, 1e-9)
-                images_per_s = (step - last_log[0]) * recipe.batch_size / seconds
-                last_log = (step, minutes)
-                scalars = {
-                    'train/loss': float(loss),
-                    'train/lr': optimizer.param_groups[0]['lr'],
-                    'train/grad_norm': float(grad_norm),
-                    'speed/images_per_s': images_per_s,
-                    'speed/tokens_per_s': images_per_s * count_tokens(model),
-                    'memory/peak_gib': peak_memory_gib(device),
-                }
-                board.log(step, min(progress, 1), scalars, minutes)
-            if (
-                val_batches is not None
-                and recipe.eval_every
-                and step % max(1, round(recipe.eval_every * len(train_batches))) == 0
-            ):
-                board.scores('val', step, evaluate(scored(task), val_batches, img_size, precision))
-            if step % recipe.checkpoint_every == 0:
-                save_checkpoint(folder / 'checkpoints', step, state())
-            if interrupted() or recipe.max_steps and step >= recipe.max_steps and progress < 1:
-                save_checkpoint(folder / 'checkpoints', step, state())
-                board.say(f'stopped after {step} steps as asked; the same command goes on')
-                board.close()
-                return {}
-            tick = time.perf_counter()
-            if progress >= 1 or stage != stage_at(stages, progress):
+            if at.step % recipe.log_every == 0 or self.progress >= 1:
+                self.log(loss, grad_norm, logits, labels, waited)
+                waited = 0.0
+            if recipe.eval_every and at.step % max(1, round(recipe.eval_every * len(self.batches))) == 0:
+                self.validate()
+            if at.step % recipe.checkpoint_every == 0:
+                self.save()
+            if stop:
+                return False
+            if self.progress >= 1 or stage != stage_at(self.stages, self.progress):
                 break
+            tick = time.perf_counter()
+        return True
 
-    # ---------------------------------------------------------------------------------------------- score and export
-    save_checkpoint(folder / 'checkpoints', step, state())
-    final = scored(task)
-    board.say(f'{step} steps are taken; scoring')
-    if val_batches is not None:
-        scores['val'] = evaluate(final, val_batches, stages[-1][0])
-        board.scores('val', step, scores['val'])
-    if recipe.test:
-        test_set = create_dataset(recipe.dataset, recipe.data_dir, 'test', recipe.download)
-        test_batches = DeviceBatches(test_set, recipe.eval_batch_size, mean, std, device)
-        scores['test'] = evaluate(final, test_batches, stages[-1][0])
-        board.scores('test', step, scores['test'])
-    export_model(final, folder / 'model', train_set, mean, std)
-    board.close()
-    images_seen = step * recipe.batch_size
-    metrics = {
-        **scores.get('test', {}),
-        **{f'val_{k}': v for k, v in scores.get('val', {}).items()},
-        'epochs': images_seen / len(train_set),
-        'steps': step,
-        'images_seen': images_seen,
-        'train_minutes': minutes,
-        'images_per_s': images_seen / (minutes * 60),
-        'tokens_per_s': tokens / (minutes * 60),
-        'tokens': count_tokens(model),
-        'peak_memory_gib': peak_memory_gib(device),
-        'num_parameters': sum(p.numel() for p in model.parameters()),
-        'classes': list(train_set.classes),
-        'weights': 'ema' if task.has_ema() else 'last',
-        'schedule': 'minutes' if recipe.max_minutes else 'epochs',
-        'precision': precision,
-        'probe_seconds': probe,
-        **describe(recipe, device),
-    }
-    part = folder / 'metrics.json.part'
-    part.write_text(json.dumps(metrics, indent=2) + '\n')
-    os.replace(part, folder / 'metrics.json')
-    return metrics
+    def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of the stage, from the present step on."""
+        recipe = self.recipe
+        start = (recipe.seed, self.at.step, self.img_size, recipe.hflip, recipe.shift)
+        if recipe.workers:
+            return worker_stream(self.batches, *start, recipe.workers, self.processes.device)
+        return self.batches.stream(*start)
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Seed what is drawn in a step, and mix its images."""
+        seed = key(self.recipe.seed, self.at.step, self.processes.rank)
+        torch.manual_seed(seed)
+        if self.recipe.mixes:
+            np.random.seed(seed % 2**32)
+            images, labels = self.mixup(images, labels)
+        if self.at.step == 0:
+            self.board.batch(images, 0)
+        return images, labels
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One update, and a look at whether its loss and gradient are finite; see `Learner.update`."""
+        recipe, at = self.recipe, self.at
+        try:
+            result = self.learner.update(images, labels, self.progress, at.step)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise MemoryError(self.advice()) from error
+        loss, grad_norm, _ = result
+        step = at.step + 1
+        looks = images.device.type == 'cpu' or step % recipe.log_every == 0 or step == recipe.max_steps
+        looks = looks or step % recipe.checkpoint_every == 0  # never save what is not finite
+        if looks and not (torch.isfinite(loss) and (torch.isfinite(grad_norm) or self.learner.scaler.is_enabled())):
+            since = at.step if images.device.type == 'cpu' else self.last_log[0]
+            where = f'step {at.step}' if since == at.step else f'steps {since} to {at.step}'
+            raise FloatingPointError(
+                f'The loss is {loss.item()} in {where} (norm of the gradient {float(grad_norm):.3g}). The checkpoints '
+                f'in {self.folder}/checkpoints are as they were. Try a smaller --lr or --precision fp32.'
+            )
+        return result
+
+    def advice(self) -> str:
+        """What to change where memory does not suffice."""
+        recipe = self.recipe
+        images, tokens = recipe.share(self.processes.count), count_tokens(self.learner.model)
+        ways = [f'--accumulate {2 * recipe.accumulate} (the same batch in smaller parts)'] if images > 1 else []
+        if recipe.chunk_size in ('auto', 0) and not recipe.model_args.get('chunk_size'):
+            ways.append(f'--chunk-size {max(256, images * tokens // 8)} (blocks in pieces, each computed again)')
+        if not recipe.grad_checkpointing:
+            ways.append('--grad-checkpointing')
+        ways.append('a smaller --batch-size')
+        return (
+            f'Memory does not suffice for {images} images of {tokens:,} tokens at a time (step {self.at.step}, '
+            f'{peak_memory_gib(self.processes.device):.1f} GiB in use at most). Try, in this order: {"; ".join(ways)}.'
+        )
+
+    # --------------------------------------------------------------------------------------- what a run leaves behind
+
+    def log(self, loss: Tensor, grad_norm: Tensor, logits: Tensor, labels: Tensor, waited: float) -> None:
+        """A line and a point of each curve."""
+        seconds = max((self.at.minutes - self.last_log[1]) * 60, 1e-9)
+        images_per_s = (self.at.step - self.last_log[0]) * self.recipe.batch_size / seconds
+        loss = self.processes.mean(loss)
+        lr = max(group['lr'] for group in self.learner.optimizer.param_groups)
+        scalars = step_scalars(loss, grad_norm, logits, labels, lr)
+        scalars |= {
+            'speed/images_per_s': images_per_s,
+            'speed/tokens_per_s': images_per_s * count_tokens(self.learner.model),
+            'speed/waiting_for_data': min(waited / seconds, 1.0),
+            'memory/peak_gib': peak_memory_gib(self.processes.device),
+        }
+        self.last_log = (self.at.step, self.at.minutes)
+        self.board.log(self.at.step, min(self.progress, 1), scalars, self.at.minutes)
+        self.board.weights(self.learner.model, self.at.step, self.progress)
+
+    def validate(self) -> None:
+        """Score the validation slice on the way; the best so far keeps its checkpoint."""
+        if self.val_batches is None:
+            return
+        scores = self.score(self.val_batches, self.img_size, self.precision)
+        self.board.scores('val', self.at.step, scores)
+        if scores['top1'] > self.at.best_top1:
+            self.at.best_top1, self.at.best_step = scores['top1'], self.at.step
+            self.save()
+
+    def score(self, batches: DeviceBatches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
+        """Loss and accuracy of the scored model, over all processes."""
+        return evaluate(self.learner.scored, batches, img_size, precision)
+
+    def save(self) -> None:
+        """A checkpoint, unless there is one of this step."""
+        if self.saved_step == self.at.step:
+            return
+        own, shards = self.learner.state()
+        state = {
+            'recipe': self.recipe.to_dict(),
+            'position': asdict(self.at),
+            'precision': self.precision,
+            'probe': self.probe,
+            'random': random_states(),
+            'learner': own,
+        }
+        keep = (self.recipe.keep_checkpoints, self.at.best_step)
+        save_checkpoint(self.folder / 'checkpoints', self.at.step, state, shards, self.processes, *keep)
+        self.saved_step = self.at.step
+
+    def finish(self) -> dict[str, Any]:
+        """Scores, pictures, the exported model and `metrics.json`."""
+        recipe, scores, size = self.recipe, {}, self.stages[-1][0]
+        sets = {} if self.val_batches is None else {'val': self.val_batches}
+        if recipe.test:
+            images = create_dataset(recipe.dataset, recipe.data_dir, 'test', recipe.download)
+            sets['test'] = self.batches_of(images, recipe.eval_batch_size)
+        for split, batches in sets.items():
+            scores[split] = self.score(batches, size)
+            self.board.scores(split, self.at.step, scores[split])
+        with self.learner.whole_model() as model:
+            metrics = write_results(self, model, scores)
+            for split, batches in sets.items():
+                self.board.pictures(split, model, batches, size, self.train_set.classes, self.at.step)
+        self.board.hparams(recipe, metrics)
+        self.processes.wait()
+        return metrics
+
+    def try_one_step(self) -> None:
+        """Print the plan, take one step, and say what it took."""
+        self.board.say(plan(self))
+        self.learner.task.train()
+        images, labels = next(self.stream())
+        start = time.perf_counter()
+        loss, _, _ = self.step(*self.prepare(images, labels))
+        self.board.say(
+            f'one step of {self.recipe.batch_size} images taken: {time.perf_counter() - start:.2f} s, loss '
+            f'{float(loss):.3f}, {peak_memory_gib(self.processes.device):.2f} GiB in use at most. Nothing was written.'
+        )
 
 
 def stage_at(stages: tuple[tuple[int, float], ...], progress: float) -> int:
     """The stage that a share of the run belongs to; a share on the boundary belongs to the later one."""
     ends = np.cumsum([share for _, share in stages])
     return min(int(np.searchsorted(ends, progress + 1e-9, side='right')), len(stages) - 1)
-
-
-def update(
-    task: ClassificationTask,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    images: Tensor,
-    labels: Tensor,
-    precision: str,
-    clip_grad: float,
-) -> tuple[Tensor, Tensor]:
-    """One step: forward, backward, clip, update.
-
-    Returns:
-        The loss and the norm of the gradient before it was clipped, detached.
-    """
-    with autocast(images.device, precision):
-        loss = task(images, labels)['loss']
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(task.get_trainable_module().parameters(), clip_grad or float('inf'))
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), grad_norm
-
-
-def describe(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it: the recipe, the machine and the versions."""
-    return {
-        'recipe': recipe.to_dict(),
-        'seed': recipe.seed,
-        'device': torch.cuda.get_device_name(device)
-        if device.type == 'cuda'
-        else f'{device.type} {platform.machine()}',
-        'threads': torch.get_num_threads(),
-        'versions': {
-            'python': platform.python_version(),
-            'torch': torch.__version__,
-            'torchvision': torchvision.__version__,
-            'timm': timm.__version__,
-            'linvision': __version__,
-        },
-    }
-
-
-def scored(task: ClassificationTask) -> nn.Module:
-    """The model that is scored and exported: the moving average where there is one."""
-    return task.get_trainable_module(ema=True).module if task.has_ema() else task.get_trainable_module()
-
-
-def change_size(
-    recipe: Recipe, task: ClassificationTask, optimizer: torch.optim.Optimizer, img_size: int
-) -> torch.optim.Optimizer:
-    """Another image size for the model and its moving average.
-
-    Returns:
-        An optimizer over the present parameters; the moments of those that were not replaced are carried over.
-    """
-    model = task.get_trainable_module()
-    set_size(model, img_size)
-    if task.has_ema():
-        set_size(task.get_trainable_module(ema=True).module, img_size)
-    new = create_optimizer(recipe, model)
-    carry_state(optimizer, new, model)
-    return new
-
-
-def restore(
-    found: dict[str, Any], task: ClassificationTask, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """Put a checkpoint's state into the model, its moving average, the optimizer and the loss scaler."""
-    task.get_trainable_module().load_state_dict(found['model'])
-    if task.has_ema():
-        task.get_trainable_module(ema=True).module.load_state_dict(found['ema'])
-    optimizer.load_state_dict(found['optimizer'])
-    scaler.load_state_dict(found['scaler'])

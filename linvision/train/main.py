@@ -47,9 +47,12 @@ def main(recipe: Recipe, description: str | None = None) -> None:
         train(recipe, interrupt)
     except KeyboardInterrupt:
         print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
-    except (ValueError, TypeError, FileNotFoundError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, FileNotFoundError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get('LINVISION_TRACEBACK'):
             raise
-        sys.exit(f'error: {error}')
+        rank = int(os.environ.get('RANK', 0))
+        if rank and isinstance(error, ValueError | TypeError):
+            sys.exit(1)  # the first process says it
+        sys.exit(f'error: {error}' if not rank else f'error in process {rank}: {error}')
     if interrupt():
         sys.exit(128 + interrupt.number)

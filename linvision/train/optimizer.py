@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -15,13 +15,14 @@ CLOCK_UPDATES = 10_000  # resolution of a schedule that follows the clock
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over groups with and without weight decay.
+    """The recipe's optimizer over groups with and without weight decay, and with a rate that falls by layer if wished.
 
     Hybrid optimizers (Muon) take the matrices of the blocks; embedding, head, positions and projections go to their
     fallback (AdamW).
     """
+    rule = partial(param_groups_layer_decay, layer_decay=recipe.layer_decay)
     groups = partial(
-        param_groups_weight_decay,
+        rule if recipe.layer_decay < 1 else param_groups_weight_decay,
         weight_decay=recipe.weight_decay,
         no_weight_decay_list=model.no_weight_decay() if hasattr(model, 'no_weight_decay') else (),
         fallback_list=FALLBACK if recipe.opt in list_optimizers('*muon*') else (),
@@ -45,15 +46,20 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: i
     return schedule
 
 
-def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Hand the moments of every parameter that was not replaced to a new optimizer; replaced ones start afresh.
+def carry_state(
+    old: torch.optim.Optimizer,
+    before: dict[str, nn.Parameter],
+    new: torch.optim.Optimizer,
+    after: dict[str, nn.Parameter],
+) -> None:
+    """Hand moments to a new optimizer: a parameter of the same name and shape keeps them, others start afresh.
 
     Args:
         old: Optimizer before the change.
-        new: Optimizer over the model's present parameters.
-        model: The model after the change.
+        before: The parameters that it was made for, by name.
+        new: Optimizer over the present parameters.
+        after: These, by name.
     """
-    present = set(model.parameters())  # by identity
-    for parameter, state in old.state.items():
-        if parameter in present:
-            new.state[parameter] = state
+    for name, parameter in after.items():
+        if name in before and before[name].shape == parameter.shape and before[name] in old.state:
+            new.state[parameter] = old.state[before[name]]

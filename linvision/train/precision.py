@@ -6,6 +6,8 @@ import time
 import torch
 from torch import Tensor, nn
 
+from linvision.train.parallel import Processes
+
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -40,12 +42,15 @@ def probe_precision(model: nn.Module, images: Tensor, steps: int = 5) -> dict[st
     return {precision: min(times[1:]) for precision, times in seconds.items()}
 
 
-def choose_precision(wanted: str, model: nn.Module, images: Tensor) -> tuple[str, dict[str, float]]:
+def choose_precision(
+    wanted: str, model: nn.Module, images: Tensor, processes: Processes
+) -> tuple[str, dict[str, float]]:
     """The precision to train in, and the seconds that decided (none where `wanted` names one).
 
-    bf16 must be at least 5 % faster, since fp32 is the safer choice.
+    bf16 must be at least 5 % faster, since fp32 is the safer choice. Of several processes the slowest counts.
     """
     if wanted != 'auto':
         return wanted, {}
     seconds = probe_precision(model, images)
+    seconds = dict(zip(seconds, processes.largest(*seconds.values()), strict=True))
     return ('bf16' if seconds['bf16'] < 0.95 * seconds['fp32'] else 'fp32'), seconds

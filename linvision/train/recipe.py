@@ -4,13 +4,14 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.optim import get_optimizer_class, list_optimizers
 
 from linvision.data import DATASETS
 from linvision.nearest import nearest
+from linvision.train.parallel import PARALLEL
 
 SCHEDULES = ('cosine', 'tanh', 'poly', 'step', 'wsd', 'rsqrt', 'constant')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
@@ -42,7 +43,9 @@ class Recipe:
     stages: tuple[tuple[int, float], ...] = ()
     """Coarse to fine: image sizes, each with its share of the run, as in `--stages 16 0.7 32 0.3`."""
     batch_size: int = 32
-    """Images in a step."""
+    """Images in a step, over all processes."""
+    accumulate: int = 1
+    """Parts in which each process takes its share of a batch: the same result in less memory."""
     eval_batch_size: int = 100
     """Images in a step of evaluation."""
 
@@ -54,6 +57,8 @@ class Recipe:
     """Highest learning rate."""
     weight_decay: float = 0.05
     """Weight decay of matrices; biases, norms, positions and projections have none."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer to the one before it (1: the same for all)."""
     sched: str = 'cosine'
     """Name of a timm schedule of the learning rate."""
     warmup: float = 0.05
@@ -68,6 +73,12 @@ class Recipe:
     """Alpha of CutMix (0: off)."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is then what is scored and exported (0: off)."""
+    teacher: str = ''
+    """A trained model to learn from besides the labels: a folder with `model.safetensors`, or a name of timm's."""
+    teacher_weight: float = 0.5
+    """Weight of the teacher's part of the loss; the labels have the rest."""
+    teacher_temperature: float = 1.0
+    """Temperature at which student and teacher are compared."""
     hflip: float = 0.0
     """Probability of a horizontal flip."""
     shift: int = 0
@@ -83,11 +94,27 @@ class Recipe:
     """Steps between two lines of log and two points in TensorBoard."""
     checkpoint_every: int = 500
     """Steps between checkpoints: what a run that dies can lose."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep, besides the best on the validation slice."""
+    fresh: bool = False
+    """Start over; what the output folder holds moves into a folder `earlier_1` within it."""
+    dry_run: bool = False
+    """Print the plan (model, tokens, memory, steps), take one step, and write nothing."""
 
     device: str = 'auto'
     """Torch device; 'auto' takes the accelerator if there is one."""
     precision: str = 'auto'
     """'auto', 'fp32', 'bf16' or 'fp16'; 'auto' times this model in fp32 and bf16 and takes the faster."""
+    parallel: str = 'ddp'
+    """How several processes train: 'ddp' (each has the whole model) or 'fsdp' (each has a part of every block)."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    chunk_size: int | Literal['auto'] = 'auto'
+    """Images × tokens that a block handles at a time (0: all)."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each block, and compute it again in the backward pass."""
+    workers: int = 0
+    """Processes that augment images by torchvision's transforms (0: batches are augmented on the device)."""
     threads: int = 0
     """CPU threads (0: torch's choice)."""
     seed: int = 0
@@ -100,11 +127,15 @@ class Recipe:
         _known('optimizer', self.opt, list_optimizers())
         _known('schedule', self.sched, SCHEDULES)
         _known('precision', self.precision, PRECISIONS)
+        _known('way to be parallel', self.parallel, PARALLEL)
         if not self.max_minutes > 0 and not self.epochs > 0:
             raise ValueError(f'epochs must be above 0, got {self.epochs}.')
         for name, low in {
             'threads': 0,
+            'workers': 0,
             'batch_size': 1,
+            'accumulate': 1,
+            'keep_checkpoints': 1,
             'eval_batch_size': 1,
             'log_every': 1,
             'checkpoint_every': 1,
@@ -121,16 +152,22 @@ class Recipe:
             'mixup',
             'cutmix',
             'shift',
+            'layer_decay',
+            'teacher_temperature',
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name} must not be negative, got {getattr(self, name)}.')
-        for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip'):
+        for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip', 'teacher_weight'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie between 0 and 1, got {getattr(self, name)}.')
         if self.val_fraction == 1:
             raise ValueError('val_fraction must lie below 1, got 1: no image would be left to train on.')
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
+        if self.mixes and self.batch_size % 2:
             raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
+        if self.parallel == 'fsdp' and self.precision == 'fp16':
+            raise ValueError("fp16 needs a loss scaler, which FSDP does not share between processes; use 'bf16'.")
+        if self.teacher and len(self.stages) > 1:
+            raise ValueError(f'With a teacher there is one image size; got {len(self.stages)} stages.')
         if any(size < 1 for size, _ in self.stages):
             raise ValueError(
                 f'The image sizes of the stages must be at least 1, got {[size for size, _ in self.stages]}.'
@@ -139,6 +176,31 @@ class Recipe:
         if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
             raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
         _known_arguments('opt_args', self.opt_args, get_optimizer_class(self.opt, bind_defaults=False))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images and labels are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def share(self, count: int) -> int:
+        """Images of a batch for each of `count` processes and each part of its share.
+
+        Raises:
+            ValueError: The batch cannot be divided.
+        """
+        parts = count * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f'batch_size is global and must be a multiple of processes × accumulate, got {self.batch_size} for '
+                f'{count} × {self.accumulate}. The nearest that fit are {max(1, self.batch_size // parts) * parts} and '
+                f'{(self.batch_size // parts + 1) * parts}.'
+            )
+        share = self.batch_size // parts
+        if self.mixes and self.batch_size // count % 2:
+            raise ValueError(
+                f'Mixup and CutMix need an even number of images in each process, got {self.batch_size} for {count}.'
+            )
+        return share
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in plain types, for JSON and checkpoints."""

@@ -1,8 +1,6 @@
-"""What a run needs before its first step: a folder, a device, a validation slice, a model."""
+"""What a run needs before its first step: a validation slice, a model, a teacher."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -10,48 +8,7 @@ from torch import nn
 
 from linvision.data import ImageSet
 from linvision.nearest import nearest
-from linvision.train.checkpoint import check_same_run
 from linvision.train.recipe import Recipe
-
-
-def open_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Make the output folder, see that it can be written and holds no finished run of another recipe.
-
-    Returns:
-        The metrics of a finished run, or an empty dict.
-
-    Raises:
-        OSError: The folder cannot be written.
-        ValueError: It holds a finished run of another recipe.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / '.writable'
-        probe.write_text('')
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f'The output folder {folder} cannot be written ({error}). Choose another --output-dir.'
-        ) from error
-    metrics = folder / 'metrics.json'
-    if metrics.exists():
-        found = json.loads(metrics.read_text())
-        check_same_run(folder, recipe.to_dict(), found['recipe'])
-        return found
-    return {}
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of a name; 'auto' is the accelerator, or the CPU."""
-    if name == 'auto':
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device('cpu')
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'The device {name!r} cannot be used here ({str(error).splitlines()[0]}).') from error
-    return device
 
 
 def split_validation(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -61,11 +18,19 @@ def split_validation(images: ImageSet, fraction: float, seed: int) -> tuple[Imag
     return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
 
 
-def create_model(recipe: Recipe, images: ImageSet, img_size: int) -> nn.Module:
-    """The recipe's model for these images: their channels, classes and size."""
-    defaults = {'in_chans': images.images.shape[1], 'num_classes': len(images.classes), 'img_size': img_size}
+def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Module:
+    """The recipe's model.
+
+    Args:
+        recipe: The recipe.
+        shape: What the images ask for: `in_chans` and `num_classes`.
+        img_size: Image size.
+    """
+    arguments = {**shape, 'img_size': img_size, **recipe.model_args}
+    if recipe.chunk_size != 'auto':
+        arguments['chunk_size'] = recipe.chunk_size
     try:
-        return timm.create_model(recipe.model, **{**defaults, **recipe.model_args})
+        return timm.create_model(recipe.model, **arguments)
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
@@ -74,6 +39,14 @@ def create_model(recipe: Recipe, images: ImageSet, img_size: int) -> nn.Module:
             f'{recipe.model} cannot be trained by a recipe: its image size cannot be set. Models that can: '
             f'{", ".join(names)}, and others that take img_size.'
         ) from error
+
+
+def load_teacher(name: str, student: nn.Module, img_size: int, device: torch.device) -> nn.Module:
+    """A trained model that the student learns from: a folder that a run exported, or a name of timm's."""
+    source = f'local-dir:{name}' if Path(name).is_dir() else name
+    shape = {'in_chans': student.patch_embed.proj.in_channels, 'num_classes': student.num_classes}
+    teacher = timm.create_model(source, pretrained=True, img_size=img_size, **shape)
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def set_size(model: nn.Module, img_size: int) -> None:

@@ -1,9 +1,10 @@
 """Score a trained model on a data set, at its own image size or another.
 
-    python scripts/score.py --model outputs/demo/model --dataset fashion_mnist --img-size 64
+    python scripts/evaluate.py outputs/demo/model --dataset fashion_mnist
+    python scripts/evaluate.py outputs/demo/model --dataset fashion_mnist --img-size 64
 
-Another size resizes the model (`set_input_size`), without training, and the images (bicubic where they grow). Prints
-one line of JSON.
+The first gives the very score that training reported. Another size resizes the model (`set_input_size`), without
+training, and the images (bicubic where they grow). Prints one line of JSON.
 """
 
 import json
@@ -16,19 +17,20 @@ from timm.data import resolve_model_data_config
 from linvision.data import DeviceBatches, create_dataset
 from linvision.nearest import nearest
 from linvision.train.evaluate import evaluate
+from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
-from linvision.train.setup import choose_device, count_tokens, set_size
+from linvision.train.setup import count_tokens, set_size
 from predict import load_model
 
 
 def main(
-    model: Path,
+    model: tyro.conf.Positional[Path],
     dataset: str = 'fashion_mnist',
     data_dir: Path = Path('data'),
     split: str = 'test',
     img_size: int = 0,
     limit: int = 0,
-    batch_size: int = 50,
+    batch_size: int = 100,
     device: str = 'auto',
     precision: str = 'fp32',
 ) -> None:

@@ -1,0 +1,72 @@
+"""The output folder of a run: one run at a time, of one recipe, and nothing in it is ever overwritten by another."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from linvision.train.checkpoint import check_same_run
+from linvision.train.parallel import Processes
+from linvision.train.recipe import Recipe
+
+
+@contextmanager
+def run_folder(recipe: Recipe, processes: Processes) -> Iterator[Path]:
+    """The output folder, made, locked and, with `recipe.fresh`, emptied; released at the end.
+
+    Raises:
+        OSError: It cannot be written, or another process is running in it.
+    """
+    folder = Path(recipe.output_dir)
+    if not processes.main:
+        processes.wait()
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / '.lock').open('w')
+    except OSError as error:
+        raise OSError(
+            f'The output folder {folder} cannot be written ({error}). Choose another --output-dir.'
+        ) from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it on
+        except (BlockingIOError, PermissionError):
+            raise OSError(
+                f'Another process is running in {folder}. Wait for it, stop it, or choose another --output-dir.'
+            ) from None
+        # a worker that torchrun starts again goes on instead of starting over
+        if recipe.fresh and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+            set_aside(folder)
+        processes.wait()
+        yield folder
+
+
+def set_aside(folder: Path) -> None:
+    """Move what a folder holds into a folder of its own within it: `earlier_1`, `earlier_2`, …"""
+    found = [p for p in folder.iterdir() if p.name != '.lock' and not p.name.startswith('earlier_')]
+    if found:
+        n = 1 + max((int(p.name.removeprefix('earlier_')) for p in folder.glob('earlier_*')), default=0)
+        place = folder / f'earlier_{n}'
+        place.mkdir()
+        for path in found:
+            path.rename(place / path.name)
+        print(f'what {folder} held is in {place} now', flush=True)
+
+
+def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """The metrics of a finished run of this recipe, or an empty dict.
+
+    Raises:
+        ValueError: The folder holds a finished run of another recipe.
+    """
+    metrics = folder / 'metrics.json'
+    if not metrics.exists():
+        return {}
+    found = json.loads(metrics.read_text())
+    check_same_run(folder, recipe.to_dict(), found['recipe'])
+    return found

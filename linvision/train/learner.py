@@ -1,0 +1,250 @@
+"""What learns: a model, and all that must follow it when its parameters are sharded, resized or restored.
+
+The loss and the moving average are timm's task, the optimizer and its schedule timm's, sharding PyTorch's FSDP2. At a
+stage boundary `set_input_size` replaces the parameters whose shape depends on the image size (projection, positions):
+these start with fresh moments; every other parameter keeps its own.
+"""
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.tensor import DTensor
+
+from linvision.train.checkpoint import load_shards
+from linvision.train.optimizer import carry_state, create_optimizer, create_schedule
+from linvision.train.parallel import Processes
+from linvision.train.precision import autocast
+from linvision.train.recipe import Recipe
+from linvision.train.setup import create_model, load_teacher, set_size
+
+WHOLE = sharded.StateDictOptions(full_state_dict=True)
+
+
+class Learner:
+    """A model with its loss, moving average, optimizer, schedule and loss scaler.
+
+    Args:
+        recipe: What to train.
+        shape: What `create_model` needs: `in_chans` and `num_classes`.
+        img_size: Image size of the first stage to come.
+        last_img_size: Image size of the last stage, which the model is made for.
+        updates: Updates in the whole run, over which the schedule extends.
+        mean, std: How images are normalised, for a teacher that wants them otherwise.
+        processes: The processes of the run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        shape: dict[str, int],
+        img_size: int,
+        last_img_size: int,
+        updates: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        processes: Processes,
+    ) -> None:
+        self.recipe, self.shape, self.last_img_size = recipe, shape, last_img_size
+        self.updates, self.processes = updates, processes
+        self.fsdp = recipe.parallel == 'fsdp'
+        model = self.create(img_size)
+        model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
+        self.task = self.create_task(model)
+        if recipe.ema_decay:
+            self.task.setup_ema(decay=recipe.ema_decay, use_warmup=True)
+        self.precision = 'fp32'
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=False)
+
+    # ------------------------------------------------------------------------------------------------------ making it
+
+    def create(self, img_size: int) -> nn.Module:
+        """A new model, initialised for the last stage and then given another image size."""
+        model = create_model(self.recipe, self.shape, self.last_img_size).to(self.processes.device)
+        set_size(model, img_size)
+        return model
+
+    def create_task(self, model: nn.Module) -> TrainingTask:
+        """timm's task: the loss, and the teacher's where there is one."""
+        recipe, device = self.recipe, self.processes.device
+        criterion = {'soft_targets': True} if recipe.mixes else {'smoothing': recipe.smoothing}
+        if not recipe.teacher:
+            return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+        return LogitDistillationTask(
+            model,
+            load_teacher(recipe.teacher, model, self.last_img_size, device),
+            criterion_kwargs=criterion,
+            task_loss_weight=1 - recipe.teacher_weight,
+            temperature=recipe.teacher_temperature,
+            device=device,
+            verbose=False,
+        )
+
+    def start(self, precision: str) -> None:
+        """Compile, distribute and make the optimizer, once the model is what it will be."""
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=precision == 'fp16')
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Whatever refers to the present parameters: compiled code, shards or DDP, optimizer and schedule."""
+        model = self.model
+        if self.recipe.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        if self.recipe.compile:
+            for part in model.blocks if self.fsdp else (model,):
+                part.compile()
+        if self.fsdp:
+            for each in (model, self.ema) if self.ema is not None else (model,):
+                self.processes.shard(each)
+        elif self.processes.count > 1:
+            device = self.processes.device
+            # a depth-wise kernel has one input channel: its gradient's strides differ in name only
+            warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
+            self.task.prepare_distributed(device_ids=[device.index] if device.type == 'cuda' else None)
+        self.optimizer = create_optimizer(self.recipe, model)
+        self.schedule = create_schedule(self.recipe, self.optimizer, self.updates)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, without what is wrapped around it."""
+        return unwrap_model(self.task.get_trainable_module())
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The moving average of the model, where there is one."""
+        return self.task.get_trainable_module(ema=True).module if self.task.has_ema() else None
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model that is scored and exported: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema
+
+    # ------------------------------------------------------------------------------------------------------- learning
+
+    def update(self, images: Tensor, labels: Tensor, progress: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One step: forward and backward in `recipe.accumulate` parts, clip, update, average.
+
+        Args:
+            images: This process's share of the batch, (B, C, height, width).
+            labels: Their labels, (B), or (B, classes) where they are mixed.
+            progress: Share of the run that is done, 0..1, for the learning rate.
+            step: Steps taken before this one.
+
+        Returns:
+            The loss of this share, the norm of the gradient before it was clipped, and logits; all detached.
+        """
+        self.schedule.step(int(progress * self.updates))
+        parts = self.recipe.accumulate
+        losses, logits = [], []
+        for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            with nullcontext() if i == parts - 1 else self.task.no_sync():
+                with autocast(images.device, self.precision):
+                    result = self.task(x, y)
+                self.scaler.scale(result['loss'] / parts).backward()
+            losses.append(result['loss'].detach())
+            logits.append(result['output'].detach())
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.model.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad or float('inf'))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.update_ema(step=step + 1)
+        return torch.stack(losses).mean(), whole(grad_norm).detach(), torch.cat(logits)
+
+    def set_size(self, img_size: int) -> None:
+        """Another image size for the model and its moving average, and for all that refers to their parameters."""
+        old = dict(self.model.named_parameters())
+        if self.fsdp:  # a sharded model cannot be resized: whole ones take its place
+            average, size = self.ema, self.model.patch_embed.img_size[0]
+            config = self.model.pretrained_cfg
+            weights = [sharded.get_model_state_dict(m, options=WHOLE) for m in (self.model, average) if m is not None]
+            models = [self.create(size) for _ in weights]
+            for model, state in zip(models, weights, strict=True):
+                model.load_state_dict(state)
+                model.pretrained_cfg = config
+            self.task.trainable_module = models[0]
+            if average is not None:
+                self.task.get_trainable_module(ema=True).module = models[1].eval().requires_grad_(False)
+        else:
+            self.task.trainable_module = self.model  # without DDP …
+            gc.collect()  # … whose hooks go with it
+        for model in (self.model, self.ema):
+            if model is not None:
+                set_size(model, img_size)
+        previous = self.optimizer
+        self.arrange()
+        carry_state(previous, old, self.optimizer, dict(self.model.named_parameters()))
+
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The scored model with all its weights in every process, to export or to look into."""
+        if not self.fsdp:
+            yield self.scored
+            return
+        model = self.create(self.scored.patch_embed.img_size[0])
+        model.load_state_dict(sharded.get_model_state_dict(self.scored, options=WHOLE))
+        yield model.eval()
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds: what the first process writes, and what each writes its shards of."""
+        own = {'scaler': self.scaler.state_dict(), 'schedule': self.schedule.state_dict()}
+        if self.fsdp:
+            return own, self.shards()
+        return {
+            **own,
+            'model': self.model.state_dict(),
+            'ema': self.ema.state_dict() if self.ema is not None else {},
+            'optimizer': self.optimizer.state_dict(),
+        }, {}
+
+    def shards(self) -> dict[str, Any]:
+        """Model, moving average and optimizer by parameter name, sharded."""
+        shards = {
+            'model': sharded.get_model_state_dict(self.model),
+            'optimizer': sharded.get_optimizer_state_dict(self.model, self.optimizer),
+        }
+        return shards if self.ema is None else {**shards, 'ema': sharded.get_model_state_dict(self.ema)}
+
+    def restore(self, state: dict[str, Any], path: Any) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            ValueError: The checkpoint is of another model.
+        """
+        self.scaler.load_state_dict(state['scaler'])
+        try:
+            if self.fsdp:
+                shards = self.shards()
+                load_shards(path, shards)
+                sharded.set_model_state_dict(self.model, shards['model'])
+                sharded.set_optimizer_state_dict(self.model, self.optimizer, shards['optimizer'])
+                if self.ema is not None:
+                    sharded.set_model_state_dict(self.ema, shards['ema'])
+            else:
+                self.model.load_state_dict(state['model'])
+                if self.ema is not None:
+                    self.ema.load_state_dict(state['ema'])
+                self.optimizer.load_state_dict(state['optimizer'])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f'{path} is a checkpoint of another model ({str(error).splitlines()[0]}). Nothing was changed. Choose '
+                'another --output-dir, or start over beside it with --fresh.'
+            ) from error
+        self.schedule.load_state_dict(state['schedule'])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

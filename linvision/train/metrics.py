@@ -1,0 +1,99 @@
+"""The numbers of a run: those of a step, and `metrics.json` with what a figure needs beside it."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+import torchvision
+from timm.utils import accuracy
+from torch import Tensor, nn
+
+from linvision.train.export import export_model
+from linvision.train.setup import count_tokens
+from linvision.version import __version__
+
+if TYPE_CHECKING:
+    from linvision.train.loop import Run
+
+
+def step_scalars(loss: Tensor, grad_norm: Tensor, logits: Tensor, labels: Tensor, lr: float) -> dict[str, float]:
+    """Values of one step by TensorBoard tag; accuracy where the labels are not mixed."""
+    scalars = {'train/loss': float(loss), 'train/lr': lr, 'train/grad_norm': float(grad_norm)}
+    if labels.ndim == 1:
+        top1, top5 = accuracy(logits, labels, (1, min(5, logits.shape[1])))
+        scalars |= {'train/top1': float(top1) / 100, 'train/top5': float(top5) / 100}
+    return scalars
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: on the accelerator, or the process's resident set on the CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == 'darwin' else 2**20)
+
+
+def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Export the model, then write `metrics.json`, which marks the run as finished.
+
+    Args:
+        run: The run.
+        model: The model that was scored.
+        scores: Scores by split.
+
+    Returns:
+        The contents of `metrics.json`.
+    """
+    at, images_seen = run.at, run.at.step * run.recipe.batch_size
+    seconds = max(at.minutes * 60, 1e-9)
+    metrics = {
+        **scores.get('test', {}),
+        **{f'val_{k}': v for k, v in scores.get('val', {}).items()},
+        'epochs': images_seen / len(run.train_set),
+        'steps': at.step,
+        'images_seen': images_seen,
+        'train_minutes': at.minutes,
+        'images_per_s': images_seen / seconds,
+        'tokens_per_s': at.tokens / seconds,
+        'tokens': count_tokens(model),
+        'peak_memory_gib': peak_memory_gib(run.processes.device),
+        'num_parameters': sum(p.numel() for p in model.parameters()),
+        'classes': list(run.train_set.classes),
+        'weights': 'last' if run.learner.ema is None else 'ema',
+        'schedule': 'minutes' if run.recipe.max_minutes else 'epochs',
+        'precision': run.precision,
+        'probe_seconds': run.probe,
+        'recipe': run.recipe.to_dict(),
+        'seed': run.recipe.seed,
+        **machine(run.processes.device),
+        'processes': run.processes.count,
+    }
+    if at.best_step:
+        metrics |= {'best_val_top1': at.best_top1, 'best_step': at.best_step}
+    if run.processes.main:
+        export_model(model, run.folder / 'model', run.train_set, run.mean, run.std)
+        part = run.folder / 'metrics.json.part'
+        part.write_text(json.dumps(metrics, indent=2) + '\n')
+        os.replace(part, run.folder / 'metrics.json')
+    return metrics
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device, the threads and the versions."""
+    cuda = device.type == 'cuda'
+    return {
+        'device': torch.cuda.get_device_name(device) if cuda else f'{device.type} {platform.machine()}',
+        'threads': torch.get_num_threads(),
+        'versions': {
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'torchvision': torchvision.__version__,
+            'timm': timm.__version__,
+            'linvision': __version__,
+        },
+    }

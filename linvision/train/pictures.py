@@ -1,0 +1,62 @@
+"""Pictures for TensorBoard: what a model gets wrong, and what it attends to."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linvision.attention_map import attention_maps
+from linvision.data import DeviceBatches
+from linvision.network import LinformerVisionTransformer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_TOKENS = 4096  # attention is written out for its picture
+
+
+@torch.no_grad()
+def misclassified(
+    model: nn.Module, batches: DeviceBatches, img_size: int, classes: tuple[str, ...], n: int = 16
+) -> 'Figure | None':
+    """The first images of a set whose class the model gets wrong, with both names; None where there are none."""
+    wrong: list[tuple[Tensor, str]] = []
+    for images, labels in batches.ordered(img_size):
+        guesses = model(images).argmax(-1)
+        for i in (guesses != labels).nonzero().flatten().tolist():
+            wrong.append((images[i], f'{classes[labels[i]]}\nseen as {classes[guesses[i]]}'))
+        if len(wrong) >= n:
+            break
+    return draw(wrong[:n]) if wrong else None
+
+
+@torch.no_grad()
+def attention(
+    model: nn.Module, batches: DeviceBatches, img_size: int, classes: tuple[str, ...], n: int = 4
+) -> 'Figure | None':
+    """Images beside what the last block attends to; None for models of other kinds and for very long sequences."""
+    if not isinstance(model, LinformerVisionTransformer) or model.patch_embed.num_patches > MAX_TOKENS:
+        return None
+    images, labels = next(batches.ordered(img_size))
+    maps = attention_maps(model, images[:n])
+    pairs = []
+    for image, label, found in zip(images, labels, maps, strict=False):
+        pairs += [(image, classes[label]), (found.unsqueeze(0), 'attention')]
+    return draw(pairs)
+
+
+def draw(pictures: list[tuple[Tensor, str]], columns: int = 8) -> 'Figure':
+    """Pictures of (C, h, w), each stretched to its own range, with their titles."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.6 * columns, 2.0 * rows), layout='constrained')
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis('off')
+    for axis, (image, title) in zip(axes.flat, pictures, strict=False):
+        image = image.float().cpu()
+        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-9)
+        axis.imshow((image.permute(1, 2, 0) if len(image) == 3 else image[0]).numpy(), cmap='gray')
+        axis.set_title(title, fontsize=7)
+    return figure

@@ -1,0 +1,259 @@
+"""What a run keeps safe, and what follows a model through its stages."""
+
+import dataclasses
+import errno
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from linvision.data import DeviceBatches, create_dataset
+from linvision.data.worker_batches import worker_stream
+from linvision.train import Recipe, checkpoint, train
+from linvision.train.learner import Learner
+from linvision.train.optimizer import create_optimizer
+from linvision.train.parallel import Processes
+from linvision.train.setup import create_model
+
+
+@pytest.fixture
+def recipe(small_recipe):
+    return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)  # 10 steps
+
+
+def weights(folder):
+    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def steps(folder) -> list[str]:
+    return sorted(p.name for p in (folder / 'checkpoints').iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'a flipped bit', 'a missing file', 'no checksums'])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(recipe, damage, tmp_path, capsys):
+    train(recipe)
+    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts', checkpoint_every=3)
+    train(dataclasses.replace(parts, max_steps=6))
+    assert steps(parts.output_dir) == ['step_00000003', 'step_00000006']
+    last = parts.output_dir / 'checkpoints/step_00000006'
+    content = bytearray((last / 'state.pt').read_bytes())
+    if damage == 'truncated':
+        (last / 'state.pt').write_bytes(content[: len(content) // 2])
+    elif damage == 'a flipped bit':
+        content[len(content) // 2] ^= 1  # in a tensor: torch.load would not notice
+        (last / 'state.pt').write_bytes(content)
+    elif damage == 'a missing file':
+        (last / 'state.pt').unlink()
+    else:
+        (last / 'checksums.json').unlink()
+    train(parts)
+    assert 'step_00000006 is damaged' in capsys.readouterr().out
+    assert same(weights(recipe.output_dir), weights(parts.output_dir))
+
+
+def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(recipe):
+    kept = train(dataclasses.replace(recipe, epochs=6, val_fraction=0.25, eval_every=0.5, checkpoint_every=1))
+    best = f'step_{kept["best_step"]:08d}'
+    assert best in steps(recipe.output_dir) and len(steps(recipe.output_dir)) <= 3
+    events = EventAccumulator(str(recipe.output_dir / 'tensorboard'))
+    events.Reload()
+    assert kept['best_val_top1'] == pytest.approx(max(p.value for p in events.Scalars('val/top1')[:-1]))
+
+
+def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay(recipe, monkeypatch):
+    train(dataclasses.replace(recipe, max_steps=3))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(checkpoint.torch, 'save', full)
+    with pytest.raises(OSError, match='step 10 cannot be written.*No space left.*GiB are free'):
+        train(recipe)
+    assert steps(recipe.output_dir) == ['step_00000003']
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(recipe, tmp_path):
+    train(dataclasses.replace(recipe, max_steps=3))
+    path = recipe.output_dir / 'checkpoints/step_00000003/state.pt'
+    state = torch.load(path, weights_only=True)
+    del state['learner']['model']['blocks.0.attn.qkv.weight']
+    torch.save(state, path)
+    sums = path.parent / 'checksums.json'
+    sums.write_text(json.dumps({'state.pt': checkpoint.digest(path)}))
+    with pytest.raises(ValueError, match='checkpoint of another model'):
+        train(recipe)
+    assert steps(recipe.output_dir) == ['step_00000003']
+
+
+def test_fresh_starts_over_and_keeps_what_is_there(recipe):
+    first = train(recipe)
+    other = dataclasses.replace(recipe, lr=1e-3, fresh=True)
+    with pytest.raises(ValueError, match='--fresh'):
+        train(dataclasses.replace(other, fresh=False))
+    second = train(other)
+    assert second['loss'] != first['loss']
+    assert json.loads((recipe.output_dir / 'earlier_1/metrics.json').read_text()) == json.loads(json.dumps(first))
+    train(dataclasses.replace(other, lr=2e-3))
+    assert (recipe.output_dir / 'earlier_2/model').is_dir() and (recipe.output_dir / 'earlier_1/model').is_dir()
+
+
+def test_a_folder_in_which_another_process_runs_is_refused(recipe):
+    recipe.output_dir.mkdir()
+    hold = 'import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.lockf(f, fcntl.LOCK_EX); print("held"); input()'
+    command = [sys.executable, '-u', '-c', hold, str(recipe.output_dir / '.lock')]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(OSError, match='Another process is running'):
+            train(recipe)
+        other.communicate('\n')
+    assert train(recipe)['steps'] == 10
+
+
+def test_memory_that_does_not_suffice_names_what_to_change(recipe, monkeypatch):
+    def exhausted(self, *args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(Learner, 'update', exhausted)
+    words = r'32 images of 64 tokens.*--accumulate 2.*--chunk-size 256.*--grad-checkpointing.*smaller --batch-size'
+    with pytest.raises(MemoryError, match=words):
+        train(recipe)
+
+
+def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
+    assert train(dataclasses.replace(recipe, dry_run=True)) == {}
+    out = capsys.readouterr().out
+    assert not recipe.output_dir.exists()
+    for words in ('10 steps, 8 in an epoch', '64 tokens', '256 tokens', '32 images = 1 processes × 1 parts × 32'):
+        assert words in out, out
+    assert 'one step of 32 images taken' in out
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_what_a_boundary_replaces_keeps_training_and_the_rest_keeps_its_moments():
+    recipe = Recipe(model='test_linformer_vit', model_args={'pos_embed': 'separable'}, ema_decay=0.5, lr=1e-2)
+    shape = {'in_chans': 1, 'num_classes': 10}
+    torch.manual_seed(0)
+    learner = Learner(recipe, shape, 8, 16, 100, (0.5,), (0.5,), Processes(torch.device('cpu')))
+    learner.start('fp32')
+    labels = torch.arange(8)
+    learner.update(torch.randn(8, 1, 8, 8), labels, 0.1, 0)
+    moments = {n: learner.optimizer.state[p] for n, p in learner.model.named_parameters()}
+    learner.set_size(16)
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    average = {n: p.detach().clone() for n, p in learner.ema.named_parameters()}
+    present = dict(learner.model.named_parameters())
+    replaced = {n for n, p in present.items() if p not in learner.optimizer.state}
+    assert replaced == {'position.row', 'position.column', *(n for n in present if n.startswith('projection.'))}
+    for name in present.keys() - replaced:
+        assert learner.optimizer.state[present[name]] is moments[name]
+    learner.update(torch.randn(8, 1, 16, 16), labels, 0.2, 1)
+    for name in replaced:
+        assert not torch.equal(before[name], present[name]), name
+        assert not torch.equal(average[name], dict(learner.ema.named_parameters())[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize('change', [{'accumulate': 4}, {'grad_checkpointing': True}, {'chunk_size': 32}])
+def test_ways_to_save_memory_give_the_same_weights(recipe, change, tmp_path):
+    train(recipe)
+    other = dataclasses.replace(recipe, output_dir=tmp_path / 'other', **change)
+    train(other)
+    torch.testing.assert_close(weights(other.output_dir), weights(recipe.output_dir), rtol=1e-3, atol=2e-5)
+
+
+def test_layer_decay_scales_the_rate_by_depth():
+    recipe = Recipe(model='test_linformer_vit', layer_decay=0.5, lr=1.0)
+    model = create_model(recipe, {'in_chans': 1, 'num_classes': 10}, 16)
+    optimizer = create_optimizer(recipe, model)
+    depth = len(model.blocks)
+    scale = {id(p): group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
+    expected = {
+        'head.weight': 1.0,
+        'blocks.0.mlp.fc1.weight': 0.5**depth,
+        'patch_embed.proj.weight': 0.5 ** (depth + 1),
+    }
+    for name, value in expected.items():
+        assert scale[id(model.get_parameter(name))] == value, name
+
+
+def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
+    teacher = dataclasses.replace(recipe, epochs=15, output_dir=tmp_path / 'teacher', stages=())
+    train(teacher)
+    agreement = []
+    for weight in (0.0, 1.0):
+        student = dataclasses.replace(
+            teacher, output_dir=tmp_path / f'student_{weight}', epochs=4, seed=1,
+            teacher=str(teacher.output_dir / 'model'), teacher_weight=weight, test=False,
+        )  # fmt: skip
+        train(student)
+        images = DeviceBatches(create_dataset('fake', '.', 'test'), 100, (0.2,), (0.2,), torch.device('cpu'))
+        batch, _ = next(images.ordered(16))
+        one, two = (
+            timm.create_model(f'local-dir:{r.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
+            for r in (teacher, student)
+        )
+        agreement.append((one.exp() * (one - two)).sum(-1).mean().item())  # KL divergence
+    assert agreement[1] < agreement[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_gives_the_same_weights(recipe, tmp_path):
+    train(recipe)
+    other = dataclasses.replace(recipe, output_dir=tmp_path / 'other', compile=True)
+    train(other)
+    torch.testing.assert_close(weights(other.output_dir), weights(recipe.output_dir), rtol=1e-3, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def test_augmentation_in_workers_depends_on_seed_epoch_and_index_alone():
+    images = create_dataset('fake', '.', 'train')
+    cpu = torch.device('cpu')
+
+    def first(n, step, workers, rank=0, count=1):
+        batches = DeviceBatches(images, 32, (0.2,), (0.2,), cpu, rank, count)
+        stream = worker_stream(batches, 3, step, 16, 0.5, 2, workers, cpu)
+        return [next(stream) for _ in range(n)]
+
+    one = first(10, 0, 1)  # into the second epoch of 8 batches
+    two = first(4, 6, 2)
+    for (a, b), (c, d) in zip(one[6:], two, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
+    halves = [first(1, 0, 1, rank, 2)[0] for rank in (0, 1)]
+    for rank, (x, y) in enumerate(halves):
+        assert torch.equal(x, one[0][0][rank::2]) and torch.equal(y, one[0][1][rank::2])
+    assert not torch.equal(one[0][0], one[8][0])
+    plain = DeviceBatches(images, 32, (0.2,), (0.2,), cpu)
+    assert torch.equal(one[0][1], next(plain.epoch(3, 0, 16))[1])  # the same order
+
+
+def test_tensorboard_holds_what_a_run_shows(recipe):
+    train(dataclasses.replace(recipe, val_fraction=0.25, eval_every=0.5, log_every=2))
+    events = EventAccumulator(str(recipe.output_dir / 'tensorboard'), size_guidance={'images': 0})
+    events.Reload()
+    tags = events.Tags()
+    wanted = {f'{split}/{name}' for split in ('train', 'val', 'test') for name in ('loss', 'top1', 'top5')}
+    wanted |= {'train/lr', 'train/grad_norm', 'speed/images_per_s', 'speed/tokens_per_s', 'speed/waiting_for_data'}
+    assert wanted | {'memory/peak_gib', 'final/top1'} <= set(tags['scalars'])
+    assert {'train/batch', 'test/misclassified', 'test/attention'} <= set(tags['images'])
+    assert 'blocks.0.attn.qkv.weight' in tags['histograms']
+    assert '"lr": 0.003' in events.Tensors('recipe/text_summary')[0].tensor_proto.string_val[0].decode()
+    assert all(0 <= p.value <= 1 for p in events.Scalars('speed/waiting_for_data'))
+    shutil.rmtree(recipe.output_dir)

@@ -1,0 +1,80 @@
+"""A run that is killed and started again ends with the same weights, bit for bit, as one that never stopped."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from linvision.train import Recipe, train
+
+KILLS = {  # what is replaced by a function that kills the process, and at which call
+    'in the middle of an epoch': ('linvision.train.loop', 'Run', 'step', 8),
+    'while a checkpoint is written': ('linvision.train.checkpoint', None, 'seal', 2),
+    'before a checkpoint gets its name': ('linvision.train.checkpoint', 'os', 'replace', 3),
+    'at a stage boundary': ('linvision.train.learner', 'Learner', 'set_size', 1),
+}
+SCRIPT = """
+import importlib, json, os, signal, sys
+from pathlib import Path
+from linvision.train import Recipe, train
+module, owner, name, last = json.loads(sys.argv[1])
+owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+original, calls = getattr(owner, name), []
+def killed(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, killed)
+values = json.loads(sys.argv[2])
+train(Recipe(**{**values, 'output_dir': Path(values['output_dir']), 'data_dir': Path(values['data_dir'])}))
+"""
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory) -> Recipe:
+    return Recipe(
+        model='test_linformer_vit',
+        model_args={'proj_drop_rate': 0.1},
+        dataset='fake',
+        output_dir=tmp_path_factory.mktemp('whole'),
+        stages=((8, 0.5), (16, 0.5)),
+        epochs=1.75,
+        opt='muon',
+        lr=0.01,
+        ema_decay=0.9,
+        hflip=0.5,
+        shift=1,
+        mixup=0.2,
+        checkpoint_every=3,
+        workers=2,
+        precision='fp32',
+        device='cpu',
+        threads=1,
+    )
+
+
+@pytest.fixture(scope='module')
+def whole(recipe) -> dict[str, torch.Tensor]:
+    train(recipe)
+    return timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).state_dict()
+
+
+@pytest.mark.parametrize('kill', KILLS)
+def test_a_killed_run_ends_with_the_weights_of_one_that_never_stopped(kill, recipe, whole, tmp_path):
+    import json
+
+    recipe = dataclasses.replace(recipe, output_dir=tmp_path)
+    command = [sys.executable, '-c', SCRIPT, json.dumps(KILLS[kill]), json.dumps(recipe.to_dict())]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / 'metrics.json').exists()
+    train(recipe)
+    resumed = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not list((tmp_path / 'checkpoints').glob('*.part'))

@@ -1,0 +1,139 @@
+"""Two processes over gloo give what one gives, and a sharded checkpoint loads on another number of them."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.multiprocessing as mp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from linvision.train import Recipe, train
+
+RECIPE = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
+
+
+def curve(folder: Path, tag: str = 'train/loss') -> list[float]:
+    events = EventAccumulator(str(folder / 'tensorboard'))
+    events.Reload()
+    return [point.value for point in events.Scalars(tag)]
+
+
+def process(rank: int, count: int, port: int, recipes: list[Recipe]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR='localhost')
+    for i, recipe in enumerate(recipes):
+        os.environ['MASTER_PORT'] = str(port + i)
+        train(recipe)
+
+
+def in_two_processes(*recipes: Recipe) -> None:
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    mp.spawn(process, (2, port, list(recipes)), nprocs=2)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """The same recipe in one process and in two, by DDP and by FSDP2; by FSDP2 also stopped after 4 of 12 steps."""
+    folder = tmp_path_factory.mktemp('parallel')
+    one = Recipe(
+        model='test_linformer_vit',
+        dataset='fake',
+        output_dir=folder / 'one',
+        stages=((8, 0.5), (16, 0.5)),
+        epochs=1.5,
+        lr=3e-3,
+        ema_decay=0.9,
+        hflip=0.5,
+        val_fraction=0.1,
+        eval_batch_size=7,
+        batch_size=28,
+        log_every=1,
+        precision='fp32',
+        device='cpu',
+        threads=1,
+    )
+    ddp = dataclasses.replace(one, output_dir=folder / 'ddp', accumulate=2)
+    fsdp = dataclasses.replace(one, output_dir=folder / 'fsdp', parallel='fsdp')
+    stopped = dataclasses.replace(fsdp, output_dir=folder / 'stopped', max_steps=4)
+    found = {'one': train(one)}
+    in_two_processes(ddp, fsdp, stopped)
+    return folder, found, {'one': one, 'ddp': ddp, 'fsdp': fsdp, 'stopped': stopped}
+
+
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_two_processes_give_the_losses_and_scores_of_one(runs, parallel):
+    folder, found, recipes = runs
+    torch.testing.assert_close(curve(folder / parallel), curve(folder / 'one'), rtol=2e-5, atol=0)
+    assert len(curve(folder / 'one')) == found['one']['steps'] == 12
+    torch.testing.assert_close(weights(folder / parallel), weights(folder / 'one'), rtol=1e-3, atol=2e-5)
+    metrics = train(recipes[parallel])  # finished: what it reported
+    assert metrics['processes'] == 2 and metrics['num_samples'] == 100 and metrics['val_num_samples'] == 26
+    for name in ('loss', 'top1', 'val_loss', 'val_top1'):
+        assert metrics[name] == pytest.approx(found['one'][name], rel=1e-5)
+
+
+def test_a_sharded_checkpoint_of_two_processes_goes_on_in_one(runs):
+    folder, _, recipes = runs
+    assert (folder / 'stopped/checkpoints/step_00000004/shards').is_dir()
+    train(dataclasses.replace(recipes['stopped'], max_steps=0))
+    torch.testing.assert_close(weights(folder / 'stopped'), weights(folder / 'one'), rtol=1e-3, atol=2e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error_with_both_numbers():
+    with pytest.raises(ValueError, match=r'got 32 for 3 × 2\. The nearest that fit are 30 and 36'):
+        Recipe(batch_size=32, accumulate=2).share(3)
+
+
+KILLED = """
+import os, signal, sys, dataclasses
+from pathlib import Path
+from linvision.train import Recipe, train, loop
+step = loop.Run.step
+def killed(self, *args):
+    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+    if self.at.step == 7 and self.processes.rank == 1 and first and sys.argv[2] == 'killed':
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+loop.Run.step = killed
+train(Recipe(model='test_linformer_vit', dataset='fake', output_dir=Path(sys.argv[1]), stages=((8, .5), (16, .5)),
+             epochs=1.25, checkpoint_every=2, precision='fp32', device='cpu', threads=1, lr=3e-3))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_worker_again_and_the_weights_are_the_same(tmp_path):
+    script = tmp_path / 'run.py'
+    script.write_text(KILLED)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    for name in ('whole', 'killed'):
+        subprocess.run([*launch, '--max-restarts', '1', str(script), str(tmp_path / name), name], check=True)
+    whole, resumed = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_sigterm_to_torchrun_ends_a_recipe_with_a_checkpoint(parallel, tmp_path):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    flags = ['--model', 'test_linformer_vit', '--dataset', 'fake', '--stages', '16', '1', '--epochs', '100000']
+    command = [*launch, str(RECIPE), *flags, '--output-dir', str(tmp_path), '--device', 'cpu', '--parallel', parallel]
+    run = subprocess.Popen([*command, '--opt', 'adamw'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith('step '):
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert len(list((tmp_path / 'checkpoints').glob('step_*'))) >= 1
+    assert not list((tmp_path / 'checkpoints').glob('*.part'))
