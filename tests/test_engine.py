@@ -126,7 +126,7 @@ def test_memory_that_does_not_suffice_names_what_to_change(recipe, monkeypatch):
         raise torch.OutOfMemoryError('CUDA out of memory')
 
     monkeypatch.setattr(Learner, 'update', exhausted)
-    words = r'32 images of 64 tokens.*--accumulate 2.*--chunk-size 256.*--grad-checkpointing.*smaller --batch-size'
+    words = '32 images at a time of 64 tokens each, after 0 steps.*--accumulate 2 .*--chunk-size.*--grad-checkpointing'
     with pytest.raises(MemoryError, match=words):
         train(recipe)
 
@@ -164,6 +164,11 @@ def test_what_a_boundary_replaces_keeps_training_and_the_rest_keeps_its_moments(
     for name in replaced:
         assert not torch.equal(before[name], present[name]), name
         assert not torch.equal(average[name], dict(learner.ema.named_parameters())[name]), name
+
+
+def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
+    metrics = train(dataclasses.replace(recipe, stages=((8, 0.99), (16, 0.01))))
+    assert metrics['tokens'] == 256 and metrics['steps'] == 10
 
 
 # ------------------------------------------------------------------------------------------------------------- settings

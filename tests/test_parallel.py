@@ -128,8 +128,9 @@ def test_torchrun_starts_a_killed_worker_again_and_the_weights_are_the_same(tmp_
 def test_sigterm_to_torchrun_ends_a_recipe_with_a_checkpoint(parallel, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     flags = ['--model', 'test_linformer_vit', '--dataset', 'fake', '--stages', '16', '1', '--epochs', '100000']
+    flags += ['--opt', 'adamw', '--workers', '2']
     command = [*launch, str(RECIPE), *flags, '--output-dir', str(tmp_path), '--device', 'cpu', '--parallel', parallel]
-    run = subprocess.Popen([*command, '--opt', 'adamw'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not run.stdout.readline().startswith('step '):
         assert run.poll() is None, run.stderr.read()
     run.send_signal(signal.SIGTERM)

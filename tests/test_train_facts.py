@@ -8,7 +8,7 @@ import torch
 
 from linvision.data import ImageSet, create_dataset, datasets
 from linvision.train import train
-from linvision.train.checkpoint import load_checkpoint
+from linvision.train.checkpoint import newest_checkpoint, read_state
 from linvision.train.parallel import Processes
 from linvision.train.precision import choose_precision
 
@@ -19,7 +19,7 @@ def recipe(small_recipe):
 
 
 def last(folder):
-    state, _ = load_checkpoint(folder / 'checkpoints')
+    state = read_state(newest_checkpoint(folder / 'checkpoints'))
     return state['position'], state['learner']
 
 

@@ -64,7 +64,7 @@ class DeviceBatches:
             x = F.interpolate(x, size=(img_size, img_size), mode='area')
         elif img_size > self.img_size:
             x = F.interpolate(x, size=(img_size, img_size), mode='bicubic')
-        return (x - self.mean) / self.std
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
 
     def epoch(
         self, seed: int, epoch: int, img_size: int, start: int = 0, hflip: float = 0.0, shift: int = 0

@@ -5,6 +5,7 @@ and a run that is resumed in the middle of an epoch repeats nothing and skips no
 """
 
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,6 +62,12 @@ class KeyedOrder:
             epoch, start = epoch + 1, 0
 
 
+def ignore_signals(worker: int) -> None:
+    """Let a signal to the whole group of processes end the run by its own process, after a checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def worker_stream(
     batches: DeviceBatches,
     seed: int,
@@ -91,6 +98,7 @@ def worker_stream(
         KeyedImages(batches, v2.Compose(steps), seed),
         batch_sampler=KeyedOrder(batches, seed, step),
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == 'cuda',
         generator=torch.Generator(),  # else it draws from the generator that dropout draws from
     )

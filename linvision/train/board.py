@@ -32,7 +32,7 @@ class Board:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step if step else None)
+        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else 0)
         text = json.dumps(recipe.to_dict(), indent=2)
         self.writer.add_text('recipe', '    ' + text.replace('\n', '\n    '), step)
         self.bar = tqdm(total=100, unit='%', bar_format='{l_bar}{bar}|{postfix}') if sys.stderr.isatty() else None
@@ -113,6 +113,11 @@ class Board:
         settings = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in recipe.to_dict().items()}
         found = {f'final/{k}': metrics[k] for k in ('top1', 'loss', 'val_top1', 'val_loss') if k in metrics}
         self.writer.add_hparams(settings, found, run_name='.')
+
+    def flush(self) -> None:
+        """Bring the points so far to the disk."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def say(self, words: str) -> None:
         """A line that leaves the progress bar whole."""

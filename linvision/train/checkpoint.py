@@ -15,12 +15,14 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from linvision.train.parallel import Processes
 
@@ -34,7 +36,10 @@ FREE_TO_CHANGE = {
     'log_every',
     'checkpoint_every',
     'keep_checkpoints',
-    'workers',
+    'accumulate',
+    'chunk_size',
+    'grad_checkpointing',
+    'eval_batch_size',
     'device',
     'threads',
 }
@@ -72,21 +77,23 @@ def save_checkpoint(
             torch.save(state, part / 'state.pt')
         if shards:
             processes.wait()
-            dcp.save(shards, checkpoint_id=part / 'shards')
+            own_error(dcp.save, shards, checkpoint_id=part / 'shards')
             processes.wait()
         if processes.main:
             seal(part)
             shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
             os.replace(part, path)
+            sync(folder)
             kept = {path, folder / f'step_{best_step:08d}', *checkpoints(folder)[-keep:]}
             for old in set(checkpoints(folder)) - kept:
                 shutil.rmtree(old)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        shutil.rmtree(part, ignore_errors=True)
+        if processes.main:
+            shutil.rmtree(part, ignore_errors=True)
         raise OSError(
-            f'The checkpoint of step {step} cannot be written to {folder} ({str(error).splitlines()[0]}; '
+            f'The checkpoint of step {step} cannot be written to {folder} ({first_line(error)}; '
             f'{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free). The checkpoints before it are as they '
             'were; make room there, and the same command goes on from the last of them.'
         ) from error
@@ -99,9 +106,14 @@ def seal(part: Path) -> None:
         sums[str(path.relative_to(part))] = digest(path)
     (part / 'checksums.json').write_text(json.dumps(sums, indent=2))
     for path in [*part.rglob('*'), part]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def digest(path: Path) -> str:
@@ -115,24 +127,57 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob('step_*') if p.suffix != '.part')
 
 
-def load_checkpoint(folder: Path, say: bool = True) -> tuple[dict[str, Any], Path] | None:
-    """State and path of the newest whole checkpoint, or None. A line says of a damaged one that it is passed over."""
-    for path in reversed(checkpoints(folder)):
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None where there is none at all. Damaged ones are renamed, and a line says so.
+
+    Raises:
+        ValueError: There are checkpoints, and all of them are damaged.
+        OSError: A file is there and cannot be read.
+    """
+    for part in folder.glob('*.part'):
+        shutil.rmtree(part)
+    found = list(reversed(checkpoints(folder)))
+    for path in found:
         try:
-            sums = json.loads((path / 'checksums.json').read_text())
-            for name, sum in sums.items():
+            for name, sum in json.loads((path / 'checksums.json').read_text()).items():
                 if digest(path / name) != sum:
                     raise ValueError(f'{name} is not what was written')
-            return torch.load(path / 'state.pt', map_location='cpu', weights_only=True), path
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            if say:
-                print(f'{path} is damaged ({str(error).splitlines()[0]}); the one before it is used.', flush=True)
+            return path
+        except (FileNotFoundError, ValueError) as error:
+            aside = path.with_name(f'damaged_{path.name}')
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f'{path} is damaged ({first_line(error)}); it is {aside.name} now.', flush=True)
+    if found:
+        raise ValueError(
+            f'All checkpoints in {folder} are damaged; they are kept there. To start over, add --fresh or choose '
+            'another --output-dir.'
+        )
     return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a whole checkpoint, without code."""
+    return torch.load(path / 'state.pt', map_location='cpu', weights_only=True)
 
 
 def load_shards(path: Path, shards: dict[str, Any]) -> None:
     """Fill what each process holds of a sharded checkpoint, in place."""
-    dcp.load(shards, checkpoint_id=path / 'shards')
+    own_error(dcp.load, shards, checkpoint_id=path / 'shards')
+
+
+def own_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a function of PyTorch's distributed checkpoints; raise the first process's error, not a collection."""
+    try:
+        function(*args, **kwargs)
+    except CheckpointException as errors:
+        error, _ = next(iter(errors.failures.values()))
+        raise error from errors
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def random_states() -> dict[str, Any]:
@@ -166,6 +211,7 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
         found: The recipe found in the folder.
     """
     recipe, found = json.loads(json.dumps(recipe)), json.loads(json.dumps(found))  # tuples as JSON keeps them
+    recipe['workers'], found['workers'] = recipe['workers'] > 0, found['workers'] > 0  # how many makes no difference
     changed = [k for k in recipe if k not in FREE_TO_CHANGE and found.get(k) != recipe[k]]
     if changed:
         words = ', '.join(f'{k}: {found.get(k)} there, {recipe[k]} now' for k in changed)

@@ -3,6 +3,7 @@
 import torch
 from timm.task import ClassificationEvaluator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from linvision.data import DeviceBatches
@@ -33,6 +34,8 @@ def evaluate(model: nn.Module, batches: DeviceBatches, img_size: int, precision:
             logits = model(images)
         evaluator.update(logits.float(), labels)
     model.train(training)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP leaves the root whole after a forward pass
     scores = evaluator.compute(distributed=batches.count > 1)
     return {
         'top1': scores['top1'] / 100,

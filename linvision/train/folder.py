@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from linvision.train.checkpoint import check_same_run
 from linvision.train.parallel import Processes
@@ -15,35 +15,39 @@ from linvision.train.recipe import Recipe
 
 @contextmanager
 def run_folder(recipe: Recipe, processes: Processes) -> Iterator[Path]:
-    """The output folder, made, locked and, with `recipe.fresh`, emptied; released at the end.
+    """The output folder, made, locked by the first process and, with `recipe.fresh`, emptied; released at the end.
 
     Raises:
         OSError: It cannot be written, or another process is running in it.
     """
     folder = Path(recipe.output_dir)
-    if not processes.main:
-        processes.wait()
+    locks: list[TextIO] = []
+    try:
+        processes.first(lambda: prepare(folder, recipe.fresh, locks))
         yield folder
-        return
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def prepare(folder: Path, fresh: bool, locks: list[TextIO]) -> None:
+    """Make and lock a folder; the open lock is added to `locks`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / '.lock').open('w')
+        locks.append((folder / '.lock').open('w'))
     except OSError as error:
         raise OSError(
             f'The output folder {folder} cannot be written ({error}). Choose another --output-dir.'
         ) from error
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it on
-        except (BlockingIOError, PermissionError):
-            raise OSError(
-                f'Another process is running in {folder}. Wait for it, stop it, or choose another --output-dir.'
-            ) from None
-        # a worker that torchrun starts again goes on instead of starting over
-        if recipe.fresh and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
-            set_aside(folder)
-        processes.wait()
-        yield folder
+    try:
+        fcntl.lockf(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it on
+    except (BlockingIOError, PermissionError):
+        raise OSError(
+            f'Another process is running in {folder}. Wait for it, stop it, or choose another --output-dir.'
+        ) from None
+    # a worker that torchrun starts again goes on instead of starting over
+    if fresh and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+        set_aside(folder)
 
 
 def set_aside(folder: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import unwrap_model
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.tensor import DTensor
 
-from linvision.train.checkpoint import load_shards
+from linvision.train.checkpoint import first_line, load_shards
 from linvision.train.optimizer import carry_state, create_optimizer, create_schedule
 from linvision.train.parallel import Processes
 from linvision.train.precision import autocast
@@ -57,6 +58,8 @@ class Learner:
         self.updates, self.processes = updates, processes
         self.fsdp = recipe.parallel == 'fsdp'
         model = self.create(img_size)
+        if self.fsdp and not hasattr(model, 'blocks'):
+            raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')
         model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
         self.task = self.create_task(model)
         if recipe.ema_decay:
@@ -70,6 +73,8 @@ class Learner:
         """A new model, initialised for the last stage and then given another image size."""
         model = create_model(self.recipe, self.shape, self.last_img_size).to(self.processes.device)
         set_size(model, img_size)
+        if self.recipe.grad_checkpointing:
+            model.set_grad_checkpointing(True)
         return model
 
     def create_task(self, model: nn.Module) -> TrainingTask:
@@ -97,8 +102,6 @@ class Learner:
     def arrange(self) -> None:
         """Whatever refers to the present parameters: compiled code, shards or DDP, optimizer and schedule."""
         model = self.model
-        if self.recipe.grad_checkpointing:
-            model.set_grad_checkpointing(True)
         if self.recipe.compile:
             for part in model.blocks if self.fsdp else (model,):
                 part.compile()
@@ -142,7 +145,7 @@ class Learner:
         Returns:
             The loss of this share, the norm of the gradient before it was clipped, and logits; all detached.
         """
-        self.schedule.step(int(progress * self.updates))
+        self.schedule.step(round(progress * self.updates))
         parts = self.recipe.accumulate
         losses, logits = [], []
         for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
@@ -189,7 +192,7 @@ class Learner:
     def whole_model(self) -> Iterator[nn.Module]:
         """The scored model with all its weights in every process, to export or to look into."""
         if not self.fsdp:
-            yield self.scored
+            yield self.scored.eval()
             return
         model = self.create(self.scored.patch_embed.img_size[0])
         model.load_state_dict(sharded.get_model_state_dict(self.scored, options=WHOLE))
@@ -238,8 +241,10 @@ class Learner:
                     self.ema.load_state_dict(state['ema'])
                 self.optimizer.load_state_dict(state['optimizer'])
         except (RuntimeError, KeyError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError | dist.DistError):
+                raise
             raise ValueError(
-                f'{path} is a checkpoint of another model ({str(error).splitlines()[0]}). Nothing was changed. Choose '
+                f'{path} is a checkpoint of another model ({first_line(error)}). Nothing was changed. Choose '
                 'another --output-dir, or start over beside it with --fresh.'
             ) from error
         self.schedule.load_state_dict(state['schedule'])

@@ -26,15 +26,17 @@ from linvision.data.worker_batches import worker_stream
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
     check_same_run,
-    load_checkpoint,
+    newest_checkpoint,
     random_states,
+    read_state,
     save_checkpoint,
     set_random_states,
 )
 from linvision.train.evaluate import evaluate
 from linvision.train.folder import finished_run, run_folder
 from linvision.train.learner import Learner
-from linvision.train.metrics import peak_memory_gib, step_scalars, write_results
+from linvision.train.memory import memory_advice, peak_memory_gib
+from linvision.train.metrics import step_scalars, write_results
 from linvision.train.optimizer import CLOCK_UPDATES
 from linvision.train.parallel import Processes, processes
 from linvision.train.plan import plan
@@ -49,7 +51,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     Args:
         recipe: What to train. `recipe.output_dir` receives `metrics.json`, `model/`, `checkpoints/` and `tensorboard/`.
             An unfinished run in it is resumed; a finished one is reported as it is.
-        interrupted: Asked after every step and before the scores; true ends the run with a checkpoint.
+        interrupted: Asked after every step; true ends the run with a checkpoint.
 
     Returns:
         The contents of `metrics.json`; empty where the run was stopped before its end, or was a dry one.
@@ -67,19 +69,21 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     with processes(recipe.device, recipe.parallel) as joined:
         recipe.share(joined.count)
         if recipe.dry_run:
-            Run(recipe, joined, None).try_one_step()
+            with memory_advice(recipe, joined, lambda: 'in the first step'):
+                Run(recipe, joined, None).try_one_step()
             return {}
         with run_folder(recipe, joined) as folder:
-            finished = finished_run(folder, recipe)
+            finished = joined.first(lambda: finished_run(folder, recipe))
             if finished:
                 found = [f'{k} {100 * finished[k]:.2f} %' for k in ('top1', 'val_top1') if k in finished]
                 if joined.main:
                     print(f'{folder} holds this run, finished: {", ".join(found) or "not scored"}.')
-                joined.wait()
                 return finished
-            run = Run(recipe, joined, folder)
+            with memory_advice(recipe, joined, lambda: 'before the first step'):
+                run = Run(recipe, joined, folder)
             try:
-                return run.to_its_end(interrupted)
+                with memory_advice(recipe, joined, run.where):
+                    return run.to_its_end(interrupted)
             finally:
                 run.board.close()
 
@@ -117,14 +121,18 @@ class Run:
     def __init__(self, recipe: Recipe, joined: Processes, folder: Path | None) -> None:
         self.recipe, self.processes, self.folder = recipe, joined, folder
         self.at, self.last_log, self.saved_step = Position(), (0, 0.0), -1
-        found, path = (folder and load_checkpoint(folder / 'checkpoints', say=joined.main)) or (None, None)
+        path = folder and joined.first(lambda: newest_checkpoint(folder / 'checkpoints'))
+        found = read_state(path) if path else {}
         if found:
             check_same_run(folder, recipe.to_dict(), found['recipe'])
             self.at = Position(**found['position'])
             self.last_log, self.saved_step = (self.at.step, self.at.minutes), self.at.step
         torch.manual_seed(recipe.seed)
+        self.finite, self.finite_until = torch.ones((), dtype=torch.bool, device=joined.device), self.at.step
 
         # ------------------------------------------------------------------------------------------------------- data
+        if joined.count > 1:  # the first process fetches what is missing
+            joined.first(lambda: create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download) and None)
         images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download)
         self.train_set, val_set = split_validation(images, recipe.val_fraction, recipe.seed)
         self.mean, self.std = self.train_set.statistics()
@@ -226,7 +234,7 @@ class Run:
             if at.step % recipe.log_every == 0 or self.progress >= 1:
                 self.log(loss, grad_norm, logits, labels, waited)
                 waited = 0.0
-            if recipe.eval_every and at.step % max(1, round(recipe.eval_every * len(self.batches))) == 0:
+            if recipe.eval_every and not stop and at.step % max(1, round(recipe.eval_every * len(self.batches))) == 0:
                 self.validate()
             if at.step % recipe.checkpoint_every == 0:
                 self.save()
@@ -257,46 +265,35 @@ class Run:
         return images, labels
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One update, and a look at whether its loss and gradient are finite; see `Learner.update`."""
-        recipe, at = self.recipe, self.at
-        try:
-            result = self.learner.update(images, labels, self.progress, at.step)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise MemoryError(self.advice()) from error
-        loss, grad_norm, _ = result
-        step = at.step + 1
-        looks = images.device.type == 'cpu' or step % recipe.log_every == 0 or step == recipe.max_steps
-        looks = looks or step % recipe.checkpoint_every == 0  # never save what is not finite
-        if looks and not (torch.isfinite(loss) and (torch.isfinite(grad_norm) or self.learner.scaler.is_enabled())):
-            since = at.step if images.device.type == 'cpu' else self.last_log[0]
-            where = f'step {at.step}' if since == at.step else f'steps {since} to {at.step}'
-            raise FloatingPointError(
-                f'The loss is {loss.item()} in {where} (norm of the gradient {float(grad_norm):.3g}). The checkpoints '
-                f'in {self.folder}/checkpoints are as they were. Try a smaller --lr or --precision fp32.'
-            )
-        return result
+        """One update, noting whether its loss and gradient are finite; see `Learner.update`."""
+        loss, grad_norm, logits = self.learner.update(images, labels, self.progress, self.at.step)
+        self.finite &= torch.isfinite(loss)
+        if not self.learner.scaler.is_enabled():  # which skips steps whose gradient overflows
+            self.finite &= torch.isfinite(grad_norm)
+        if images.device.type == 'cpu':  # elsewhere a look waits for the device: only at a log and before a checkpoint
+            self.check_finite(self.at.step + 1)
+        return loss, grad_norm, logits
 
-    def advice(self) -> str:
-        """What to change where memory does not suffice."""
-        recipe = self.recipe
-        images, tokens = recipe.share(self.processes.count), count_tokens(self.learner.model)
-        ways = [f'--accumulate {2 * recipe.accumulate} (the same batch in smaller parts)'] if images > 1 else []
-        if recipe.chunk_size in ('auto', 0) and not recipe.model_args.get('chunk_size'):
-            ways.append(f'--chunk-size {max(256, images * tokens // 8)} (blocks in pieces, each computed again)')
-        if not recipe.grad_checkpointing:
-            ways.append('--grad-checkpointing')
-        ways.append('a smaller --batch-size')
-        return (
-            f'Memory does not suffice for {images} images of {tokens:,} tokens at a time (step {self.at.step}, '
-            f'{peak_memory_gib(self.processes.device):.1f} GiB in use at most). Try, in this order: {"; ".join(ways)}.'
-        )
+    def check_finite(self, step: int) -> None:
+        """Raise FloatingPointError where a loss or gradient since the last look, up to `step` steps, was not finite."""
+        if not self.finite:
+            last = step - 1
+            where = f'step {last}' if self.finite_until == last else f'steps {self.finite_until} to {last}'
+            raise FloatingPointError(
+                f'The loss or its gradient is not finite in {where}. The checkpoints in {self.folder}/checkpoints are '
+                'as they were. Try a smaller --lr or --precision fp32.'
+            )
+        self.finite_until = step
+
+    def where(self) -> str:
+        """What the run is doing, for an error."""
+        return f'of {count_tokens(self.learner.model):,} tokens each, after {self.at.step} steps'
 
     # --------------------------------------------------------------------------------------- what a run leaves behind
 
     def log(self, loss: Tensor, grad_norm: Tensor, logits: Tensor, labels: Tensor, waited: float) -> None:
         """A line and a point of each curve."""
+        self.check_finite(self.at.step)
         seconds = max((self.at.minutes - self.last_log[1]) * 60, 1e-9)
         images_per_s = (self.at.step - self.last_log[0]) * self.recipe.batch_size / seconds
         loss = self.processes.mean(loss)
@@ -330,6 +327,8 @@ class Run:
         """A checkpoint, unless there is one of this step."""
         if self.saved_step == self.at.step:
             return
+        self.check_finite(self.at.step)
+        self.board.flush()
         own, shards = self.learner.state()
         state = {
             'recipe': self.recipe.to_dict(),
@@ -346,6 +345,9 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Scores, pictures, the exported model and `metrics.json`."""
         recipe, scores, size = self.recipe, {}, self.stages[-1][0]
+        if self.img_size != size:  # the last stage was too short for a step
+            self.at.stage = len(self.stages) - 1
+            self.learner.set_size(size)
         sets = {} if self.val_batches is None else {'val': self.val_batches}
         if recipe.test:
             images = create_dataset(recipe.dataset, recipe.data_dir, 'test', recipe.download)

@@ -14,7 +14,7 @@ from linvision.train.recipe import Recipe
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM, noted: the run ends after its step, with a checkpoint. A second signal ends it at once."""
+    """Ctrl-C and SIGTERM, noted: the run ends after its step, with a checkpoint. A second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -23,10 +23,11 @@ class Interrupt:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.number:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.number:
+            os.write(2, b'stopping after this step; Ctrl-C once more to stop at once\n')  # print is not reentrant
         self.number = number
-        print('stopping after this step; once more to stop at once', file=sys.stderr, flush=True)
 
     def __call__(self) -> bool:
         """Whether the run is to end."""
@@ -44,8 +45,9 @@ def main(recipe: Recipe, description: str | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     interrupt = Interrupt()
     try:
-        train(recipe, interrupt)
+        finished = train(recipe, interrupt)
     except KeyboardInterrupt:
+        finished = {}
         print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
     except (ValueError, TypeError, FileNotFoundError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get('LINVISION_TRACEBACK'):
@@ -54,5 +56,5 @@ def main(recipe: Recipe, description: str | None = None) -> None:
         if rank and isinstance(error, ValueError | TypeError):
             sys.exit(1)  # the first process says it
         sys.exit(f'error: {error}' if not rank else f'error in process {rank}: {error}')
-    if interrupt():
+    if interrupt() and not finished:
         sys.exit(128 + interrupt.number)

@@ -3,17 +3,17 @@
 import json
 import os
 import platform
-import resource
-import sys
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from timm.utils import accuracy
 from torch import Tensor, nn
 
 from linvision.train.export import export_model
+from linvision.train.memory import peak_memory_gib
 from linvision.train.setup import count_tokens
 from linvision.version import __version__
 
@@ -28,14 +28,6 @@ def step_scalars(loss: Tensor, grad_norm: Tensor, logits: Tensor, labels: Tensor
         top1, top5 = accuracy(logits, labels, (1, min(5, logits.shape[1])))
         scalars |= {'train/top1': float(top1) / 100, 'train/top5': float(top5) / 100}
     return scalars
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: on the accelerator, or the process's resident set on the CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == 'darwin' else 2**20)
 
 
 def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -76,10 +68,16 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
     if at.best_step:
         metrics |= {'best_val_top1': at.best_top1, 'best_step': at.best_step}
     if run.processes.main:
-        export_model(model, run.folder / 'model', run.train_set, run.mean, run.std)
-        part = run.folder / 'metrics.json.part'
-        part.write_text(json.dumps(metrics, indent=2) + '\n')
-        os.replace(part, run.folder / 'metrics.json')
+        try:
+            export_model(model, run.folder / 'model', run.train_set, run.mean, run.std)
+            part = run.folder / 'metrics.json.part'
+            part.write_text(json.dumps(metrics, indent=2) + '\n')
+            os.replace(part, run.folder / 'metrics.json')
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f'The model cannot be written to {run.folder} ({error}). Its checkpoint is there: make room, and the '
+                'same command scores and writes it again.'
+            ) from error
     return metrics
 
 

@@ -60,6 +60,9 @@ def carry_state(
         new: Optimizer over the present parameters.
         after: These, by name.
     """
+    if len(old.param_groups) == len(new.param_groups):
+        for one, other in zip(old.param_groups, new.param_groups, strict=True):
+            other.update({k: v for k, v in one.items() if k != 'params'})  # LAMB, for one, counts its steps there
     for name, parameter in after.items():
         if name in before and before[name].shape == parameter.shape and before[name] in old.state:
             new.state[parameter] = old.state[before[name]]

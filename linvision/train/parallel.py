@@ -8,9 +8,10 @@ the result is that of one process. Small numbers (clocks, signals) are agreed on
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,20 @@ class Processes:
             value /= self.count
         return value
 
+    def first(self, function: Callable[[], Any]) -> Any:
+        """What a function returns in the first process, which alone calls it; its error is raised in all."""
+        result: list[Any] = [None, None]
+        if self.main:
+            try:
+                result[0] = function()
+            except Exception as error:
+                result[1] = error
+        if self.count > 1:
+            dist.broadcast_object_list(result, device=torch.device('cpu'))
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
     def wait(self) -> None:
         """Wait for the other processes."""
         self.largest(0.0)
@@ -96,8 +111,11 @@ def processes(device: str, parallel: str) -> Iterator[Processes]:
         joined = Processes(torch.device(found['device']), found['global_rank'], found['world_size'])
     try:
         yield joined
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if count == 1:  # else the others may wait for this one: the launcher ends them
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
