@@ -96,7 +96,7 @@ class Separable(Kind):
         x = x.unflatten(-2, grid)  # (..., h, w, D)
         if grid[1] > grid[0]:  # the longer axis first: fewer products
             x = (factors[1].unsqueeze(-3) @ x).flatten(-2)  # (..., h, K_w*D)
-            x = (factors[0] @ x).unflatten(-1, (rows[1], -1))  # (..., K_h, K_w, D)
+            x = (factors[0] @ x).unflatten(-1, (factors[1].shape[-2], -1))  # (..., K_h, K_w, D)
         else:
             x = (factors[0] @ x.flatten(-2)).unflatten(-1, (grid[1], -1))  # (..., K_h, w, D)
             x = factors[1].unsqueeze(-3) @ x  # (..., K_h, K_w, D)

@@ -168,6 +168,14 @@ def test_scoring_refuses_what_would_score_nothing(model_folder, change, message)
         evaluate.main(model_folder, dataset='fake', device='cpu', **change)
 
 
+def test_evaluate_gives_exactly_the_score_that_training_reported(finished_run, capsys):
+    metrics = json.loads((finished_run / 'metrics.json').read_text())
+    evaluate.main(finished_run / 'model', dataset='fake', device='cpu')
+    found = json.loads(capsys.readouterr().out)
+    for name in ('top1', 'top5', 'loss', 'num_samples', 'tokens'):
+        assert found[name] == metrics[name], name
+
+
 def test_scoring_a_folder_without_a_model_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'holds no model: config.json is missing'):
         evaluate.main(tmp_path, dataset='fake')

@@ -129,8 +129,20 @@ class Run:
             self.last_log, self.saved_step = (self.at.step, self.at.minutes), self.at.step
         torch.manual_seed(recipe.seed)
         self.finite, self.finite_until = torch.ones((), dtype=torch.bool, device=joined.device), self.at.step
+        self.load_data()
+        self.make_learner(found, path)
+        self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
+        self.board.say(
+            f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
+            f'{recipe.dataset}: {len(self.train_set):,} training images, {joined.device}, {self.precision}, '
+            f'{torch.get_num_threads()} threads'
+            + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
+            + (f'; resumed at step {self.at.step}' if found else '')
+        )
 
-        # ------------------------------------------------------------------------------------------------------- data
+    def load_data(self) -> None:
+        """The training set, its validation slice, and what depends on them: batches, classes, stages, updates."""
+        recipe, joined = self.recipe, self.processes
         if joined.count > 1:  # the first process fetches what is missing
             joined.first(lambda: create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download) and None)
         images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download)
@@ -148,7 +160,9 @@ class Run:
         self.updates = CLOCK_UPDATES if recipe.max_minutes else by_epochs
         self.stages = recipe.stages or ((self.train_set.img_size, 1.0),)
 
-        # ---------------------------------------------------------------------------------------- model and optimizer
+    def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
+        """The model and all that follows it, as new or as a checkpoint's state says, in a precision that suits it."""
+        recipe, joined, classes = self.recipe, self.processes, len(self.train_set.classes)
         shape = {'in_chans': self.train_set.images.shape[1], 'num_classes': classes}
         last = self.stages[-1][0]
         self.learner = Learner(recipe, shape, self.img_size, last, self.updates, self.mean, self.std, joined)
@@ -162,15 +176,6 @@ class Run:
         if found:
             self.learner.restore(found['learner'], path)
             set_random_states(found['random'])
-
-        self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
-        self.board.say(
-            f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
-            f'{recipe.dataset}: {len(self.train_set):,} training images, {joined.device}, {self.precision}, '
-            f'{torch.get_num_threads()} threads'
-            + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
-            + (f'; resumed at step {self.at.step}' if found else '')
-        )
 
     def batches_of(self, images: Any, batch_size: int, on_cpu: bool = False) -> DeviceBatches:
         """This process's share of the batches of a set."""
