@@ -258,7 +258,7 @@ def test_tensorboard_holds_what_a_run_shows(recipe):
     wanted |= {'train/lr', 'train/grad_norm', 'speed/images_per_s', 'speed/tokens_per_s', 'speed/waiting_for_data'}
     assert wanted | {'memory/peak_gib', 'final/top1'} <= set(tags['scalars'])
     assert {'train/batch', 'test/misclassified', 'test/attention'} <= set(tags['images'])
-    assert 'blocks.0.attn.qkv.weight' in tags['histograms']
+    assert 'weights/blocks.0.attn.qkv.weight' in tags['histograms']
     assert '"lr": 0.003' in events.Tensors('recipe/text_summary')[0].tensor_proto.string_val[0].decode()
     assert all(0 <= p.value <= 1 for p in events.Scalars('speed/waiting_for_data'))
     shutil.rmtree(recipe.output_dir)

@@ -92,7 +92,7 @@ class Board:
         for name, parameter in model.named_parameters():
             values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if values.numel():
-                self.writer.add_histogram(name, values.detach().float().cpu(), step)
+                self.writer.add_histogram(f'weights/{name}', values.detach().float().cpu(), step)
 
     def pictures(
         self, split: str, model: nn.Module, batches: DeviceBatches, img_size: int, classes: list[str], step: int
@@ -106,13 +106,13 @@ class Board:
                 self.writer.add_figure(f'{split}/{name}', figure, step)
         self.writer.flush()
 
-    def hparams(self, recipe: Recipe, metrics: dict[str, Any]) -> None:
+    def hparams(self, recipe: Recipe, metrics: dict[str, Any], step: int) -> None:
         """The recipe's settings beside the final scores."""
         if self.writer is None:
             return
         settings = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in recipe.to_dict().items()}
         found = {f'final/{k}': metrics[k] for k in ('top1', 'loss', 'val_top1', 'val_loss') if k in metrics}
-        self.writer.add_hparams(settings, found, run_name='.')
+        self.writer.add_hparams(settings, found, run_name='.', global_step=step)
 
     def flush(self) -> None:
         """Bring the points so far to the disk."""

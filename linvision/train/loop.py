@@ -364,7 +364,7 @@ class Run:
             metrics = write_results(self, model, scores)
             for split, batches in sets.items():
                 self.board.pictures(split, model, batches, size, self.train_set.classes, self.at.step)
-        self.board.hparams(recipe, metrics)
+        self.board.hparams(recipe, metrics, self.at.step)
         self.processes.wait()
         return metrics
 
