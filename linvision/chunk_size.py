@@ -16,6 +16,7 @@ from linvision import onednn
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
 DEVICE_BYTES = 2**28  # and on an accelerator
+KEPT_NUMBERS = 24  # that a whole block keeps for the backward pass, for each token and channel, about
 KEPT_BYTES = 2**32  # training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
 
 
@@ -44,8 +45,8 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
 
 
 def kept_bytes(x: Tensor, depth: int) -> int:
-    """What whole blocks keep for the backward pass, about: 24 numbers a token, channel and block."""
-    return 24 * x.numel() * depth * onednn.compute_dtype(x).itemsize
+    """What whole blocks keep for the backward pass, about."""
+    return KEPT_NUMBERS * x.numel() * depth * onednn.compute_dtype(x).itemsize
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:

@@ -166,7 +166,7 @@ class Images:
                 key, value, mask = self.key_value_of_all(self.x, projection)
             fused = None
             plain = self.block.compiled or self.drop or drops(self.block)
-            if not plain and onednn.applies(self.block, self.x, key, mask):
+            if not plain and onednn.applies(self.block, self.x[:, : self.chunk_size], key, mask):
                 fused = onednn.FusedTokens(self.block, self.chunk_size, self.x, key, value)
             for own, context, area, inside in self.chunks():
                 x = self.at(self.x, context).flatten(1, 2)

@@ -49,9 +49,14 @@ class DeviceBatches:
         top, left = (size - H) // 2, (size - W) // 2
         if (H, W) == (size, size):
             return images
-        canvas = (self.mean * 255).round().to(torch.uint8).expand(n, C, size, size).clone()
+        canvas = self.fill.expand(n, C, size, size).clone()
         canvas[:, :, top : top + H, left : left + W] = images
         return canvas
+
+    @property
+    def fill(self) -> Tensor:
+        """The mean colour, (1, C, 1, 1), uint8."""
+        return (self.mean * 255).round().to(torch.uint8)
 
     def __len__(self) -> int:
         """Full batches in an epoch of training."""
@@ -79,22 +84,35 @@ class DeviceBatches:
             hflip: Probability of a horizontal flip.
             shift: Largest shift in pixels, in each direction; what moves in has the mean colour.
         """
-        generator = torch.Generator().manual_seed(key(seed, epoch))
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        generator, order = self.order(seed, epoch)
         draws = torch.rand(len(self.labels), 3, generator=generator).to(self.labels.device)
-        for i in range(start, len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.count]
+        for index in self.shares(order.to(self.labels.device), start):
             images = self._augment(self.images[index], draws[index], hflip, shift)
             yield self.normalise(images, img_size), self.labels[index]
+
+    def order(self, seed: int, epoch: int) -> tuple[torch.Generator, Tensor]:
+        """The order of an epoch, and the generator that drew it."""
+        generator = torch.Generator().manual_seed(key(seed, epoch))
+        return generator, torch.randperm(len(self.labels), generator=generator)
+
+    def shares(self, order: Tensor, start: int) -> Iterator[Tensor]:
+        """Positions of this process's images in each full batch of an epoch, from batch `start` on."""
+        for i in range(start, len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.count]
+
+    def epochs(self, step: int) -> Iterator[tuple[int, int]]:
+        """Epochs without end from a step of the run on, each with its first batch."""
+        epoch, start = divmod(step, len(self))
+        while True:
+            yield epoch, start
+            epoch, start = epoch + 1, 0
 
     def stream(
         self, seed: int, step: int, img_size: int, hflip: float = 0.0, shift: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches without end from a step of the run on, epoch after epoch; arguments as in `epoch`."""
-        epoch, start = divmod(step, len(self))
-        while True:
+        for epoch, start in self.epochs(step):
             yield from self.epoch(seed, epoch, img_size, start, hflip, shift)
-            epoch, start = epoch + 1, 0
 
     def _augment(self, images: Tensor, draws: Tensor, hflip: float, shift: int) -> Tensor:
         """Flip and shift each image by its own three numbers in 0..1: (B, C, H, W), (B, 3) -> (B, C, H, W)."""
@@ -103,8 +121,7 @@ class DeviceBatches:
         rows = torch.arange(H, device=images.device) + dy[:, None]  # (B, H)
         columns = torch.arange(W, device=images.device) + dx[:, None]  # (B, W)
         columns = torch.where(draws[:, :1] < hflip, columns.flip(1), columns)
-        fill = (self.mean * 255).round().to(torch.uint8)
-        padded = fill.expand(B, C, H + 2 * shift, W + 2 * shift).clone()
+        padded = self.fill.expand(B, C, H + 2 * shift, W + 2 * shift).clone()
         padded[:, :, shift : shift + H, shift : shift + W] = images
         batch = torch.arange(B, device=images.device)[:, None, None]
         return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -51,15 +51,10 @@ class KeyedOrder:
         self.batches, self.seed, self.step = batches, seed, step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        b = self.batches
-        epoch, start = divmod(self.step, len(b))
-        while True:
-            generator = torch.Generator().manual_seed(key(self.seed, epoch))
-            order = torch.randperm(len(b.labels), generator=generator).tolist()
-            for i in range(start, len(b)):
-                share = order[i * b.batch_size : (i + 1) * b.batch_size][b.rank :: b.count]
-                yield [(epoch, index) for index in share]
-            epoch, start = epoch + 1, 0
+        for epoch, start in self.batches.epochs(self.step):
+            _, order = self.batches.order(self.seed, epoch)
+            for share in self.batches.shares(order, start):
+                yield [(epoch, index) for index in share.tolist()]
 
 
 def ignore_signals(worker: int) -> None:
@@ -92,8 +87,7 @@ def worker_stream(
     """
     steps: list[v2.Transform] = [v2.RandomHorizontalFlip(hflip)]
     if shift:
-        fill = (batches.mean.flatten() * 255).round().tolist()
-        steps.append(v2.RandomCrop(batches.img_size, padding=shift, fill=fill))
+        steps.append(v2.RandomCrop(batches.img_size, padding=shift, fill=batches.fill.flatten().tolist()))
     loader = DataLoader(
         KeyedImages(batches, v2.Compose(steps), seed),
         batch_sampler=KeyedOrder(batches, seed, step),

@@ -64,8 +64,6 @@ class Learner:
         self.task = self.create_task(model)
         if recipe.ema_decay:
             self.task.setup_ema(decay=recipe.ema_decay, use_warmup=True)
-        self.precision = 'fp32'
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=False)
 
     # ------------------------------------------------------------------------------------------------------ making it
 

@@ -12,6 +12,7 @@ Notable here:
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from linvision.data import DeviceBatches, create_dataset
+from linvision.data import DeviceBatches, ImageSet, create_dataset
 from linvision.data.device_batches import key
 from linvision.data.worker_batches import worker_stream
 from linvision.train.board import Board
@@ -134,7 +135,7 @@ class Run:
         self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
         self.board.say(
             f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
-            f'{recipe.dataset}: {len(self.train_set):,} training images, {joined.device}, {self.precision}, '
+            f'{recipe.dataset}: {len(self.train_set):,} training images, {joined.device}, {self.learner.precision}, '
             f'{torch.get_num_threads()} threads'
             + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.at.step}' if found else '')
@@ -142,11 +143,8 @@ class Run:
 
     def load_data(self) -> None:
         """The training set, its validation slice, and what depends on them: batches, classes, stages, updates."""
-        recipe, joined = self.recipe, self.processes
-        if joined.count > 1:  # the first process fetches what is missing
-            joined.first(lambda: create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download) and None)
-        images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download)
-        self.train_set, val_set = split_validation(images, recipe.val_fraction, recipe.seed)
+        recipe = self.recipe
+        self.train_set, val_set = split_validation(self.dataset('train'), recipe.val_fraction, recipe.seed)
         self.mean, self.std = self.train_set.statistics()
         self.batches = self.batches_of(self.train_set, recipe.batch_size, on_cpu=recipe.workers > 0)
         self.val_batches = self.batches_of(val_set, recipe.eval_batch_size) if len(val_set) else None
@@ -167,17 +165,24 @@ class Run:
         last = self.stages[-1][0]
         self.learner = Learner(recipe, shape, self.img_size, last, self.updates, self.mean, self.std, joined)
         if found:
-            self.precision, self.probe = found['precision'], found['probe']
+            precision, self.probe = found['precision'], found['probe']
         else:
             sample, _ = next(self.batches.epoch(recipe.seed, 0, self.img_size))
             sample = sample.to(joined.device)[: recipe.share(joined.count)]
-            self.precision, self.probe = choose_precision(recipe.precision, self.learner.model, sample, joined)
-        self.learner.start(self.precision)
+            precision, self.probe = choose_precision(recipe.precision, self.learner.model, sample, joined)
+        self.learner.start(precision)
         if found:
             self.learner.restore(found['learner'], path)
             set_random_states(found['random'])
 
-    def batches_of(self, images: Any, batch_size: int, on_cpu: bool = False) -> DeviceBatches:
+    def dataset(self, split: str) -> ImageSet:
+        """A split of the recipe's set: the first process fetches what is missing, then the others read it."""
+        load = partial(create_dataset, self.recipe.dataset, self.recipe.data_dir, split, self.recipe.download)
+        loaded: list[ImageSet] = []
+        self.processes.first(lambda: loaded.append(load()))
+        return loaded[0] if loaded else load()
+
+    def batches_of(self, images: ImageSet, batch_size: int, on_cpu: bool = False) -> DeviceBatches:
         """This process's share of the batches of a set."""
         device = torch.device('cpu') if on_cpu else self.processes.device
         return DeviceBatches(images, batch_size, self.mean, self.std, device, self.processes.rank, self.processes.count)
@@ -318,7 +323,7 @@ class Run:
         """Score the validation slice on the way; the best so far keeps its checkpoint."""
         if self.val_batches is None:
             return
-        scores = self.score(self.val_batches, self.img_size, self.precision)
+        scores = self.score(self.val_batches, self.img_size, self.learner.precision)
         self.board.scores('val', self.at.step, scores)
         if scores['top1'] > self.at.best_top1:
             self.at.best_top1, self.at.best_step = scores['top1'], self.at.step
@@ -338,7 +343,7 @@ class Run:
         state = {
             'recipe': self.recipe.to_dict(),
             'position': asdict(self.at),
-            'precision': self.precision,
+            'precision': self.learner.precision,
             'probe': self.probe,
             'random': random_states(),
             'learner': own,
@@ -355,8 +360,7 @@ class Run:
             self.learner.set_size(size)
         sets = {} if self.val_batches is None else {'val': self.val_batches}
         if recipe.test:
-            images = create_dataset(recipe.dataset, recipe.data_dir, 'test', recipe.download)
-            sets['test'] = self.batches_of(images, recipe.eval_batch_size)
+            sets['test'] = self.batches_of(self.dataset('test'), recipe.eval_batch_size)
         for split, batches in sets.items():
             scores[split] = self.score(batches, size)
             self.board.scores(split, self.at.step, scores[split])

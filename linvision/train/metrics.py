@@ -58,7 +58,7 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
         'classes': list(run.train_set.classes),
         'weights': 'last' if run.learner.ema is None else 'ema',
         'schedule': 'minutes' if run.recipe.max_minutes else 'epochs',
-        'precision': run.precision,
+        'precision': run.learner.precision,
         'probe_seconds': run.probe,
         'recipe': run.recipe.to_dict(),
         'seed': run.recipe.seed,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils import reduce_tensor
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,11 +53,7 @@ class Processes:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""
-        if self.count > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.count
-        return value
+        return reduce_tensor(value, self.count) if self.count > 1 else value
 
     def first(self, function: Callable[[], Any]) -> Any:
         """What a function returns in the first process, which alone calls it; its error is raised in all."""

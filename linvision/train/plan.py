@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from linvision.chunk_size import KEPT_NUMBERS
 from linvision.train.precision import DTYPES
 from linvision.train.setup import count_tokens, create_model, set_size
 
@@ -61,10 +62,10 @@ def memory_gib(run: 'Run', parameters: int, tokens: int, share: int) -> float:
     recipe, model = run.recipe, run.learner.model
     copies = 2 + MOMENTS + (recipe.ema_decay > 0)
     held = 4 * parameters * copies / (run.processes.count if recipe.parallel == 'fsdp' else 1)
-    numbers = 24 * len(model.blocks)  # whole blocks keep about 24 numbers for each token and channel
+    numbers = KEPT_NUMBERS * len(model.blocks)
     if recipe.grad_checkpointing or recipe.chunk_size not in ('auto', 0):
-        numbers = len(model.blocks) + 24  # the input of each block, and all of one
-    kept = share * tokens * model.embed_dim * numbers * DTYPES[run.precision].itemsize
+        numbers = len(model.blocks) + KEPT_NUMBERS  # the input of each block, and all of one
+    kept = share * tokens * model.embed_dim * numbers * DTYPES[run.learner.precision].itemsize
     return (held + kept) / 2**30
 
 
