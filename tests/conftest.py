@@ -11,6 +11,7 @@ import pytest
 import timm
 import timm.layers
 import torch
+from runs import small
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import create_dataset
@@ -43,16 +44,7 @@ def settings():
 @pytest.fixture
 def small_recipe(tmp_path: Path) -> Recipe:
     """A run of seconds on the fake data set, in two stages; the tests change what they are about."""
-    return Recipe(
-        model='test_linformer_vit',
-        dataset='fake',
-        output_dir=tmp_path / 'run',
-        data_dir=tmp_path,
-        stages=((8, 0.5), (16, 0.5)),
-        precision='fp32',
-        device='cpu',
-        threads=1,
-    )
+    return small(tmp_path / 'run')
 
 
 @pytest.fixture(scope='session')

@@ -3,14 +3,13 @@
 import dataclasses
 import errno
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import events, weights
 
 from linvision.data import DeviceBatches, create_dataset
 from linvision.data.worker_batches import worker_stream
@@ -24,10 +23,6 @@ from linvision.train.setup import create_model
 @pytest.fixture
 def recipe(small_recipe):
     return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)  # 10 steps
-
-
-def weights(folder):
-    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
 
 
 def same(one, other) -> bool:
@@ -67,9 +62,8 @@ def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(reci
     kept = train(dataclasses.replace(recipe, epochs=6, val_fraction=0.25, eval_every=0.5, checkpoint_every=1))
     best = f'step_{kept["best_step"]:08d}'
     assert best in steps(recipe.output_dir) and len(steps(recipe.output_dir)) <= 3
-    events = EventAccumulator(str(recipe.output_dir / 'tensorboard'))
-    events.Reload()
-    assert kept['best_val_top1'] == pytest.approx(max(p.value for p in events.Scalars('val/top1')[:-1]))
+    curve = events(recipe.output_dir).Scalars('val/top1')
+    assert kept['best_val_top1'] == pytest.approx(max(p.value for p in curve[:-1]))
 
 
 def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay(recipe, monkeypatch):
@@ -251,14 +245,12 @@ def test_augmentation_in_workers_depends_on_seed_epoch_and_index_alone():
 
 def test_tensorboard_holds_what_a_run_shows(recipe):
     train(dataclasses.replace(recipe, val_fraction=0.25, eval_every=0.5, log_every=2))
-    events = EventAccumulator(str(recipe.output_dir / 'tensorboard'), size_guidance={'images': 0})
-    events.Reload()
-    tags = events.Tags()
+    board = events(recipe.output_dir)
+    tags = board.Tags()
     wanted = {f'{split}/{name}' for split in ('train', 'val', 'test') for name in ('loss', 'top1', 'top5')}
     wanted |= {'train/lr', 'train/grad_norm', 'speed/images_per_s', 'speed/tokens_per_s', 'speed/waiting_for_data'}
     assert wanted | {'memory/peak_gib', 'final/top1'} <= set(tags['scalars'])
     assert {'train/batch', 'test/misclassified', 'test/attention'} <= set(tags['images'])
     assert 'weights/blocks.0.attn.qkv.weight' in tags['histograms']
-    assert '"lr": 0.003' in events.Tensors('recipe/text_summary')[0].tensor_proto.string_val[0].decode()
-    assert all(0 <= p.value <= 1 for p in events.Scalars('speed/waiting_for_data'))
-    shutil.rmtree(recipe.output_dir)
+    assert '"lr": 0.003' in board.Tensors('recipe/text_summary')[0].tensor_proto.string_val[0].decode()
+    assert all(0 <= p.value <= 1 for p in board.Scalars('speed/waiting_for_data'))

@@ -1,14 +1,15 @@
 """A run that is killed and started again ends with the same weights, bit for bit, as one that never stopped."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
-import timm
 import torch
+from runs import small, weights
 
 from linvision.train import Recipe, train
 
@@ -38,12 +39,9 @@ train(Recipe(**{**values, 'output_dir': Path(values['output_dir']), 'data_dir': 
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory) -> Recipe:
-    return Recipe(
-        model='test_linformer_vit',
+    return small(
+        tmp_path_factory.mktemp('whole'),
         model_args={'proj_drop_rate': 0.1},
-        dataset='fake',
-        output_dir=tmp_path_factory.mktemp('whole'),
-        stages=((8, 0.5), (16, 0.5)),
         epochs=1.75,
         opt='muon',
         lr=0.01,
@@ -53,28 +51,23 @@ def recipe(tmp_path_factory) -> Recipe:
         mixup=0.2,
         checkpoint_every=3,
         workers=2,
-        precision='fp32',
-        device='cpu',
-        threads=1,
     )
 
 
 @pytest.fixture(scope='module')
 def whole(recipe) -> dict[str, torch.Tensor]:
     train(recipe)
-    return timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).state_dict()
+    return weights(recipe.output_dir)
 
 
 @pytest.mark.parametrize('kill', KILLS)
 def test_a_killed_run_ends_with_the_weights_of_one_that_never_stopped(kill, recipe, whole, tmp_path):
-    import json
-
     recipe = dataclasses.replace(recipe, output_dir=tmp_path)
     command = [sys.executable, '-c', SCRIPT, json.dumps(KILLS[kill]), json.dumps(recipe.to_dict())]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not (tmp_path / 'metrics.json').exists()
     train(recipe)
-    resumed = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).state_dict()
+    resumed = weights(tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list((tmp_path / 'checkpoints').glob('*.part'))

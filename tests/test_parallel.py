@@ -9,24 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.multiprocessing as mp
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import events, small, weights
 
 from linvision.train import Recipe, train
 
 RECIPE = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
-
-
 def curve(folder: Path, tag: str = 'train/loss') -> list[float]:
-    events = EventAccumulator(str(folder / 'tensorboard'))
-    events.Reload()
-    return [point.value for point in events.Scalars(tag)]
+    return [point.value for point in events(folder).Scalars(tag)]
 
 
 def process(rank: int, count: int, port: int, recipes: list[Recipe]) -> None:
@@ -47,11 +40,8 @@ def in_two_processes(*recipes: Recipe) -> None:
 def runs(tmp_path_factory):
     """The same recipe in one process and in two, by DDP and by FSDP2; by FSDP2 also stopped after 4 of 12 steps."""
     folder = tmp_path_factory.mktemp('parallel')
-    one = Recipe(
-        model='test_linformer_vit',
-        dataset='fake',
-        output_dir=folder / 'one',
-        stages=((8, 0.5), (16, 0.5)),
+    one = small(
+        folder / 'one',
         epochs=1.5,
         lr=3e-3,
         ema_decay=0.9,
@@ -60,9 +50,6 @@ def runs(tmp_path_factory):
         eval_batch_size=7,
         batch_size=28,
         log_every=1,
-        precision='fp32',
-        device='cpu',
-        threads=1,
     )
     ddp = dataclasses.replace(one, output_dir=folder / 'ddp', accumulate=2)
     fsdp = dataclasses.replace(one, output_dir=folder / 'fsdp', parallel='fsdp')

@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from runs import weights
 
 from linvision.data import DeviceBatches, create_dataset
 from linvision.train import train
@@ -17,10 +18,6 @@ from linvision.train.optimizer import create_optimizer, create_schedule
 @pytest.fixture
 def recipe(small_recipe):
     return dataclasses.replace(small_recipe, epochs=8, opt='muon', lr=0.01, hflip=0.5, shift=1, checkpoint_every=10)
-
-
-def weights(folder):
-    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
 
 
 def test_training_learns_and_writes_everything(recipe):

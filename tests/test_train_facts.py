@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from runs import events
 
 from linvision.data import ImageSet, create_dataset, datasets
 from linvision.train import train
@@ -77,10 +78,8 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(recipe, monkeypatch, capsys
 
 
 def test_tensorboard_holds_scalars_a_batch_and_the_recipe(recipe):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(dataclasses.replace(recipe, log_every=2))
-    board = EventAccumulator(str(recipe.output_dir / 'tensorboard')).Reload()
+    board = events(recipe.output_dir)
     tags = board.Tags()
     assert {
         'train/loss',

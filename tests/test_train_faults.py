@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from runs import weights
 from torch import nn
 
 from linvision.train import train
@@ -19,10 +19,6 @@ from linvision.train import train
 @pytest.fixture
 def recipe(small_recipe):
     return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)
-
-
-def weights(folder):
-    return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
 
 
 @pytest.mark.parametrize(
