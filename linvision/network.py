@@ -9,11 +9,9 @@ Notable here:
 - Padding is a `key_padding_mask` over tokens; what stands in padded pixels changes no output and no gradient.
 """
 
-import inspect
 import logging
 from collections.abc import Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,8 +22,8 @@ from timm.models.vision_transformer import VisionTransformer, feature_take_indic
 from torch import Tensor
 
 from linvision.block import LinformerBlock
+from linvision.checks import check_arguments, check_image, check_sizes, refuse_mask
 from linvision.chunk_size import choose_chunk_size
-from linvision.nearest import nearest
 from linvision.padding import check_padding, masked_pool, padded_pixels
 from linvision.position import POSITIONS
 from linvision.projection import Projection, projected_lengths, row_grid
@@ -84,34 +82,10 @@ class LinformerVisionTransformer(VisionTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(type(self)).parameters} - {
-            'kwargs'
-        }
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(nearest('model argument', name, known))
-        for name in ('block_fn', 'dynamic_img_pad'):
-            if kwargs.get(name):
-                raise ValueError(f'{name} cannot be chosen: a Linformer ViT has no use for it, got {kwargs[name]!r}.')
-        if not isinstance(local_size, int) or not isinstance(row_norm, bool):
-            raise ValueError(
-                f'local_size must be a whole number and row_norm True or False, got {local_size!r} and {row_norm!r}.'
-            )
-        if kwargs.get('global_pool', 'token') == 'token' and not class_token:
-            raise ValueError("global_pool='token' needs a class token; give class_token=True or global_pool='avg'.")
-        if pos_embed not in ('', 'none', 'learn', *POSITIONS):
-            raise ValueError(nearest('pos_embed', pos_embed, ['none', 'learn', *POSITIONS]))
+        check_arguments(
+            type(self), kwargs, embed_dim, num_heads, projection, local_size, row_norm, pos_embed, class_token
+        )
         lengths = projected_lengths(projection, sharing, proj_len, depth)
-        if kwargs.get('patch_drop_rate', 0.0) > 0 and (projection != 'none' or local_size):
-            raise ValueError(
-                f'patch_drop_rate must be 0: E needs every token of the grid, got {kwargs["patch_drop_rate"]}.'
-            )
-        if kwargs.get('attn_layer'):
-            raise ValueError(
-                f"attn_layer cannot be chosen: the attention is Linformer's, got {kwargs['attn_layer']!r}."
-            )
-        if embed_dim % num_heads:
-            raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')
         check_sizes(img_size, patch_size)
         dd = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
@@ -371,51 +345,12 @@ class LinformerVisionTransformer(VisionTransformer):
         return self.norm(x), maps
 
 
-def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Raise ValueError where an image does not divide into patches."""
-    img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-    if not all(isinstance(size, Integral) for size in (*img_size, *patch_size)):
-        raise ValueError(f'Image size and patch size must be whole numbers, got {img_size} and {patch_size}.')
-    if any(p < 1 or s < p or s % p for s, p in zip(img_size, patch_size, strict=True)):
-        raise ValueError(f'The image size must be a multiple of the patch size, got {img_size} and {patch_size}.')
-
-
 def resize_on_load(model: 'LinformerVisionTransformer', state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Hook of `load_state_dict`: a checkpoint of another image size, patch size or K is resized to the model's."""
     own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     state_dict.update({prefix + k: v for k, v in resized_state(own, model).items()})
 
 
-@torch.fx.wrap
-def check_image(
-    x: Tensor, img_size: tuple[int, int], in_chans: int, patch_size: tuple[int, int], dynamic: bool = False
-) -> None:
-    """Raise ValueError for images of another size or number of channels than the model's."""
-    if dynamic:
-        if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] % patch_size[0] or x.shape[3] % patch_size[1]:
-            raise ValueError(
-                f'Expected images of shape (B, {in_chans}, height, width) whose sides are multiples of the patch size '
-                f'{patch_size}, got {list(x.shape)}.'
-            )
-    elif x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] != img_size[0] or x.shape[3] != img_size[1]:
-        raise ValueError(
-            f'Expected images of shape (B, {in_chans}, {img_size[0]}, {img_size[1]}), got {list(x.shape)}. Resize the '
-            f'images, call model.set_input_size(img_size=...), or create the model with img_size=... and in_chans=...'
-        )
-
-
-@torch.fx.wrap
-def refuse_mask(attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None) -> None:
-    """Raise ValueError for masks that attention over projected rows cannot honour."""
-    if is_causal:
-        raise ValueError('Causal attention is impossible here: every projected row mixes tokens of the whole sequence.')
-    if attn_mask is not None:
-        raise ValueError(
-            'An N×N attn_mask means nothing over K projected rows; for padding, give key_padding_mask, (B, N) and true '
-            'for the tokens to ignore.'
-        )
-    if not torch.jit.is_scripting():
-        if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
-            raise TypeError(
-                f'key_padding_mask must be a boolean tensor, (B, N), got {type(key_padding_mask).__name__}.'
-            )
+# functions of another module, which a trace calls as they are
+torch.fx.wrap('check_image')
+torch.fx.wrap('refuse_mask')
