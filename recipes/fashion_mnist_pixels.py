@@ -2,7 +2,7 @@
 
     python recipes/fashion_mnist_pixels.py --output-dir outputs/fashion_mnist_pixels --data-dir data
 
-Result: not yet run with these settings for whole epochs; by the clock, `bash scripts/demo.sh` gave 89.71 % (11 minutes,
+Result: not yet run with these settings for whole epochs; by the clock, `bash scripts/demo.sh` gave 89.50 % (11 minutes,
 2 CPU cores, torch 2.14.1, one seed, 2026-11-24). Not yet run on a GPU.
 
 Coarse to fine: three quarters of the steps, and less than half of the time, on 16×16 images (256 tokens), the rest on
