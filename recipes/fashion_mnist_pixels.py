@@ -22,6 +22,7 @@ RECIPE = Recipe(
     batch_size=32,
     opt='muon',
     lr=0.01,
+    augmentation='kornia',
     hflip=0.5,
 )
 

@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linvision.attention_map import attention_maps
-from linvision.data import DeviceBatches, ImageSet, create_dataset
+from linvision.data import Batches, ImageSet, create_batches, create_dataset
 from predict import load_model
 from softmax_regression import softmax_regression
 
@@ -30,7 +30,7 @@ POSITIVE, NEGATIVE = (0.95, 0.15, 0.1), (0.15, 0.4, 1.0)  # red and blue
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, batches: DeviceBatches) -> Tensor:
+def probabilities(model: nn.Module, batches: Batches) -> Tensor:
     """Probabilities of every image: (n, classes)."""
     size = model.pretrained_cfg['input_size'][-1]
     return torch.cat([model(images).softmax(-1) for images, _ in batches.ordered(size)])
@@ -106,7 +106,7 @@ def picture(run: Path, model: nn.Module, test_set: ImageSet, score: str) -> None
         score: The model's score in words, for the title.
     """
     config = resolve_model_data_config(model)
-    batches = DeviceBatches(test_set, 100, config['mean'], config['std'], torch.device('cpu'))
+    batches = create_batches(test_set, 100, config['mean'], config['std'], torch.device('cpu'))
     scores = probabilities(model, batches)
     right = scores.argmax(1) == test_set.labels
     index = choose(right)
@@ -116,7 +116,7 @@ def picture(run: Path, model: nn.Module, test_set: ImageSet, score: str) -> None
         words = f'{says} {100 * scores[i].max():.0f} %' + ('' if right[i] else f'\ntruth: {truth}')
         captions.append((words, bool(right[i])))
     size = model.pretrained_cfg['input_size'][-1]
-    maps = attention_maps(model, batches.normalise(batches.images[index], size))  # (n, h, w)
+    maps = attention_maps(model, batches.preparation.plain(batches.images[index], size))  # (n, h, w)
     images = batches.images[index].float().mean(1) / 255  # (n, H, W)
     maps = nn.functional.interpolate(maps[:, None], size=images.shape[1:], mode='nearest')[:, 0]
     wrong = len(index) - int(right[index].sum())

@@ -10,11 +10,13 @@ training, and the images (bicubic where they grow). Prints one line of JSON.
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
+import torch
 import tyro
 from timm.data import resolve_model_data_config
 
-from linvision.data import DeviceBatches, create_dataset
+from linvision.data import create_batches, create_dataset
 from linvision.nearest import nearest
 from linvision.train.evaluate import evaluate
 from linvision.train.parallel import choose_device
@@ -33,6 +35,8 @@ def main(
     batch_size: int = 100,
     device: str = 'auto',
     precision: str = 'fp32',
+    workers: int = 0,
+    on_bad_image: Literal['stop', 'skip'] = 'stop',
 ) -> None:
     """Score a model.
 
@@ -46,6 +50,8 @@ def main(
         batch_size: Images in a step.
         device: Torch device; 'auto' takes the accelerator if there is one.
         precision: 'fp32', 'bf16' or 'fp16'.
+        workers: Processes that read images.
+        on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
     """
     for name, value, low in (('img_size', img_size, 0), ('limit', limit, 0), ('batch_size', batch_size, 1)):
         if value < low:
@@ -57,10 +63,11 @@ def main(
     config = resolve_model_data_config(net)
     images = create_dataset(dataset, data_dir, split)
     if limit:
-        images = images.subset(range(min(limit, len(images))))
+        images = images.subset(torch.arange(min(limit, len(images))))
     size = img_size or net.patch_embed.img_size[0]
     set_size(net, size)
-    batches = DeviceBatches(images, batch_size, config['mean'], config['std'], where)
+    reading = {'workers': workers, 'on_bad_image': on_bad_image, 'crop_pct': config['crop_pct']}
+    batches = create_batches(images, batch_size, config['mean'], config['std'], where, **reading)
     scores = evaluate(net, batches, size, precision)
     print(json.dumps({'model': str(model), 'img_size': size, 'tokens': count_tokens(net), **scores}))
 

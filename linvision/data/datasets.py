@@ -1,65 +1,70 @@
-"""Datasets by name: `create_dataset('fashion_mnist', 'data', 'train')`."""
+"""Datasets by name: `create_dataset('fashion_mnist', root='data', split='train')`.
 
-from dataclasses import dataclass
+| name | what it reads, below `root` |
+| --- | --- |
+| fashion_mnist | FashionMNIST/raw; fetched |
+| cifar10, cifar100 | cifar-10-batches-py, cifar-100-python; fetched by torchvision |
+| imagenette | imagenette2-320; fetched by torchvision |
+| imagenet | train/ and val/ with a folder for each WordNet id, or imagenet/train and imagenet/val |
+| image_folder | train/CLASS/ and val/CLASS/, or CLASS/, which is then split |
+| fake | nothing: made up, of any size, for tests and throughput |
+| wds/…, hfds/…, hfids/…, tfds/…, torch/… | what timm reads (`timm_sets.py`) |
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from linvision.data import fashion_mnist
+from linvision.data.folders import ImageFiles, image_folder, imagenet, imagenette
+from linvision.data.image_set import ImageSet
+from linvision.data.timm_sets import PREFIXES, TimmImages, TimmStream, open_timm_set
 from linvision.nearest import nearest
 
 SPLITS = ('train', 'test')
+Images = ImageSet | ImageFiles | TimmImages | TimmStream
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """A labelled set of images that fits into memory.
-
-    Attributes:
-        images: (n, C, H, W), uint8.
-        labels: (n), int64.
-        classes: Names of the classes, by label.
-        img_size: The size that a model sees: smaller images are centred on a canvas of this size, in the mean colour.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    img_size: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, index: Tensor) -> 'ImageSet':
-        """The images at the given positions."""
-        return ImageSet(self.images[index], self.labels[index], self.classes, self.img_size)
-
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, on the scale 0..1 and rounded to four digits."""
-        pixels = self.images.transpose(0, 1).flatten(1).float() / 255
-        std, mean = torch.std_mean(pixels, dim=1, correction=0)
-        return tuple(round(m, 4) for m in mean.tolist()), tuple(max(round(s, 4), 1e-4) for s in std.tolist())
-
-
-def create_dataset(name: str, root: str | Path, split: str, download: bool = True) -> ImageSet:
-    """Load a dataset.
+def create_dataset(name: str, root: str | Path, split: str, download: bool = True, **arguments: Any) -> Images:
+    """Open a dataset.
 
     Args:
-        name: One of `DATASETS`.
+        name: One of `DATASETS`, or a name of `timm.data.create_dataset` with one of its prefixes.
         root: The folder that holds the data.
-        split: 'train' or 'test'.
+        split: 'train' or 'test'; where a set has no labelled test images, its validation images are the test.
         download: Fetch what is missing.
+        arguments: Further ones of a dataset: those of `fake`, and those of timm's.
+
+    Returns:
+        An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. All have `classes`,
+        `in_chans`, `img_size`, a length, `subset`, `statistics` and `data_config`.
 
     Raises:
-        ValueError: An unknown name or split.
+        ValueError: An unknown name, split or argument.
         FileNotFoundError: The data is missing and could not be fetched; the message says what goes where.
     """
-    if name not in DATASETS:
-        raise ValueError(nearest('dataset', name, DATASETS))
+    check_name(name)
     if split not in SPLITS:
         raise ValueError(nearest('split', split, SPLITS))
-    return DATASETS[name](Path(root), split, download)
+    if name.startswith(PREFIXES):
+        return open_timm_set(name, Path(root), split, download, arguments)
+    try:
+        return DATASETS[name](Path(root), split, download, **arguments)
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        raise ValueError(
+            f'The data set {name} does not take {str(error).split("argument ")[-1]}: {arguments}.'
+        ) from error
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name of no dataset."""
+    if name not in DATASETS and not name.startswith(PREFIXES):
+        raise ValueError(f"{nearest('dataset', name, DATASETS)} (timm's begin with {', '.join(PREFIXES)}.)")
 
 
 def _fashion_mnist(root: Path, split: str, download: bool) -> ImageSet:
@@ -67,14 +72,48 @@ def _fashion_mnist(root: Path, split: str, download: bool) -> ImageSet:
     return ImageSet(images.unsqueeze(1), labels, classes, img_size=32)
 
 
-def _fake(root: Path, split: str, download: bool) -> ImageSet:
-    """Ten classes of noisy 16×16 images, each with a bright bar in its own row: no file, learnt in a few steps."""
+def _cifar(kind: type[CIFAR10]) -> Callable[[Path, str, bool], ImageSet]:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), by torchvision."""
+
+    def load(root: Path, split: str, download: bool) -> ImageSet:
+        folder = root / kind.base_folder
+        try:
+            data = kind(str(root), split == 'train', download=download and not folder.is_dir())
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f'{kind.__name__} is not in {folder}, or not whole, and could not be fetched ({error}). Unpack '
+                f'{kind.filename} (its "python version") into {root}, so that {folder} holds its batches.'
+            ) from error
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (n, H, W, C) -> (n, C, H, W)
+        return ImageSet(images, torch.tensor(data.targets), tuple(data.classes), img_size=32)
+
+    return load
+
+
+def _fake(
+    root: Path,
+    split: str,
+    download: bool,
+    img_size: int = 16,
+    in_chans: int = 1,
+    num_classes: int = 10,
+    num_images: int = 256,
+) -> ImageSet:
+    """Noisy images, each with a bright bar in its class's own row: no file, learnt in a few steps."""
     generator = torch.Generator().manual_seed(SPLITS.index(split))
-    n = 256 if split == 'train' else 100
-    labels = torch.arange(n) % 10
-    images = torch.randint(0, 96, (n, 1, 16, 16), generator=generator, dtype=torch.uint8)
-    images[torch.arange(n), 0, labels + 3] += 128
-    return ImageSet(images, labels, tuple(f'bar {i}' for i in range(10)), img_size=16)
+    n = num_images if split == 'train' else 100
+    labels = torch.arange(n) % num_classes
+    images = torch.randint(0, 96, (n, in_chans, img_size, img_size), generator=generator, dtype=torch.uint8)
+    images[torch.arange(n), :, (labels + 3) % img_size] += 128
+    return ImageSet(images, labels, tuple(f'bar {i}' for i in range(num_classes)), img_size)
 
 
-DATASETS = {'fashion_mnist': _fashion_mnist, 'fake': _fake}
+DATASETS = {
+    'fashion_mnist': _fashion_mnist,
+    'cifar10': _cifar(CIFAR10),
+    'cifar100': _cifar(CIFAR100),
+    'imagenette': imagenette,
+    'imagenet': lambda root, split, download: imagenet(root, split),
+    'image_folder': lambda root, split, download: image_folder(root, split),
+    'fake': _fake,
+}

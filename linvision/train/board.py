@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from linvision.data import DeviceBatches
-from linvision.train.pictures import attention, misclassified
+from linvision.data import Batches
 from linvision.train.recipe import Recipe
 
 HISTOGRAMS = 10  # of the weights, in a run
@@ -66,11 +66,15 @@ class Board:
         if self.writer is None:
             return
         for name in ('loss', 'top1', 'top5'):
-            self.writer.add_scalar(f'{split}/{name}', scores[name], step)
-        self.say(
-            f'{split}: top-1 {100 * scores["top1"]:.2f} %, top-5 {100 * scores["top5"]:.2f} %, '
-            f'loss {scores["loss"]:.4f}, {scores["num_samples"]:,} images (step {step})'
-        )
+            if name in scores:
+                self.writer.add_scalar(f'{split}/{name}', scores[name], step)
+        words = [
+            f'{label} {100 * scores[k]:.2f} %' for k, label in (('top1', 'top-1'), ('top5', 'top-5')) if k in scores
+        ]
+        words += [f'loss {scores["loss"]:.4f}', f'{scores["num_samples"]:,} images']
+        if scores.get('num_left_out'):
+            words.append(f'{scores["num_left_out"]:,} could not be read and are left out')
+        self.say(f'{split}: {", ".join(words)} (step {step})')
         self.writer.flush()
 
     def batch(self, images: Tensor, step: int) -> None:
@@ -95,12 +99,19 @@ class Board:
                 self.writer.add_histogram(f'weights/{name}', values.detach().float().cpu(), step)
 
     def pictures(
-        self, split: str, model: nn.Module, batches: DeviceBatches, img_size: int, classes: list[str], step: int
+        self,
+        split: str,
+        drawings: dict[str, Callable[..., Any]],
+        model: nn.Module,
+        batches: Batches,
+        img_size: int,
+        classes: tuple[str, ...],
+        step: int,
     ) -> None:
-        """Images that the model gets wrong, and what it attends to."""
+        """Pictures of a trained model on a set, by name (see `pictures.py`)."""
         if self.writer is None:
             return
-        for name, draw in (('misclassified', misclassified), ('attention', attention)):
+        for name, draw in drawings.items():
             figure = draw(model, batches, img_size, classes)
             if figure is not None:
                 self.writer.add_figure(f'{split}/{name}', figure, step)

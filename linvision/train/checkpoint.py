@@ -40,6 +40,7 @@ FREE_TO_CHANGE = {
     'chunk_size',
     'grad_checkpointing',
     'eval_batch_size',
+    'on_bad_image',
     'device',
     'threads',
 }

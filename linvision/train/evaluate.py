@@ -1,17 +1,18 @@
 """Scores of a model on a set, every image counted exactly once, over any number of processes."""
 
 import torch
+import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from linvision.data import DeviceBatches
+from linvision.data import Batches
 from linvision.train.precision import autocast
 
 
 @torch.no_grad()  # not inference_mode, which FSDP cannot use
-def evaluate(model: nn.Module, batches: DeviceBatches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
     """Loss and accuracy.
 
     Args:
@@ -21,25 +22,31 @@ def evaluate(model: nn.Module, batches: DeviceBatches, img_size: int, precision:
         precision: Precision of the forward pass.
 
     Returns:
-        `top1` and `top5` as fractions, `loss` (cross-entropy, mean over images) and `num_samples`.
+        `top1` and `top5` as fractions, `loss` (cross-entropy, mean over images), `num_samples`, and `num_left_out`, how
+        many of the set could not be read.
     """
     training = model.training
     model.eval()
-    evaluator = ClassificationEvaluator(device=batches.labels.device, max_samples=batches.num_valid)
-    steps = -(-len(batches.labels) // batches.batch_size)
-    silent = None if batches.rank == 0 else True  # None: only on a terminal
-    bar = tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=silent)
-    for images, labels in bar:
+    order, device = batches.order, batches.preparation.device
+    evaluator = ClassificationEvaluator(device=device)
+    steps = -(-order.n // order.batch_size)
+    silent = None if order.rank == 0 else True  # None: only on a terminal
+    for images, labels in tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=silent):
         with autocast(images.device, precision):
             logits = model(images)
-        evaluator.update(logits.float(), labels)
+        counted = labels >= 0
+        evaluator.update(logits[counted].float(), labels[counted])
     model.train(training)
     if isinstance(model, FSDPModule):
         model.reshard()  # FSDP leaves the root whole after a forward pass
-    scores = evaluator.compute(distributed=batches.count > 1)
+    scores = evaluator.compute(distributed=order.count > 1)
+    counted = evaluator.counts[:1].clone()
+    if order.count > 1:
+        dist.all_reduce(counted)
     return {
         'top1': scores['top1'] / 100,
         'top5': scores['top5'] / 100,
         'loss': scores['loss'],
-        'num_samples': len(batches.labels),
+        'num_samples': int(counted),
+        'num_left_out': order.n - int(counted),
     }

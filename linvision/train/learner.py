@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationTask, LogitDistillationTask
-from timm.task.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.tensor import DTensor
 
 from linvision.train.checkpoint import first_line, load_shards
+from linvision.train.objective import OBJECTIVES
 from linvision.train.optimizer import carry_state, create_optimizer, create_schedule
 from linvision.train.parallel import Processes
 from linvision.train.precision import autocast
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, load_teacher, set_size
+from linvision.train.setup import create_model, load_backbone, set_size
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True)
 
@@ -58,10 +57,13 @@ class Learner:
         self.updates, self.processes = updates, processes
         self.fsdp = recipe.parallel == 'fsdp'
         model = self.create(img_size)
+        if recipe.init:
+            load_backbone(model, recipe.init)
         if self.fsdp and not hasattr(model, 'blocks'):
             raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')
         model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
-        self.task = self.create_task(model)
+        self.objective = OBJECTIVES[recipe.task](recipe)
+        self.task = self.objective.task(model, last_img_size, processes.device)
         if recipe.ema_decay:
             self.task.setup_ema(decay=recipe.ema_decay, use_warmup=True)
 
@@ -74,22 +76,6 @@ class Learner:
         if self.recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return model
-
-    def create_task(self, model: nn.Module) -> TrainingTask:
-        """timm's task: the loss, and the teacher's where there is one."""
-        recipe, device = self.recipe, self.processes.device
-        criterion = {'soft_targets': True} if recipe.mixes else {'smoothing': recipe.smoothing}
-        if not recipe.teacher:
-            return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
-        return LogitDistillationTask(
-            model,
-            load_teacher(recipe.teacher, model, self.last_img_size, device),
-            criterion_kwargs=criterion,
-            task_loss_weight=1 - recipe.teacher_weight,
-            temperature=recipe.teacher_temperature,
-            device=device,
-            verbose=False,
-        )
 
     def start(self, precision: str) -> None:
         """Compile, distribute and make the optimizer, once the model is what it will be."""

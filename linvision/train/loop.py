@@ -11,19 +11,16 @@ Notable here:
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import Mixup
 from torch import Tensor
 
-from linvision.data import DeviceBatches, ImageSet, create_dataset
-from linvision.data.device_batches import key
-from linvision.data.worker_batches import worker_stream
+from linvision.data import Batches
+from linvision.data.order import key
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
     check_same_run,
@@ -33,17 +30,17 @@ from linvision.train.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
-from linvision.train.evaluate import evaluate
+from linvision.train.data import TrainingData
 from linvision.train.folder import finished_run, run_folder
 from linvision.train.learner import Learner
 from linvision.train.memory import memory_advice, peak_memory_gib
-from linvision.train.metrics import step_scalars, write_results
+from linvision.train.metrics import write_results
 from linvision.train.optimizer import CLOCK_UPDATES
 from linvision.train.parallel import Processes, processes
 from linvision.train.plan import plan
 from linvision.train.precision import choose_precision
 from linvision.train.recipe import Recipe
-from linvision.train.setup import count_tokens, split_validation
+from linvision.train.setup import count_tokens
 
 
 def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -98,16 +95,18 @@ class Position:
         minutes: Minutes of training so far.
         stage: Stage of the last step.
         tokens: Tokens seen.
-        best_top1: Highest score on the validation slice, as a fraction.
+        best_score: Best score on the validation slice.
         best_step: Where it was.
+        bad_images: What could not be read in training, in words.
     """
 
     step: int = 0
     minutes: float = 0.0
     stage: int = 0
     tokens: int = 0
-    best_top1: float = -1.0
+    best_score: float = 0.0
     best_step: int = 0
+    bad_images: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -130,67 +129,40 @@ class Run:
             self.last_log, self.saved_step = (self.at.step, self.at.minutes), self.at.step
         torch.manual_seed(recipe.seed)
         self.finite, self.finite_until = torch.ones((), dtype=torch.bool, device=joined.device), self.at.step
-        self.load_data()
+        self.data = TrainingData(recipe, joined)
+        self.data.batches.bad_images.update(self.at.bad_images)
+        by_epochs = max(1, round(recipe.epochs * len(self.data.batches.order)))
+        self.updates = CLOCK_UPDATES if recipe.max_minutes else by_epochs
         self.make_learner(found, path)
         self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
         self.board.say(
             f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
-            f'{recipe.dataset}: {len(self.train_set):,} training images, {joined.device}, {self.learner.precision}, '
+            f'{recipe.dataset}: {len(self.data.train_set):,} training images, {joined.device}, {self.learner.precision}, '
             f'{torch.get_num_threads()} threads'
             + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.at.step}' if found else '')
         )
 
-    def load_data(self) -> None:
-        """The training set, its validation slice, and what depends on them: batches, classes, stages, updates."""
-        recipe = self.recipe
-        self.train_set, val_set = split_validation(self.dataset('train'), recipe.val_fraction, recipe.seed)
-        self.mean, self.std = self.train_set.statistics()
-        self.batches = self.batches_of(self.train_set, recipe.batch_size, on_cpu=recipe.workers > 0)
-        self.val_batches = self.batches_of(val_set, recipe.eval_batch_size) if len(val_set) else None
-        if not len(self.batches):
-            raise ValueError(
-                f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images.'
-            )
-        classes = len(self.train_set.classes)
-        self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
-        by_epochs = max(1, round(recipe.epochs * len(self.batches)))
-        self.updates = CLOCK_UPDATES if recipe.max_minutes else by_epochs
-        self.stages = recipe.stages or ((self.train_set.img_size, 1.0),)
-
     def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
         """The model and all that follows it, as new or as a checkpoint's state says, in a precision that suits it."""
-        recipe, joined, classes = self.recipe, self.processes, len(self.train_set.classes)
-        shape = {'in_chans': self.train_set.images.shape[1], 'num_classes': classes}
-        last = self.stages[-1][0]
-        self.learner = Learner(recipe, shape, self.img_size, last, self.updates, self.mean, self.std, joined)
+        recipe, joined, data = self.recipe, self.processes, self.data
+        last = data.stages[-1][0]
+        self.learner = Learner(recipe, data.shape, self.img_size, last, self.updates, data.mean, data.std, joined)
         if found:
             precision, self.probe = found['precision'], found['probe']
         else:
-            sample, _ = next(self.batches.epoch(recipe.seed, 0, self.img_size))
-            sample = sample.to(joined.device)[: recipe.share(joined.count)]
+            shape = (recipe.share(joined.count), data.train_set.in_chans, self.img_size, self.img_size)
+            sample = torch.randn(shape, device=joined.device)
             precision, self.probe = choose_precision(recipe.precision, self.learner.model, sample, joined)
         self.learner.start(precision)
         if found:
             self.learner.restore(found['learner'], path)
             set_random_states(found['random'])
 
-    def dataset(self, split: str) -> ImageSet:
-        """A split of the recipe's set: the first process fetches what is missing, then the others read it."""
-        load = partial(create_dataset, self.recipe.dataset, self.recipe.data_dir, split, self.recipe.download)
-        loaded: list[ImageSet] = []
-        self.processes.first(lambda: loaded.append(load()))
-        return loaded[0] if loaded else load()
-
-    def batches_of(self, images: ImageSet, batch_size: int, on_cpu: bool = False) -> DeviceBatches:
-        """This process's share of the batches of a set."""
-        device = torch.device('cpu') if on_cpu else self.processes.device
-        return DeviceBatches(images, batch_size, self.mean, self.std, device, self.processes.rank, self.processes.count)
-
     @property
     def img_size(self) -> int:
         """Image size of the present stage."""
-        return self.stages[self.at.stage][0]
+        return self.data.stages[self.at.stage][0]
 
     @property
     def progress(self) -> float:
@@ -207,12 +179,12 @@ class Run:
             self.board.say(f'{self.at.step} steps are taken already, and --max-steps is {self.recipe.max_steps}')
             return {}
         while self.progress < 1:
-            stage = stage_at(self.stages, self.progress)
+            stage = stage_at(self.data.stages, self.progress)
             if stage != self.at.stage:
                 self.at.stage = stage
                 self.learner.set_size(self.img_size)
             self.board.say(
-                f'stage {stage + 1} of {len(self.stages)}: {self.img_size}×{self.img_size} images from step '
+                f'stage {stage + 1} of {len(self.data.stages)}: {self.img_size}×{self.img_size} images from step '
                 f'{self.at.step}'
             )
             if not self.train_stage(interrupted):
@@ -228,7 +200,7 @@ class Run:
         recipe, at, stage = self.recipe, self.at, self.at.stage
         self.learner.task.train()
         tokens, waited, tick = recipe.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
-        for images, labels in self.stream():
+        for images, labels in self.data.stream(at.step, self.img_size):
             waited += time.perf_counter() - tick
             images, labels = self.prepare(images, labels)
             loss, grad_norm, logits = self.step(images, labels)
@@ -244,24 +216,20 @@ class Run:
             if at.step % recipe.log_every == 0 or self.progress >= 1:
                 self.log(loss, grad_norm, logits, labels, waited)
                 waited = 0.0
-            if recipe.eval_every and not stop and at.step % max(1, round(recipe.eval_every * len(self.batches))) == 0:
+            if (
+                recipe.eval_every
+                and not stop
+                and at.step % max(1, round(recipe.eval_every * len(self.data.batches.order))) == 0
+            ):
                 self.validate()
             if at.step % recipe.checkpoint_every == 0:
                 self.save()
             if stop:
                 return False
-            if self.progress >= 1 or stage != stage_at(self.stages, self.progress):
+            if self.progress >= 1 or stage != stage_at(self.data.stages, self.progress):
                 break
             tick = time.perf_counter()
         return True
-
-    def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's batches of the stage, from the present step on."""
-        recipe = self.recipe
-        start = (recipe.seed, self.at.step, self.img_size, recipe.hflip, recipe.shift)
-        if recipe.workers:
-            return worker_stream(self.batches, *start, recipe.workers, self.processes.device)
-        return self.batches.stream(*start)
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seed what is drawn in a step, and mix its images."""
@@ -269,7 +237,7 @@ class Run:
         torch.manual_seed(seed)
         if self.recipe.mixes:
             np.random.seed(seed % 2**32)
-            images, labels = self.mixup(images, labels)
+            images, labels = self.data.mixup(images, labels)
         if self.at.step == 0:
             self.board.batch(images, 0)
         return images, labels
@@ -308,8 +276,11 @@ class Run:
         images_per_s = (self.at.step - self.last_log[0]) * self.recipe.batch_size / seconds
         loss = self.processes.mean(loss)
         lr = max(group['lr'] for group in self.learner.optimizer.param_groups)
-        scalars = step_scalars(loss, grad_norm, logits, labels, lr)
-        scalars |= {
+        scalars = {
+            'train/loss': float(loss),
+            'train/lr': lr,
+            'train/grad_norm': float(grad_norm),
+            **self.learner.objective.scalars(logits, labels),
             'speed/images_per_s': images_per_s,
             'speed/tokens_per_s': images_per_s * count_tokens(self.learner.model),
             'speed/waiting_for_data': min(waited / seconds, 1.0),
@@ -321,17 +292,18 @@ class Run:
 
     def validate(self) -> None:
         """Score the validation slice on the way; the best so far keeps its checkpoint."""
-        if self.val_batches is None:
+        if self.data.validation is None:
             return
-        scores = self.score(self.val_batches, self.img_size, self.learner.precision)
-        self.board.scores('val', self.at.step, scores)
-        if scores['top1'] > self.at.best_top1:
-            self.at.best_top1, self.at.best_step = scores['top1'], self.at.step
+        objective, at = self.learner.objective, self.at
+        scores = self.score(self.data.validation, self.img_size, self.learner.precision)
+        self.board.scores('val', at.step, scores)
+        if not at.best_step or objective.quality(scores) > objective.quality({objective.best: at.best_score}):
+            at.best_score, at.best_step = scores[objective.best], at.step
             self.save()
 
-    def score(self, batches: DeviceBatches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
-        """Loss and accuracy of the scored model, over all processes."""
-        return evaluate(self.learner.scored, batches, img_size, precision)
+    def score(self, batches: Batches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
+        """Scores of the model that is scored, over all processes."""
+        return self.learner.objective.score(self.learner.scored, batches, img_size, precision)
 
     def save(self) -> None:
         """A checkpoint, unless there is one of this step."""
@@ -339,6 +311,7 @@ class Run:
             return
         self.check_finite(self.at.step)
         self.board.flush()
+        self.at.bad_images = self.data.bad_images()
         own, shards = self.learner.state()
         state = {
             'recipe': self.recipe.to_dict(),
@@ -354,20 +327,21 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Scores, pictures, the exported model and `metrics.json`."""
-        recipe, scores, size = self.recipe, {}, self.stages[-1][0]
+        recipe, scores, size = self.recipe, {}, self.data.stages[-1][0]
         if self.img_size != size:  # the last stage was too short for a step
-            self.at.stage = len(self.stages) - 1
+            self.at.stage = len(self.data.stages) - 1
             self.learner.set_size(size)
-        sets = {} if self.val_batches is None else {'val': self.val_batches}
+        sets = {} if self.data.validation is None else {'val': self.data.validation}
         if recipe.test:
-            sets['test'] = self.batches_of(self.dataset('test'), recipe.eval_batch_size)
+            sets['test'] = self.data.test()
         for split, batches in sets.items():
             scores[split] = self.score(batches, size)
             self.board.scores(split, self.at.step, scores[split])
         with self.learner.whole_model() as model:
             metrics = write_results(self, model, scores)
             for split, batches in sets.items():
-                self.board.pictures(split, model, batches, size, self.train_set.classes, self.at.step)
+                drawings, classes = self.learner.objective.pictures(), self.data.train_set.classes
+                self.board.pictures(split, drawings, model, batches, size, classes, self.at.step)
         self.board.hparams(recipe, metrics, self.at.step)
         self.processes.wait()
         return metrics
@@ -376,7 +350,7 @@ class Run:
         """Print the plan, take one step, and say what it took."""
         self.board.say(plan(self))
         self.learner.task.train()
-        images, labels = next(self.stream())
+        images, labels = next(self.data.stream(self.at.step, self.img_size))
         start = time.perf_counter()
         loss, _, _ = self.step(*self.prepare(images, labels))
         self.board.say(

@@ -9,8 +9,7 @@ import timm
 import torch
 import torchvision
 from safetensors import SafetensorError
-from timm.utils import accuracy
-from torch import Tensor, nn
+from torch import nn
 
 from linvision.train.export import export_model
 from linvision.train.memory import peak_memory_gib
@@ -19,15 +18,6 @@ from linvision.version import __version__
 
 if TYPE_CHECKING:
     from linvision.train.loop import Run
-
-
-def step_scalars(loss: Tensor, grad_norm: Tensor, logits: Tensor, labels: Tensor, lr: float) -> dict[str, float]:
-    """Values of one step by TensorBoard tag; accuracy where the labels are not mixed."""
-    scalars = {'train/loss': float(loss), 'train/lr': lr, 'train/grad_norm': float(grad_norm)}
-    if labels.ndim == 1:
-        top1, top5 = accuracy(logits, labels, (1, min(5, logits.shape[1])))
-        scalars |= {'train/top1': float(top1) / 100, 'train/top5': float(top5) / 100}
-    return scalars
 
 
 def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -41,12 +31,12 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
     Returns:
         The contents of `metrics.json`.
     """
-    at, images_seen = run.at, run.at.step * run.recipe.batch_size
+    at, data, images_seen = run.at, run.data, run.at.step * run.recipe.batch_size
     seconds = max(at.minutes * 60, 1e-9)
     metrics = {
         **scores.get('test', {}),
         **{f'val_{k}': v for k, v in scores.get('val', {}).items()},
-        'epochs': images_seen / len(run.train_set),
+        'epochs': images_seen / len(data.train_set),
         'steps': at.step,
         'images_seen': images_seen,
         'train_minutes': at.minutes,
@@ -55,7 +45,8 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
         'tokens': count_tokens(model),
         'peak_memory_gib': peak_memory_gib(run.processes.device),
         'num_parameters': sum(p.numel() for p in model.parameters()),
-        'classes': list(run.train_set.classes),
+        'classes': list(data.train_set.classes),
+        'bad_training_images': at.bad_images,
         'weights': 'last' if run.learner.ema is None else 'ema',
         'schedule': 'minutes' if run.recipe.max_minutes else 'epochs',
         'precision': run.learner.precision,
@@ -66,10 +57,12 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
         'processes': run.processes.count,
     }
     if at.best_step:
-        metrics |= {'best_val_top1': at.best_top1, 'best_step': at.best_step}
+        metrics |= {f'best_val_{run.learner.objective.best}': at.best_score, 'best_step': at.best_step}
     if run.processes.main:
         try:
-            export_model(model, run.folder / 'model', run.train_set, run.mean, run.std)
+            export_model(
+                run.learner.objective.exported(model), run.folder / 'model', data.train_set, data.data_config()
+            )
             part = run.folder / 'metrics.json.part'
             part.write_text(json.dumps(metrics, indent=2) + '\n')
             os.replace(part, run.folder / 'metrics.json')

@@ -69,6 +69,13 @@ class Processes:
             raise result[1]
         return result[0]
 
+    def union(self, found: set[str]) -> list[str]:
+        """All that any process has found, in order."""
+        every: list[set[str]] = [set(found)] * self.count
+        if self.count > 1:
+            dist.all_gather_object(every, set(found))
+        return sorted(set().union(*every))
+
     def wait(self) -> None:
         """Wait for the other processes."""
         self.largest(0.0)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from linvision.attention_map import attention_maps
-from linvision.data import DeviceBatches
+from linvision.data import Batches
 from linvision.network import LinformerVisionTransformer
+from linvision.padding import padded_pixels
+from linvision.train.masked_pixels import mask_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,13 +19,13 @@ MAX_TOKENS = 4096  # attention is written out for its picture
 
 @torch.no_grad()
 def misclassified(
-    model: nn.Module, batches: DeviceBatches, img_size: int, classes: tuple[str, ...], n: int = 16
+    model: nn.Module, batches: Batches, img_size: int, classes: tuple[str, ...], n: int = 16
 ) -> 'Figure | None':
     """The first images of a set whose class the model gets wrong, with both names; None where there are none."""
     wrong: list[tuple[Tensor, str]] = []
     for images, labels in batches.ordered(img_size):
         guesses = model(images).argmax(-1)
-        for i in (guesses != labels).nonzero().flatten().tolist():
+        for i in ((guesses != labels) & (labels >= 0)).nonzero().flatten().tolist():
             wrong.append((images[i], f'{classes[labels[i]]}\nseen as {classes[guesses[i]]}'))
         if len(wrong) >= n:
             break
@@ -32,17 +34,41 @@ def misclassified(
 
 @torch.no_grad()
 def attention(
-    model: nn.Module, batches: DeviceBatches, img_size: int, classes: tuple[str, ...], n: int = 4
+    model: nn.Module, batches: Batches, img_size: int, classes: tuple[str, ...], n: int = 4
 ) -> 'Figure | None':
     """Images beside what the last block attends to; None for models of other kinds and for very long sequences."""
     if not isinstance(model, LinformerVisionTransformer) or model.patch_embed.num_patches > MAX_TOKENS:
         return None
     images, labels = next(batches.ordered(img_size))
+    images, labels = images[labels >= 0], labels[labels >= 0]
     maps = attention_maps(model, images[:n])
     pairs = []
     for image, label, found in zip(images, labels, maps, strict=False):
         pairs += [(image, classes[label]), (found.unsqueeze(0), 'attention')]
     return draw(pairs)
+
+
+@torch.no_grad()
+def reconstructions(
+    model: nn.Module,
+    batches: Batches,
+    img_size: int,
+    classes: tuple[str, ...],
+    ratio: float = 0.5,
+    size: int = 4,
+    n: int = 8,
+) -> 'Figure | None':
+    """Images, the same with hidden parts, and what the model makes of those."""
+    images, _ = next(batches.ordered(img_size))
+    images = images[:n]
+    mask = mask_for(model, images, ratio, size, seed=0)
+    said = model(images, key_padding_mask=mask)[:, model.num_prefix_tokens :].float()
+    patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+    hidden = padded_pixels(mask, grid, patch)
+    x = said.unflatten(1, grid).unflatten(3, (*patch, images.shape[1])).permute(0, 5, 1, 3, 2, 4)
+    filled = torch.where(hidden, x.reshape(images.shape), images)
+    rows = ((images, 'image'), (images.masked_fill(hidden, images.min()), 'seen'), (filled, 'told'))
+    return draw([(image, title) for batch, title in rows for image in batch], columns=len(images))
 
 
 def draw(pictures: list[tuple[Tensor, str]], columns: int = 8) -> 'Figure':

@@ -22,14 +22,14 @@ def plan(run: 'Run') -> str:
     share = recipe.share(run.processes.count)
     lines = [
         f'model        {recipe.model}, {parameters:,} parameters, {learner.precision}',
-        f'data         {recipe.dataset}: {len(run.train_set):,} images, {len(run.train_set.classes)} classes'
-        + (f', {len(run.val_batches.labels):,} more for validation' if run.val_batches else ''),
+        f'data         {recipe.dataset}: {len(run.data.train_set):,} images, {len(run.data.train_set.classes)} classes'
+        + (f', {run.data.validation.order.n:,} more for validation' if run.data.validation else ''),
         f'batch        {recipe.batch_size} images = {run.processes.count} processes × {recipe.accumulate} parts × '
         f'{share}',
         f'optimizer    {recipe.opt}, learning rate {recipe.lr:g}, {recipe.sched}, warm-up {100 * recipe.warmup:g} %',
     ]
     start = 0.0
-    for img_size, part in run.stages:
+    for img_size, part in run.data.stages:
         tokens, adds = count(run, img_size)
         what = f'{100 * start:.0f}–{100 * (start + part):.0f} %'
         start += part
@@ -40,7 +40,7 @@ def plan(run: 'Run') -> str:
     if recipe.max_minutes:
         lines.append(f'length       {recipe.max_minutes:g} minutes of training')
     else:
-        lines.append(f'length       {run.updates:,} steps, {len(run.batches):,} in an epoch')
+        lines.append(f'length       {run.updates:,} steps, {len(run.data.batches.order):,} in an epoch')
     lines.append(f'learning rate {", ".join(rates(run))}')
     return '\n'.join(lines)
 
@@ -48,9 +48,9 @@ def plan(run: 'Run') -> str:
 def count(run: 'Run', img_size: int) -> tuple[int, int]:
     """Tokens, and multiply-adds of one image forward, counted on a model without data."""
     with torch.device('meta'):
-        model = create_model(run.recipe, run.learner.shape, run.stages[-1][0]).eval()
+        model = create_model(run.recipe, run.data.shape, run.data.stages[-1][0]).eval()
         set_size(model, img_size)
-        image = torch.empty(1, run.learner.shape['in_chans'], img_size, img_size)
+        image = torch.empty(1, run.data.shape['in_chans'], img_size, img_size)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(image)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import timm
 from timm.optim import get_optimizer_class, list_optimizers
 
-from linvision.data import DATASETS
+from linvision.data import Augmentation
+from linvision.data.datasets import check_name
 from linvision.nearest import nearest
 from linvision.train.parallel import PARALLEL
 
@@ -25,8 +26,18 @@ class Recipe:
     """Name of a timm model."""
     model_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Arguments of the model, as in `--model-args projection linear proj_len 32`."""
+    init: str = ''
+    """Weights to start from, but for the head: a folder with `model.safetensors`, or a name of timm's."""
+    task: Literal['classify', 'masked_pixels'] = 'classify'
+    """What is learnt: classes, or hidden pixels from the rest (then the labels are not looked at)."""
+    mask_ratio: float = 0.5
+    """Share of the image that is hidden (`masked_pixels`)."""
+    mask_size: int = 4
+    """Side of what is hidden together, in pixels (`masked_pixels`)."""
     dataset: str = 'fashion_mnist'
     """Name of the dataset."""
+    dataset_args: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Arguments of the dataset, as in `--dataset-args num_classes 1000` for shards."""
     data_dir: Path = Path('data')
     """Folder that holds the data; what is missing is fetched into it."""
     download: bool = True
@@ -79,10 +90,20 @@ class Recipe:
     """Weight of the teacher's part of the loss; the labels have the rest."""
     teacher_temperature: float = 1.0
     """Temperature at which student and teacher are compared."""
+    augmentation: Literal['torchvision', 'albumentations', 'kornia'] = 'torchvision'
+    """Who changes images at random: 'torchvision' and 'albumentations' one by one on the CPU, 'kornia' on the device."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest share of the image in a random resized crop (1 1: off)."""
     hflip: float = 0.0
     """Probability of a horizontal flip."""
     shift: int = 0
     """Largest random shift, in pixels."""
+    rand_augment: int = 0
+    """Magnitude of RandAugment, 0 to 30; torchvision's alone (0: off)."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation (0: off)."""
+    erase: float = 0.0
+    """Probability that a random rectangle is erased."""
 
     val_fraction: float = 0.0
     """Share of the training set kept apart, by seed, to choose settings on."""
@@ -114,7 +135,9 @@ class Recipe:
     grad_checkpointing: bool = False
     """Keep only the input of each block, and compute it again in the backward pass."""
     workers: int = 0
-    """Processes that augment images by torchvision's transforms (0: batches are augmented on the device)."""
+    """Processes that read and change images (0: the process that trains)."""
+    on_bad_image: Literal['stop', 'skip'] = 'stop'
+    """What becomes of an image that cannot be read: the run stops and names it, or it is left out and counted."""
     threads: int = 0
     """CPU threads (0: torch's choice)."""
     seed: int = 0
@@ -123,7 +146,7 @@ class Recipe:
     def validate(self) -> None:
         """Raise ValueError for what cannot be trained; the message says what was wanted, what came and what is near."""
         _known('model', self.model, timm.list_models('*') + timm.list_models(pretrained=True))
-        _known('dataset', self.dataset, DATASETS)
+        check_name(self.dataset)
         _known('optimizer', self.opt, list_optimizers())
         _known('schedule', self.sched, SCHEDULES)
         _known('precision', self.precision, PRECISIONS)
@@ -136,6 +159,7 @@ class Recipe:
             'batch_size': 1,
             'accumulate': 1,
             'keep_checkpoints': 1,
+            'mask_size': 1,
             'eval_batch_size': 1,
             'log_every': 1,
             'checkpoint_every': 1,
@@ -153,15 +177,25 @@ class Recipe:
             'cutmix',
             'shift',
             'layer_decay',
+            'color_jitter',
             'teacher_temperature',
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name} must not be negative, got {getattr(self, name)}.')
-        for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip', 'teacher_weight'):
+        for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip', 'erase', 'teacher_weight'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie between 0 and 1, got {getattr(self, name)}.')
         if self.val_fraction == 1:
             raise ValueError('val_fraction must lie below 1, got 1: no image would be left to train on.')
+        if not 0 <= self.rand_augment <= 30:
+            raise ValueError(f'rand_augment must lie between 0 and 30, got {self.rand_augment}.')
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f'crop_scale must be two numbers, 0 < smallest <= largest <= 1, got {low} and {high}.')
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f'mask_ratio must lie between 0 and 1, got {self.mask_ratio}.')
+        if self.task == 'masked_pixels' and (self.mixes or self.teacher):
+            raise ValueError('masked_pixels looks at no labels: there is no Mixup, CutMix or teacher for it.')
         if self.mixes and self.batch_size % 2:
             raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
         if self.parallel == 'fsdp' and self.precision == 'fp16':
@@ -176,6 +210,12 @@ class Recipe:
         if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
             raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
         _known_arguments('opt_args', self.opt_args, get_optimizer_class(self.opt, bind_defaults=False))
+
+    @property
+    def changes(self) -> Augmentation:
+        """What is changed at random, and by whom."""
+        names = [f.name for f in dataclasses.fields(Augmentation) if f.name != 'library']
+        return Augmentation(self.augmentation, **{name: getattr(self, name) for name in names})
 
     @property
     def mixes(self) -> bool:

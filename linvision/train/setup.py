@@ -1,4 +1,4 @@
-"""What a run needs before its first step: a validation slice, a model, a teacher."""
+"""What a run needs before its first step: a validation slice, a model, weights to start from, a teacher."""
 
 from pathlib import Path
 
@@ -6,12 +6,15 @@ import timm
 import torch
 from torch import nn
 
-from linvision.data import ImageSet
+from linvision.data import Images
 from linvision.nearest import nearest
+from linvision.resize import checkpoint_filter_fn
+from linvision.train import masked_pixels
+from linvision.train.checkpoint import first_line
 from linvision.train.recipe import Recipe
 
 
-def split_validation(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+def split_validation(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """The set without a random slice, and the slice; which images are in it depends on the seed alone."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     n = round(len(images) * fraction)
@@ -30,7 +33,7 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Mod
     if recipe.chunk_size != 'auto':
         arguments['chunk_size'] = recipe.chunk_size
     try:
-        return timm.create_model(recipe.model, **arguments)
+        model = timm.create_model(recipe.model, **arguments)
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
@@ -39,6 +42,38 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Mod
             f'{recipe.model} cannot be trained by a recipe: its image size cannot be set. Models that can: '
             f'{", ".join(names)}, and others that take img_size.'
         ) from error
+    if recipe.task == 'masked_pixels':
+        masked_pixels.adapt(model)
+    return model
+
+
+def load_backbone(model: nn.Module, name: str) -> None:
+    """Give a model the weights of another, but for the head; sizes and K are changed as in any checkpoint.
+
+    Args:
+        model: The model.
+        name: A folder with `config.json` and `model.safetensors`, or a name of timm's with pretrained weights.
+
+    Raises:
+        ValueError: The other is of another kind or width.
+    """
+    source = f'local-dir:{name}' if Path(name).is_dir() else name
+    try:
+        other = timm.create_model(source, pretrained=True, in_chans=model.patch_embed.proj.in_channels)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f'No weights to start from in {name!r}: {first_line(error)}') from error
+    state = checkpoint_filter_fn(other.state_dict(), model)
+    try:
+        result = model.load_state_dict({k: v for k, v in state.items() if not k.startswith('head.')}, strict=False)
+        missing = [k for k in result.missing_keys if not k.startswith('head.')]
+        wrong = f'lacks {missing[:3]}' if missing else f'has {result.unexpected_keys[:3]} besides'
+        fits = not missing and not result.unexpected_keys
+    except (RuntimeError, ValueError) as error:
+        fits, wrong = False, first_line(error)
+    if not fits:
+        raise ValueError(
+            f'The weights of {name} do not fit {type(model).__name__} of width {model.embed_dim}: it {wrong}.'
+        )
 
 
 def load_teacher(name: str, student: nn.Module, img_size: int, device: torch.device) -> nn.Module:

@@ -1,0 +1,53 @@
+"""A set, cut into batches: on the device where it fits, else behind workers that read it."""
+
+from typing import Any
+
+import torch
+
+from linvision.data.augmentation import Augmentation
+from linvision.data.device_batches import DeviceBatches
+from linvision.data.image_set import ImageSet
+from linvision.data.loader_batches import LoaderBatches
+from linvision.data.order import Order
+from linvision.data.preparation import Preparation
+from linvision.data.stream_batches import StreamBatches
+from linvision.data.timm_sets import TimmStream
+
+Batches = DeviceBatches | LoaderBatches | StreamBatches
+
+
+def create_batches(
+    images: Any,
+    batch_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    augmentation: Augmentation | None = None,
+    rank: int = 0,
+    count: int = 1,
+    **reading: Any,
+) -> Batches:
+    """Batches of a set, for training (`stream`) or evaluation (`ordered`), normalised on the device.
+
+    Args:
+        images: What `create_dataset` gave.
+        batch_size: Images in a batch, over all processes.
+        mean: Mean of each channel, on the scale 0..1.
+        std: Standard deviation of each channel.
+        device: Where batches go.
+        augmentation: What is changed at random in training; nothing by default.
+        rank: Number of this process.
+        count: How many processes share a batch; it must divide `batch_size` in training.
+        reading: For sets that are read from files: `crop_pct`, `workers`, `on_bad_image`; see `LoaderBatches`.
+
+    Raises:
+        ValueError: What the augmentation's library cannot do to such images.
+    """
+    augmentation = augmentation or Augmentation()
+    augmentation.check(images.in_chans)
+    order = Order(len(images), batch_size, rank, count)
+    preparation = Preparation(mean, std, device, augmentation, order)
+    if isinstance(images, ImageSet) and (preparation.augments or not augmentation.active):
+        return DeviceBatches(images, order, preparation)
+    kind = StreamBatches if isinstance(images, TimmStream) else LoaderBatches
+    return kind(images, order, preparation, augmentation, **reading)

@@ -1,0 +1,217 @@
+"""Images in folders of classes: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, as ImageNet lies on most disks.
+
+What can be found out is not asked for: classes are the folders' names, channels and size come from a look at some of
+the images. A folder of classes without `train/` and `val/` is split, every fifth image of a class for the test.
+"""
+
+import statistics as median_of
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.datasets import Imagenette
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from linvision.data.image_set import statistics
+
+LOOKS = 500  # images that are looked at to find out channels, size, mean and standard deviation
+TEST_FOLDERS = ('val', 'validation', 'test')
+MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
+GREY = ('1', 'L', 'LA', 'I', 'I;16', 'F')
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a damaged file
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Labelled image files.
+
+    Attributes:
+        samples: Path and label of each.
+        classes: Names of the classes, by label.
+        in_chans: Channels that images are read with: 1 (grey) or 3 (RGB).
+        known_statistics: Mean and standard deviation of each channel, where they are known.
+    """
+
+    samples: Sequence[tuple[str, int]]
+    classes: tuple[str, ...]
+    in_chans: int = 3
+    known_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image and its label.
+
+        Raises:
+            OSError: The file cannot be read as an image; the message names it.
+        """
+        path, label = self.samples[index]
+        return read_image(path, self.in_chans), label
+
+    def subset(self, index: Tensor) -> 'ImageFiles':
+        """The images at the given positions."""
+        samples = [self.samples[i] for i in index]
+        return ImageFiles(samples, self.classes, self.in_chans, self.known_statistics)
+
+    @cached_property
+    def img_size(self) -> int:
+        """The median of the shorter sides of some images."""
+        return int(median_of.median(min(size) for _, size in look([path for path, _ in self.samples])))
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of some images; ImageNet's where it is ImageNet."""
+        if self.known_statistics:
+            return self.known_statistics
+        pixels = []
+        for path in some([path for path, _ in self.samples]):
+            try:
+                image = read_image(path, self.in_chans)
+            except OSError:  # named when training meets it
+                continue
+            pixels.append(torch.from_numpy(np.array(image.resize((64, 64)))).view(-1, self.in_chans))
+        return statistics(torch.cat(pixels).T)
+
+    def data_config(self, crop_pct: float) -> dict[str, Any]:
+        """How timm reads such an image as evaluation did."""
+        return {'crop_pct': crop_pct, 'crop_mode': 'center', 'interpolation': 'bicubic'}
+
+
+def read_image(source: Any, in_chans: int, name: str | Path = '') -> Image.Image:
+    """An image with 1 (grey) or 3 (RGB) channels.
+
+    Args:
+        source: Path or binary file.
+        in_chans: Channels.
+        name: What an error calls it; its path.
+
+    Raises:
+        OSError: The file cannot be read as an image; the message names it.
+    """
+    try:
+        with Image.open(source) as image:
+            return image.convert(MODES[in_chans])
+    except UNREADABLE as error:
+        raise OSError(f'{name or source} cannot be read as an image ({type(error).__name__}: {error}).') from error
+
+
+def some(paths: list[str]) -> list[str]:
+    """Up to `LOOKS` paths, evenly over all of them."""
+    return paths[:: -(-len(paths) // LOOKS)]
+
+
+def look(paths: list[str]) -> list[tuple[str, tuple[int, int]]]:
+    """PIL mode and size of some images, by their headers.
+
+    Raises:
+        OSError: None of them can be read.
+    """
+    seen = []
+    for path in some(paths):
+        try:
+            with Image.open(path) as image:
+                seen.append((image.mode, image.size))
+        except UNREADABLE:  # named when training meets it
+            continue
+    if not seen:
+        raise OSError(f'No image can be read: {paths[0]} and others are damaged or no images.')
+    return seen
+
+
+def image_folder(root: Path, split: str) -> ImageFiles:
+    """A folder of one's own.
+
+    Raises:
+        FileNotFoundError: There are no class folders with images where they should be; the message says what goes where.
+        ValueError: The test folder has a class that the training folder lacks.
+    """
+    train = root / 'train' if (root / 'train').is_dir() else root
+    test = next((root / name for name in TEST_FOLDERS if train != root and (root / name).is_dir()), train)
+    images = scan(train, root)
+    classes = tuple(images)
+    in_chans = 1 if all(mode in GREY for mode, _ in look([path for paths in images.values() for path in paths])) else 3
+    if test == train:  # every fifth image of a class, by name, is for the test
+        images = {
+            c: [p for i, p in enumerate(paths) if (i % 5 == 4) == (split == 'test')] for c, paths in images.items()
+        }
+    elif split == 'test':
+        images = scan(test, root)
+        if unknown := set(images) - set(classes):
+            raise ValueError(f'{test} has classes that {train} lacks: {sorted(unknown)}. Both need the same folders.')
+    samples = [(path, label) for label, name in enumerate(classes) for path in images.get(name, [])]
+    if not samples:
+        raise FileNotFoundError(
+            f'{root} leaves no image for the test: a class needs five images, or put some in {root}/val.'
+        )
+    return ImageFiles(samples, classes, in_chans)
+
+
+def scan(folder: Path, root: Path) -> dict[str, list[str]]:
+    """Paths of the images in each class folder, by name; folders without an image are no class.
+
+    Raises:
+        FileNotFoundError: There are no class folders with images; the message says what goes where.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    images = {
+        name: [path for path, _ in make_dataset(str(folder), {name: 0}, IMG_EXTENSIONS, allow_empty=True)]
+        for name in names
+    }
+    images = {name: paths for name, paths in images.items() if paths}
+    if not images:
+        here = [p.name for p in sorted(folder.iterdir())[:5]] if folder.is_dir() else 'is not there'
+        raise FileNotFoundError(
+            f'Expected images in folders of classes, {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE (or '
+            f'{root}/CLASS/IMAGE, which is then split), with the endings {", ".join(IMG_EXTENSIONS)}; got {folder}, '
+            f'which holds {here}. Name your folder with --data-dir.'
+        )
+    return images
+
+
+def imagenet(root: Path, split: str) -> ImageFiles:
+    """ImageNet-1k (arXiv 1409.0575) as `train/` and `val/` folders of WordNet ids, below `root` or `root/imagenet`.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    root = root if (root / 'train').is_dir() else root / 'imagenet'
+    if not (root / 'train').is_dir() or not (root / 'val').is_dir():
+        raise FileNotFoundError(
+            f'ImageNet is not in {root}, and cannot be downloaded. Put its images into {root}/train/n01440764/*.JPEG … '
+            f'and {root}/val/n01440764/*.JPEG …, 1,000 folders each, or name the folder that holds train/ and val/ '
+            'with --data-dir.'
+        )
+    return in_words(image_folder(root, split))
+
+
+def imagenette(root: Path, split: str, download: bool) -> ImageFiles:
+    """Imagenette, ten easy classes of ImageNet with a shorter side of 320 pixels, fetched by torchvision.
+
+    Raises:
+        FileNotFoundError: It is missing and could not be fetched.
+    """
+    folder = root / 'imagenette2-320'
+    try:
+        Imagenette(str(root), 'train', '320px', download and not folder.is_dir())
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f'Imagenette is not in {folder} and could not be fetched ({error}). Unpack imagenette2-320.tgz into {root}, '
+            f'so that {folder}/train and {folder}/val hold its ten folders.'
+        ) from error
+    return in_words(image_folder(folder, split))
+
+
+def in_words(found: ImageFiles) -> ImageFiles:
+    """A set of ImageNet's: words for WordNet ids, RGB, ImageNet's mean and standard deviation."""
+    info = ImageNetInfo()
+    known = set(info.label_names())
+    names = (info.label_name_to_description(c).split(',')[0] if c in known else c for c in found.classes)
+    return ImageFiles(found.samples, tuple(names), 3, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

@@ -1,0 +1,72 @@
+"""A labelled set of images that fits into memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size and their labels.
+
+    Attributes:
+        images: (n, C, H, W), uint8.
+        labels: (n), int64.
+        classes: Names of the classes, by label.
+        img_size: The size that a model sees: smaller images are centred on a canvas of this size, in the mean colour.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    img_size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.images.shape[1]
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """An image, uint8 (C, H, W), and its label."""
+        return self.images[index], int(self.labels[index])
+
+    def subset(self, index: Tensor) -> 'ImageSet':
+        """The images at the given positions."""
+        return ImageSet(self.images[index], self.labels[index], self.classes, self.img_size)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, on the scale 0..1 and rounded to four digits."""
+        return statistics(self.images.transpose(0, 1).flatten(1))
+
+    def on_canvas(self, mean: tuple[float, ...]) -> 'ImageSet':
+        """Each image in the middle of a canvas of the mean colour, as timm's crop mode 'border' has it."""
+        n, C, H, W = self.images.shape
+        size = self.img_size
+        if (H, W) == (size, size):
+            return self
+        top, left = (size - H) // 2, (size - W) // 2
+        canvas = fill_colour(mean).expand(n, C, size, size).clone()
+        canvas[:, :, top : top + H, left : left + W] = self.images
+        return ImageSet(canvas, self.labels, self.classes, size)
+
+    def data_config(self, crop_pct: float) -> dict[str, Any]:
+        """How timm reads such an image as training did: fitted into its part of the canvas, with a border around it."""
+        side = max(self.images.shape[-2:])
+        share = self.img_size / (side + 0.5) if side < self.img_size else 1.0  # timm rounds down
+        return {'crop_pct': round(share, 4), 'crop_mode': 'border', 'interpolation': 'bicubic'}
+
+
+def fill_colour(mean: tuple[float, ...]) -> Tensor:
+    """The mean colour, (1, C, 1, 1), uint8: it is nearly zero once normalised."""
+    return torch.tensor(mean).mul(255).round().to(torch.uint8).view(1, -1, 1, 1)
+
+
+def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of uint8 pixels (C, n), on the scale 0..1 and rounded to four digits."""
+    std, mean = torch.std_mean(pixels.float() / 255, dim=1, correction=0)
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(max(round(s, 4), 1e-4) for s in std.tolist())

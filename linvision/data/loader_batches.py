@@ -1,0 +1,187 @@
+"""Batches whose images are read, and augmented one by one, in worker processes: sets that no memory holds.
+
+The draws of an image are seeded by (seed, epoch, index), so that they depend on neither the number of workers nor that of
+processes. An image that cannot be read ends the run, named; or it is left out, counted and logged: in training the next
+image of the set takes its place, so that batches keep their size.
+"""
+
+import logging
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from linvision.data.augmentation import TRANSFORMS, Augmentation, Transform
+from linvision.data.image_set import ImageSet
+from linvision.data.order import Order, key
+from linvision.data.preparation import Preparation
+
+ON_BAD_IMAGE = ('stop', 'skip')
+MARGIN = 256 / 224  # by which images are larger than what kornia crops from them
+
+_logger = logging.getLogger(__name__)
+
+
+class KeyedImages(Dataset):
+    """Images by (epoch, index), changed under a seed made of both: `(image, label, complaint)`.
+
+    Args:
+        images: The set.
+        transform: What happens to each image.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, images: Any, transform: Transform, seed: int = 0) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, epoch_index: tuple[int, int]) -> tuple[Tensor, int, str]:
+        epoch, index = epoch_index
+        complaint = ''
+        for step in range(len(self.images)):
+            try:
+                image, label = self.images.read((index + step) % len(self.images))
+                return self.transform(image, key(self.seed, epoch, index)), label, complaint
+            except OSError as error:
+                complaint = complaint or str(error)
+        raise OSError(f'No image of the set can be read. The first: {complaint}')
+
+
+class Pairs:
+    """A batch sampler: (epoch, index) of the images of each batch.
+
+    Args:
+        batches: Gives the epoch and the positions of each batch.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[tuple[int, Tensor]]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, index in self.batches():
+            yield [(epoch, i) for i in index.tolist()]
+
+
+class LoaderBatches:
+    """A set behind a `DataLoader`, cut into normalised batches.
+
+    Args:
+        images: A set with `read(index)`, as `ImageFiles`.
+        order: Which image stands in which batch, and for which process.
+        preparation: What happens to a batch on the device.
+        augmentation: What is changed at random.
+        crop_pct: Share of an image's shorter side that evaluation crops.
+        workers: Worker processes; 0 reads in this one.
+        on_bad_image: 'stop' or 'skip'.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        order: Order,
+        preparation: Preparation,
+        augmentation: Augmentation,
+        crop_pct: float = 1.0,
+        workers: int = 0,
+        on_bad_image: str = 'stop',
+    ) -> None:
+        self.images = images.on_canvas(preparation.mean) if isinstance(images, ImageSet) else images
+        self.order, self.preparation, self.augmentation = order, preparation, augmentation
+        self.crop_pct, self.workers, self.bad_images = crop_pct, workers, BadImages(on_bad_image)
+        self.loaders: dict[int, DataLoader] = {}  # of evaluation, by size: their workers stay
+
+    def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled, augmented batches without end; see `DeviceBatches.stream`."""
+        size = self.images.img_size if isinstance(self.images, ImageSet) else img_size
+        transform = training_transform(self.preparation, self.augmentation, size)
+        places = self.order.shuffled(seed, step)
+        pairs = Pairs(lambda: ((epoch, index) for epoch, _, index in self.order.shuffled(seed, step)))
+        loader = loader(KeyedImages(self.images, transform, seed), self.workers, self.preparation, batch_sampler=pairs)
+        for (epoch, number, _), (images, labels, complaints) in zip(places, loader, strict=True):
+            self.bad_images.note(complaints)
+            images = self.preparation.augmented(images, img_size, size, seed, epoch, number)
+            yield images, labels.to(images.device, non_blocking=True)
+
+    def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share in order, never augmented, for evaluation; a label of -1 does not count."""
+        if img_size not in self.loaders:
+            pairs = Pairs(lambda: ((0, index) for index, _ in self.order.in_order()))
+            change = evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
+            self.loaders[img_size] = loader(
+                KeyedImages(self.images, change),
+                self.workers,
+                self.preparation,
+                batch_sampler=pairs,
+                persistent_workers=self.workers > 0,
+            )
+        counted = (counts for _, counts in self.order.in_order())
+        for counts, (images, labels, complaints) in zip(counted, self.loaders[img_size], strict=True):
+            self.bad_images.note(complaints)
+            readable = torch.tensor([not complaint for complaint in complaints])
+            labels = torch.where(counts & readable, labels, -1)
+            yield self.preparation.plain(images, img_size), labels.to(self.preparation.device, non_blocking=True)
+
+
+class BadImages(set):
+    """What could not be read, in words; each is logged once.
+
+    Args:
+        on_bad_image: 'stop' or 'skip'.
+    """
+
+    def __init__(self, on_bad_image: str) -> None:
+        super().__init__()
+        self.on_bad_image = on_bad_image
+
+    def note(self, complaints: Iterable[str]) -> None:
+        """Add what a batch met.
+
+        Raises:
+            OSError: With 'stop'.
+        """
+        for complaint in filter(None, complaints):
+            if self.on_bad_image == 'stop':
+                raise OSError(
+                    f'{complaint} Mend or remove it, or leave such images out with --on-bad-image skip; the same command '
+                    'then goes on from the last checkpoint.'
+                )
+            if complaint not in self:
+                self.add(complaint)
+                _logger.warning(f'left out: {complaint}')
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a signal to the whole group of processes end the run by its own process, after a checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(images: Any, workers: int, preparation: Preparation, seed: int = 0, **arguments: Any) -> DataLoader:
+    """A `DataLoader` whose workers leave signals to the run's own process, and draw nothing that training draws from."""
+    return DataLoader(
+        images,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=preparation.device.type == 'cuda',
+        generator=torch.Generator().manual_seed(seed),
+        **arguments,
+    )
+
+
+def training_transform(preparation: Preparation, augmentation: Augmentation, size: int) -> Transform:
+    """What happens to an image before it joins a batch: all changes, or what kornia wants to change on the device."""
+    if not preparation.augments:
+        return TRANSFORMS[augmentation.library](augmentation, size, preparation.mean)
+    margin = MARGIN if augmentation.crops else 1
+    return TRANSFORMS['torchvision'](Augmentation(), round(size * margin), preparation.mean)
+
+
+def evaluation_transform(in_chans: int, img_size: int, crop_pct: float) -> Transform:
+    """timm's own reading of an image, uint8, so that the exported model reads images as they are read here."""
+    change = create_transform(
+        (in_chans, img_size, img_size), interpolation='bicubic', crop_pct=crop_pct, normalize=False
+    )
+    return lambda image, seed: change(image)

@@ -1,0 +1,62 @@
+"""Which image stands in which batch, and for which process.
+
+The order of an epoch is a function of (seed, epoch) alone, whatever the number of workers or processes: a run that is
+resumed in the middle of an epoch repeats nothing and skips nothing. A batch is global: of several processes, each gets
+its share.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Order:
+    """Positions in a set of n images, batch by batch.
+
+    Args:
+        n: Images in the set.
+        batch_size: Images in a batch, over all processes.
+        rank: Number of this process.
+        count: How many processes share a batch; it must divide `batch_size` in training.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, count: int = 1) -> None:
+        self.n, self.batch_size, self.rank, self.count = n, batch_size, rank, count
+
+    def __len__(self) -> int:
+        """Full batches in an epoch of training."""
+        return self.n // self.batch_size
+
+    def epochs(self, step: int) -> Iterator[tuple[int, int]]:
+        """Epochs without end from a step of the run on, each with its first batch."""
+        epoch, start = divmod(step, len(self))
+        while True:
+            yield epoch, start
+            epoch, start = epoch + 1, 0
+
+    def shuffled(self, seed: int, step: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Epoch, number and this process's positions of each batch, without end from a step of the run on.
+
+        The last, incomplete batch of an epoch is left out.
+        """
+        for epoch, start in self.epochs(step):
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key(seed, epoch)))
+            for i in range(start, len(self)):
+                yield epoch, i, order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.count]
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's positions in order, for evaluation, and which of them count.
+
+        Process r gets r, r + count, …; where that does not make all shares equally long, the last image again, which
+        does not count.
+        """
+        share = -(-self.n // self.count)
+        index = torch.arange(share) * self.count + self.rank
+        for part in index.split(max(1, self.batch_size // self.count)):
+            yield part.clamp(max=self.n - 1), part < self.n
+
+
+def key(*numbers: int) -> int:
+    """A seed from whole numbers, the same in every process."""
+    return hash(numbers) % 2**63

@@ -1,0 +1,63 @@
+"""The last step before the model, on its device: uint8 batches to normalised ones of the right size."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linvision.data.augmentation import Augmentation, KorniaBatches
+from linvision.data.order import Order, key
+
+
+class Preparation:
+    """What happens to a batch on the device.
+
+    Args:
+        mean: Mean of each channel, on the scale 0..1.
+        std: Standard deviation of each channel.
+        device: The device.
+        augmentation: What is changed at random; only kornia's share happens here.
+        order: Who gets which images of a batch.
+    """
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        augmentation: Augmentation,
+        order: Order,
+    ) -> None:
+        self.mean, self.std, self.device = mean, std, device
+        self.augments = augmentation.active and augmentation.library == 'kornia'
+        self.kornia = cache(lambda size: KorniaBatches(augmentation, size, mean, std, order.rank, order.count))
+
+    def plain(self, images: Tensor, img_size: int) -> Tensor:
+        """Never augmented: uint8 (B, C, H, W) to float (B, C, img_size, img_size)."""
+        images = images.to(self.device, non_blocking=True)
+        mean, std = (torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in (self.mean, self.std))
+        return resize((images.float() / 255 - mean) / std, img_size)
+
+    def augmented(self, images: Tensor, img_size: int, size: int, *numbers: int) -> Tensor:
+        """As `plain`, changed at random under a seed made of `numbers`.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            img_size: Size of the images that come out.
+            size: Size that images are cropped to before they are resized to that.
+            numbers: Seed, epoch and number of the batch.
+        """
+        if not self.augments:
+            return self.plain(images, img_size)
+        images = images.to(self.device, non_blocking=True)
+        return resize(self.kornia(size)(images, key(*numbers)), img_size)
+
+
+def resize(images: Tensor, img_size: int) -> Tensor:
+    """Images (B, C, H, W) of another size: by area where they shrink, bicubic where they grow."""
+    if img_size < images.shape[-1]:
+        return F.interpolate(images, size=(img_size, img_size), mode='area')
+    if img_size > images.shape[-1]:
+        return F.interpolate(images, size=(img_size, img_size), mode='bicubic')
+    return images

@@ -1,0 +1,110 @@
+"""Batches of a stream (WebDataset shards and their like), read and changed in worker processes.
+
+timm's readers shuffle a stream by (seed, epoch) at a given number of workers and processes, and an image's draws are seeded
+by its place in it. A run that is resumed in the middle of an epoch reads up to there, and repeats and skips nothing.
+"""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from linvision.data.augmentation import Augmentation, Transform
+from linvision.data.loader_batches import BadImages, evaluation_transform, loader, training_transform
+from linvision.data.order import Order, key
+from linvision.data.preparation import Preparation
+from linvision.data.timm_sets import TimmStream
+
+
+class ChangedStream(IterableDataset):
+    """A stream's images, changed under a seed made of numbers, worker and place: `(image, label, complaint)`."""
+
+    def __init__(self, stream: Any, transform: Transform, *numbers: int) -> None:
+        self.stream, self.transform, self.numbers = stream, transform, numbers
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, str]]:
+        worker, heard = get_worker_info(), Complaints()
+        readers = logging.getLogger('timm.data.readers')
+        readers.addHandler(heard)  # timm's readers log a sample that they cannot read, and go on
+        try:
+            for i, (image, label) in enumerate(self.stream):
+                seed = key(*self.numbers, worker.id if worker else 0, i)
+                yield self.transform(image, seed), label, heard.collect()
+        finally:
+            readers.removeHandler(heard)
+
+
+class Complaints(logging.Handler):
+    """What timm's readers log of samples that they leave out."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep an error; other warnings are none of a sample."""
+        if 'error' in record.getMessage():
+            self.messages.append(record.getMessage())
+
+    def collect(self) -> str:
+        """What was logged since the last look."""
+        messages, self.messages = self.messages, []
+        return ' '.join(messages)
+
+
+class StreamBatches:
+    """A stream, cut into normalised batches; as `LoaderBatches`, without random access.
+
+    Args:
+        images: The stream.
+        order: The shares of the processes.
+        preparation: What happens to a batch on the device.
+        augmentation: What is changed at random.
+        crop_pct: Share of an image's shorter side that evaluation crops.
+        workers: Worker processes; 0 reads in this one.
+        on_bad_image: 'stop' or 'skip'.
+    """
+
+    def __init__(
+        self,
+        images: TimmStream,
+        order: Order,
+        preparation: Preparation,
+        augmentation: Augmentation,
+        crop_pct: float = 1.0,
+        workers: int = 0,
+        on_bad_image: str = 'stop',
+    ) -> None:
+        self.images, self.order, self.preparation, self.augmentation = images, order, preparation, augmentation
+        self.crop_pct, self.workers, self.bad_images = crop_pct, workers, BadImages(on_bad_image)
+
+    def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled, augmented batches without end; the batches of an epoch before `step` are read and passed over."""
+        order, share = self.order, self.order.batch_size // self.order.count
+        transform = training_transform(self.preparation, self.augmentation, img_size)
+        for epoch, start in order.epochs(step):
+            stream = self.images.open(True, seed, epoch, share, self.workers, whole=False)
+            changed = ChangedStream(stream, transform, seed, epoch, order.rank)
+            batches = islice(
+                loader(changed, self.workers, self.preparation, key(seed, epoch), batch_size=share), start, len(order)
+            )
+            for number, (images, labels, complaints) in enumerate(batches, start):
+                self.bad_images.note(complaints)
+                images = self.preparation.augmented(images, img_size, img_size, seed, epoch, number)
+                yield images, labels.to(images.device, non_blocking=True)
+
+    def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share in order, never augmented; every process reads all. A label of -1 does not count."""
+        order, change = self.order, evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
+        stream = self.images.open(False, 0, 0, order.batch_size, self.workers, whole=True)
+        changed = ChangedStream(stream, change)
+        for images, labels, complaints in loader(changed, self.workers, self.preparation, batch_size=order.batch_size):
+            self.bad_images.note(complaints)
+            index = torch.arange(-(-len(labels) // order.count)) * order.count + order.rank
+            counts, index = index < len(labels), index.clamp(max=len(labels) - 1)
+            labels = torch.where(counts, labels[index], -1).to(self.preparation.device, non_blocking=True)
+            yield self.preparation.plain(images[index], img_size), labels

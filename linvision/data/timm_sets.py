@@ -1,0 +1,181 @@
+"""What `timm.data.create_dataset` reads: WebDataset shards, Hugging Face's and TensorFlow's datasets, and torchvision's.
+
+Names as timm's: `wds/NAME` (shards in the root folder), `hfds/…`, `hfids/…`, `tfds/…`, `torch/…`. Sets with random access
+are read like folders of images; streams (`wds/`, `hfids/`, `tfds/`) are shuffled by timm's readers, by (seed, epoch) at a
+given number of workers and processes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from linvision.data.folders import read_image
+
+PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
+STREAMS = ('wds/', 'hfids/', 'tfds/')
+SPLITS = {'train': 'train', 'test': 'validation'}
+
+
+def open_timm_set(
+    name: str, root: Path, split: str, download: bool, arguments: dict[str, Any]
+) -> 'TimmImages | TimmStream':
+    """A set that timm reads.
+
+    Args:
+        name: timm's name of it.
+        root: The folder that holds it.
+        split: 'train' or 'test'.
+        download: Let the reader fetch what is missing.
+        arguments: timm's further arguments, and three of ours: `train_split` and `test_split` (timm's names of the splits,
+            as 'name-train-{0000..1023}.tar|1281167'), and `num_classes` where the set does not say.
+
+    Raises:
+        FileNotFoundError: The set, or the package that reads it, is not there.
+    """
+    arguments = dict(arguments)
+    splits = {s: arguments.pop(f'{s}_split', default) for s, default in SPLITS.items()}
+    num_classes = int(arguments.pop('num_classes', 0))
+    known = {'name': name, 'root': str(root), 'split': splits[split], 'download': download, **arguments}
+    if name.startswith('wds/'):
+        known.pop('download')
+    try:
+        found = timm.data.create_dataset(**known, **({'is_training': False} if name.startswith(STREAMS) else {}))
+    except (ImportError, RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
+        raise FileNotFoundError(
+            f'timm cannot open {name}, split {splits[split]!r}, in {root}: {error or type(error).__name__}. What it reads '
+            'and what packages that needs is in timm.data.create_dataset; splits are named by --dataset-args train_split … '
+            'test_split ….'
+        ) from error
+    reader = getattr(found, 'reader', None)
+    by_name = getattr(reader, 'class_to_idx', None) or getattr(found, 'class_to_idx', None) or {}
+    classes = tuple(sorted(by_name, key=by_name.get)) or tuple(f'class {i}' for i in range(num_classes))
+    if not classes:
+        raise ValueError(f'{name} does not say how many classes it has: say --dataset-args num_classes NUMBER.')
+    if name.startswith(STREAMS):
+        return TimmStream(known, tuple(map(str, classes)), len_of(found, name))
+    return TimmImages(found, tuple(map(str, classes)))
+
+
+def len_of(dataset: Any, name: str) -> int:
+    """Images in a stream.
+
+    Raises:
+        ValueError: It does not say.
+    """
+    n = getattr(dataset.reader, 'num_samples', 0)
+    if not n:
+        raise ValueError(
+            f'{name} does not say how many images it has: put an _info.json beside its shards, or write the split as '
+            "'name-{0000..0009}.tar|NUMBER'."
+        )
+    return n
+
+
+class TimmSet:
+    """What both kinds have in common: RGB, read at the model's size, ImageNet's mean and standard deviation."""
+
+    in_chans = 3
+    img_size = 0  # unknown: the model's
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """ImageNet's mean and standard deviation."""
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    def data_config(self, crop_pct: float) -> dict[str, Any]:
+        """How timm reads such an image as evaluation did."""
+        return {'crop_pct': crop_pct, 'crop_mode': 'center', 'interpolation': 'bicubic'}
+
+
+class TimmImages(TimmSet):
+    """A set with random access.
+
+    Args:
+        dataset: timm's `ImageDataset`, or one of torchvision's.
+        classes: Names of the classes, by label.
+        index: Which of its images; None for all.
+    """
+
+    def __init__(self, dataset: Any, classes: tuple[str, ...], index: Tensor | None = None) -> None:
+        self.dataset, self.classes = dataset, classes
+        self.index = torch.arange(len(dataset)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def subset(self, index: Tensor) -> 'TimmImages':
+        """The images at the given positions."""
+        return TimmImages(self.dataset, self.classes, self.index[index])
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image and its label.
+
+        Raises:
+            OSError: It cannot be read; the message says which.
+        """
+        place = int(self.index[index])
+        reader = getattr(self.dataset, 'reader', None)  # timm's dataset itself would go on to the next image
+        if reader is None:
+            image, label = self.dataset[place]
+            return image.convert('RGB'), int(label)
+        source, label = reader[place]
+        return read_image(source, self.in_chans, reader.filename(place)), int(label)
+
+
+class TimmStream(TimmSet):
+    """A stream of images.
+
+    Args:
+        arguments: Of `timm.data.create_dataset`.
+        classes: Names of the classes, by label.
+        n: Images in it.
+    """
+
+    def __init__(self, arguments: dict[str, Any], classes: tuple[str, ...], n: int) -> None:
+        self.arguments, self.classes, self.n = arguments, classes, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def subset(self, index: Tensor) -> 'TimmStream':
+        """All of it, or none.
+
+        Raises:
+            ValueError: A part.
+        """
+        if len(index) in (0, self.n):
+            return TimmStream(self.arguments, self.classes, len(index))
+        raise ValueError(
+            f'A stream ({self.arguments["name"]}) has no slice for validation: use --val-fraction 0, and name another split '
+            'with --dataset-args test_split ….'
+        )
+
+    def open(self, training: bool, seed: int, epoch: int, batch_size: int, workers: int, whole: bool) -> Any:
+        """timm's dataset for one epoch.
+
+        Args:
+            training: Shuffled, and this process's share alone.
+            seed: Seed of the run.
+            epoch: Number of the epoch.
+            batch_size: This process's images in a batch.
+            workers: Worker processes.
+            whole: Every process reads all of it.
+        """
+        dataset = timm.data.create_dataset(**self.arguments, is_training=training, seed=seed, batch_size=batch_size)
+        reader = dataset.reader
+        if whole:
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        dataset.set_loader_cfg(num_workers=workers)
+        dataset.set_epoch(epoch)
+        shards = getattr(getattr(reader, 'split_info', None), 'filenames', None)
+        readers = reader.dist_num_replicas * max(1, workers)
+        if training and shards and len(shards) < readers:
+            raise ValueError(
+                f'{self.arguments["name"]} has {len(shards)} shards, but {readers} processes read it, at least one each: '
+                'write more shards, or use fewer --workers.'
+            )
+        return dataset

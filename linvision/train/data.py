@@ -1,0 +1,98 @@
+"""The data of a run: the training set, its validation slice and the test set, cut into this process's batches."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from linvision.data import Augmentation, Batches, Images, ImageSet, create_batches, create_dataset
+from linvision.train.parallel import Processes
+from linvision.train.recipe import Recipe
+from linvision.train.setup import create_model, split_validation
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """What a recipe trains and is scored on.
+
+    Args:
+        recipe: The recipe.
+        processes: The processes of the run.
+
+    Attributes:
+        train_set: The training set without its validation slice.
+        mean, std: How images are normalised.
+        batches: Batches of the training set.
+        validation: Batches of the slice, or None.
+        crop_pct: Share of an image file that evaluation sees.
+        stages: Image sizes with their shares of the run.
+        mixup: timm's Mixup and CutMix.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+        self.recipe, self.processes = recipe, processes
+        self.train_set, val_set = split_validation(self.open('train'), recipe.val_fraction, recipe.seed)
+        self.mean, self.std = self.train_set.statistics()
+        config = timm.get_pretrained_cfg(recipe.model)
+        self.crop_pct = config.crop_pct or 1.0
+        self.stages = recipe.stages or ((self.natural_size(config.input_size[-1]), 1.0),)
+        self.batches = self.cut(self.train_set, recipe.batch_size, recipe.changes)
+        self.validation = self.cut(val_set, recipe.eval_batch_size) if len(val_set) else None
+        if not len(self.batches.order):
+            raise ValueError(
+                f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images.'
+            )
+        classes = len(self.train_set.classes)
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+    def open(self, split: str) -> Images:
+        """A split of the recipe's set: the first process fetches what is missing, then the others read it."""
+        r = self.recipe
+        load = partial(create_dataset, r.dataset, r.data_dir, split, r.download, **r.dataset_args)
+        loaded: list[Images] = []
+        self.processes.first(lambda: loaded.append(load()))
+        return loaded[0] if loaded else load()
+
+    def cut(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
+        """This process's share of the batches of a set."""
+        reading = {'workers': self.recipe.workers, 'on_bad_image': self.recipe.on_bad_image, 'crop_pct': self.crop_pct}
+        where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
+        return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
+
+    def test(self) -> Batches:
+        """Batches of the test set."""
+        return self.cut(self.open('test'), self.recipe.eval_batch_size)
+
+    def natural_size(self, model_size: int) -> int:
+        """The image size of a recipe without stages: the set's own, for files at most the model's."""
+        found = self.train_set.img_size
+        if isinstance(self.train_set, ImageSet):
+            return found
+        if not found or found >= model_size:
+            return model_size
+        with torch.device('meta'):
+            patch = create_model(self.recipe, self.shape, model_size).patch_embed.patch_size[0]
+        return max(patch, found // patch * patch)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What the images ask of a model."""
+        return {'in_chans': self.train_set.in_chans, 'num_classes': len(self.train_set.classes)}
+
+    def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches from a step on."""
+        return self.batches.stream(self.recipe.seed, step, img_size)
+
+    def bad_images(self) -> list[str]:
+        """What could not be read in training, in words; all processes call this together."""
+        return self.processes.union(self.batches.bad_images)
+
+    def data_config(self) -> dict[str, Any]:
+        """How timm reads an image as evaluation did."""
+        return {'mean': self.mean, 'std': self.std, **self.train_set.data_config(self.crop_pct)}

@@ -1,0 +1,138 @@
+"""Self-pretraining by masked pixels: parts of an image are hidden, and the model tells their pixels from the rest.
+
+As in SimMIM (arXiv 2111.09886), on the images of the task itself (arXiv 2310.02980), with one linear layer over the tokens
+as decoder: the model's own head, over every token instead of their mean. Hidden tokens stand where padding would: they
+ask, but nothing reads them (as the decoder of CrossMAE, arXiv 2401.14391), so that no pixel of theirs can leak, and E
+needs no learned stand-in for them.
+"""
+
+import torch
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from linvision.data import Batches
+from linvision.network import LinformerVisionTransformer
+from linvision.train.precision import autocast
+
+
+def adapt(model: nn.Module) -> None:
+    """Let the head tell pixels from each token, instead of classes from their mean.
+
+    Raises:
+        ValueError: The model cannot hide tokens.
+    """
+    if not isinstance(model, LinformerVisionTransformer):
+        raise ValueError(
+            f'masked_pixels hides tokens, which only linformer_vit_* models can; got {type(model).__name__}. '
+            "(--model-args projection none is a plain ViT's attention.)"
+        )
+    pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1] * model.in_chans
+    model.reset_classifier(pixels, '')
+
+
+def hidden_tokens(
+    batch: int, grid: tuple[int, int], ratio: float, cell: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Which tokens are hidden: (B, N), boolean, the same number of cells in each image, at random.
+
+    Args:
+        batch: Images.
+        grid: Tokens along each axis.
+        ratio: Share of the cells that is hidden; at least one is, and one is not.
+        cell: Side of a cell in tokens.
+        generator: Source of the draws; torch's own by default.
+    """
+    height, width = (-(-n // cell) for n in grid)
+    n = min(max(1, round(ratio * height * width)), height * width - 1)
+    if n < 1:
+        raise ValueError(f'mask_size leaves one cell on a grid of {grid[0]}×{grid[1]} tokens: choose a smaller one.')
+    drawn = torch.rand(batch, height * width, generator=generator).argsort(dim=1)
+    cells = (drawn < n).unflatten(1, (height, width))
+    return cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, : grid[0], : grid[1]].flatten(1)
+
+
+def patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """The pixels of each token: (B, C, h·p, w·q) -> (B, h·w, p·q·C)."""
+    B, C, height, width = images.shape
+    x = images.reshape(B, C, height // patch[0], patch[0], width // patch[1], patch[1])
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def mask_for(model: nn.Module, images: Tensor, ratio: float, size: int, seed: int | None = None) -> Tensor:
+    """Hidden tokens for a batch; with a seed, the same at every call."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    cell = max(1, size // model.patch_embed.patch_size[0])
+    return hidden_tokens(len(images), model.patch_embed.grid_size, ratio, cell, generator).to(images.device)
+
+
+def reconstruction_loss(model: nn.Module, output: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of the hidden, normalised pixels.
+
+    Args:
+        model: The model, for its patch size.
+        output: What the head says of each token, (B, P + N, p·q·C).
+        images: (B, C, height, width).
+        mask: Hidden tokens, (B, N).
+    """
+    said = output[:, model.num_prefix_tokens :].float()
+    return (said - patches(images, model.patch_embed.patch_size)).square().mean(-1)[mask].mean()
+
+
+class MaskedPixelsTask(ClassificationTask):
+    """timm's task, with hidden pixels in the place of labels.
+
+    Args:
+        model: The model, adapted.
+        ratio: Share of the image that is hidden.
+        size: Side of what is hidden together, in pixels.
+        arguments: Those of timm's task.
+    """
+
+    def __init__(self, model: nn.Module, ratio: float, size: int, **arguments: object) -> None:
+        super().__init__(model, **arguments)
+        self.ratio, self.size = ratio, size
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch, and what the head says; labels are not looked at."""
+        module = self.trainable_module
+        model = getattr(module, 'module', module)
+        mask = mask_for(model, input, self.ratio, self.size)
+        output = module(input, key_padding_mask=mask)
+        return {'loss': reconstruction_loss(model, output, input, mask), 'output': output}
+
+
+@torch.no_grad()
+def evaluate_masked(
+    model: nn.Module, batches: Batches, img_size: int, ratio: float, size: int, precision: str = 'fp32'
+) -> dict[str, float]:
+    """Mean loss on a set, each image hidden in the same way at every call.
+
+    Args:
+        model: The model, adapted; left in its mode.
+        batches: The set; all processes call this together.
+        img_size: Size of the images.
+        ratio: Share of the image that is hidden.
+        size: Side of what is hidden together, in pixels.
+        precision: Precision of the forward pass.
+
+    Returns:
+        `loss` (mean over images) and `num_samples`.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, (images, labels) in enumerate(batches.ordered(img_size)):
+        mask = mask_for(model, images, ratio, size, seed=i)
+        with autocast(images.device, precision):
+            output = model(images, key_padding_mask=mask)
+        counted = labels >= 0
+        if counted.any():
+            loss = reconstruction_loss(model, output[counted], images[counted], mask[counted])
+            total += torch.tensor([float(loss) * int(counted.sum()), int(counted.sum())], dtype=torch.float64)
+    model.train(training)
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    if batches.order.count > 1:
+        torch.distributed.all_reduce(total)
+    return {'loss': total[0].item() / max(total[1].item(), 1), 'num_samples': int(total[1])}
