@@ -1,10 +1,10 @@
 """Random changes of training images, by torchvision, albumentations or kornia.
 
-torchvision's and albumentations' change one image at a time on the CPU, uint8 in and out; kornia's a batch on the device,
-which it normalises too. Each offers the same operations, in the same order, as far as it has them: crop, flip,
-RandAugment (torchvision alone: kornia's draws one operation for a whole batch, albumentations has none), colour, erasing.
-What an erased area or a border is filled with is the mean colour, zero once normalised. Mixup and CutMix are timm's, in
-the training loop. `docs/augmentation.md` compares the three.
+torchvision and albumentations change one image at a time on the CPU, uint8 in and out; kornia changes a batch on its
+device, and normalises it too. Each offers the same operations as far as it has them: crop, shift, flip, RandAugment
+(torchvision alone: kornia's draws one operation for a whole batch, albumentations has none), colour, erasing. What an
+erased area or a border is filled with is the mean colour, zero once normalised. Mixup and CutMix are timm's, in the
+training loop. `docs/augmentation.md` compares the three.
 """
 
 import os
@@ -61,12 +61,13 @@ class Augmentation:
         """Raise ValueError for what the library cannot do to images of so many channels."""
         if self.rand_augment and self.library != 'torchvision':
             raise ValueError(
-                f"rand_augment is torchvision's alone, got augmentation {self.library!r}: say --augmentation torchvision."
+                f"rand_augment is torchvision's alone, got augmentation {self.library!r}: "
+                'say --augmentation torchvision.'
             )
         if in_chans != 3 and (self.rand_augment or self.color_jitter):
             raise ValueError(
-                f'rand_augment and color_jitter change colours, but the images have {in_chans} channel(s): switch them off '
-                'with --rand-augment 0 --color-jitter 0.'
+                f'rand_augment and color_jitter change colours, but the images have {in_chans} channel(s): switch them '
+                'off with --rand-augment 0 --color-jitter 0.'
             )
 
 
@@ -176,7 +177,7 @@ class KorniaBatches:
         self.rank, self.count = rank, count
 
     def __call__(self, images: Tensor, seed: int) -> Tensor:
-        """This process's uint8 images (B, C, H, W) of the batch with this seed to normalised ones (B, C, size, size)."""
+        """This process's uint8 images of the batch with this seed, (B, C, H, W), normalised: (B, C, size, size)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drawn = self.change.forward_parameters(torch.Size((len(images) * self.count, *images.shape[1:])))

@@ -130,7 +130,7 @@ def image_folder(root: Path, split: str) -> ImageFiles:
     """A folder of one's own.
 
     Raises:
-        FileNotFoundError: There are no class folders with images where they should be; the message says what goes where.
+        FileNotFoundError: There are no class folders with images; the message says what goes where.
         ValueError: The test folder has a class that the training folder lacks.
     """
     train = root / 'train' if (root / 'train').is_dir() else root
@@ -203,8 +203,8 @@ def imagenette(root: Path, split: str, download: bool) -> ImageFiles:
         Imagenette(str(root), 'train', '320px', download and not folder.is_dir())
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
-            f'Imagenette is not in {folder} and could not be fetched ({error}). Unpack imagenette2-320.tgz into {root}, '
-            f'so that {folder}/train and {folder}/val hold its ten folders.'
+            f'Imagenette is not in {folder} and could not be fetched ({error}). Unpack imagenette2-320.tgz into '
+            f'{root}, so that {folder}/train and {folder}/val hold its ten folders.'
         ) from error
     return in_words(image_folder(folder, split))
 

@@ -1,8 +1,8 @@
 """Batches whose images are read, and augmented one by one, in worker processes: sets that no memory holds.
 
-The draws of an image are seeded by (seed, epoch, index), so that they depend on neither the number of workers nor that of
-processes. An image that cannot be read ends the run, named; or it is left out, counted and logged: in training the next
-image of the set takes its place, so that batches keep their size.
+The draws of an image are seeded by (seed, epoch, index), so that they depend on neither the number of workers nor that
+of processes. An image that cannot be read ends the run, named; or it is left out, counted and logged: in training the
+next image of the set takes its place, so that batches keep their size.
 """
 
 import logging
@@ -99,7 +99,9 @@ class LoaderBatches:
         transform = training_transform(self.preparation, self.augmentation, size)
         places = self.order.shuffled(seed, step)
         pairs = Pairs(lambda: ((epoch, index) for epoch, _, index in self.order.shuffled(seed, step)))
-        loader = loader(KeyedImages(self.images, transform, seed), self.workers, self.preparation, batch_sampler=pairs)
+        loader = create_loader(
+            KeyedImages(self.images, transform, seed), self.workers, self.preparation, batch_sampler=pairs
+        )
         for (epoch, number, _), (images, labels, complaints) in zip(places, loader, strict=True):
             self.bad_images.note(complaints)
             images = self.preparation.augmented(images, img_size, size, seed, epoch, number)
@@ -110,7 +112,7 @@ class LoaderBatches:
         if img_size not in self.loaders:
             pairs = Pairs(lambda: ((0, index) for index, _ in self.order.in_order()))
             change = evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
-            self.loaders[img_size] = loader(
+            self.loaders[img_size] = create_loader(
                 KeyedImages(self.images, change),
                 self.workers,
                 self.preparation,
@@ -145,8 +147,8 @@ class BadImages(set):
         for complaint in filter(None, complaints):
             if self.on_bad_image == 'stop':
                 raise OSError(
-                    f'{complaint} Mend or remove it, or leave such images out with --on-bad-image skip; the same command '
-                    'then goes on from the last checkpoint.'
+                    f'{complaint} Mend or remove it, or leave such images out with --on-bad-image skip; the same '
+                    'command then goes on from the last checkpoint.'
                 )
             if complaint not in self:
                 self.add(complaint)
@@ -159,8 +161,8 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(images: Any, workers: int, preparation: Preparation, seed: int = 0, **arguments: Any) -> DataLoader:
-    """A `DataLoader` whose workers leave signals to the run's own process, and draw nothing that training draws from."""
+def create_loader(images: Any, workers: int, preparation: Preparation, seed: int = 0, **arguments: Any) -> DataLoader:
+    """A `DataLoader` whose workers leave signals to the run's own process, with draws of its own."""
     return DataLoader(
         images,
         num_workers=workers,

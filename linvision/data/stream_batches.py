@@ -1,7 +1,7 @@
 """Batches of a stream (WebDataset shards and their like), read and changed in worker processes.
 
-timm's readers shuffle a stream by (seed, epoch) at a given number of workers and processes, and an image's draws are seeded
-by its place in it. A run that is resumed in the middle of an epoch reads up to there, and repeats and skips nothing.
+timm's readers shuffle a stream by (seed, epoch) at a given number of workers and processes, and an image's draws are
+seeded by its place in it. A run that is resumed in the middle of an epoch reads up to there, and skips nothing.
 """
 
 import logging
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from linvision.data.augmentation import Augmentation, Transform
-from linvision.data.loader_batches import BadImages, evaluation_transform, loader, training_transform
+from linvision.data.loader_batches import BadImages, create_loader, evaluation_transform, training_transform
 from linvision.data.order import Order, key
 from linvision.data.preparation import Preparation
 from linvision.data.timm_sets import TimmStream
@@ -90,7 +90,9 @@ class StreamBatches:
             stream = self.images.open(True, seed, epoch, share, self.workers, whole=False)
             changed = ChangedStream(stream, transform, seed, epoch, order.rank)
             batches = islice(
-                loader(changed, self.workers, self.preparation, key(seed, epoch), batch_size=share), start, len(order)
+                create_loader(changed, self.workers, self.preparation, key(seed, epoch), batch_size=share),
+                start,
+                len(order),
             )
             for number, (images, labels, complaints) in enumerate(batches, start):
                 self.bad_images.note(complaints)
@@ -102,7 +104,9 @@ class StreamBatches:
         order, change = self.order, evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
         stream = self.images.open(False, 0, 0, order.batch_size, self.workers, whole=True)
         changed = ChangedStream(stream, change)
-        for images, labels, complaints in loader(changed, self.workers, self.preparation, batch_size=order.batch_size):
+        for images, labels, complaints in create_loader(
+            changed, self.workers, self.preparation, batch_size=order.batch_size
+        ):
             self.bad_images.note(complaints)
             index = torch.arange(-(-len(labels) // order.count)) * order.count + order.rank
             counts, index = index < len(labels), index.clamp(max=len(labels) - 1)

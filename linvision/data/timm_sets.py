@@ -1,8 +1,8 @@
-"""What `timm.data.create_dataset` reads: WebDataset shards, Hugging Face's and TensorFlow's datasets, and torchvision's.
+"""What `timm.data.create_dataset` reads: WebDataset shards, datasets of Hugging Face, TensorFlow and torchvision.
 
-Names as timm's: `wds/NAME` (shards in the root folder), `hfds/…`, `hfids/…`, `tfds/…`, `torch/…`. Sets with random access
-are read like folders of images; streams (`wds/`, `hfids/`, `tfds/`) are shuffled by timm's readers, by (seed, epoch) at a
-given number of workers and processes.
+Names as timm's: `wds/NAME` (shards in the root folder), `hfds/…`, `hfids/…`, `tfds/…`, `torch/…`. Sets with random
+access are read like folders of images; streams (`wds/`, `hfids/`, `tfds/`) are shuffled by timm's readers, by (seed,
+epoch) at a given number of workers and processes (`stream_batches.py`).
 """
 
 from pathlib import Path
@@ -31,8 +31,8 @@ def open_timm_set(
         root: The folder that holds it.
         split: 'train' or 'test'.
         download: Let the reader fetch what is missing.
-        arguments: timm's further arguments, and three of ours: `train_split` and `test_split` (timm's names of the splits,
-            as 'name-train-{0000..1023}.tar|1281167'), and `num_classes` where the set does not say.
+        arguments: timm's further arguments, and three of ours: `train_split` and `test_split` (timm's names of the
+            splits, as 'name-train-{0000..1023}.tar|1281167'), and `num_classes` where the set does not say.
 
     Raises:
         FileNotFoundError: The set, or the package that reads it, is not there.
@@ -47,9 +47,9 @@ def open_timm_set(
         found = timm.data.create_dataset(**known, **({'is_training': False} if name.startswith(STREAMS) else {}))
     except (ImportError, RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
         raise FileNotFoundError(
-            f'timm cannot open {name}, split {splits[split]!r}, in {root}: {error or type(error).__name__}. What it reads '
-            'and what packages that needs is in timm.data.create_dataset; splits are named by --dataset-args train_split … '
-            'test_split ….'
+            f'timm cannot open {name}, split {splits[split]!r}, in {root}: {error or type(error).__name__}. What it '
+            'reads and what packages that needs is in timm.data.create_dataset; splits are named by --dataset-args '
+            'train_split … test_split ….'
         ) from error
     reader = getattr(found, 'reader', None)
     by_name = getattr(reader, 'class_to_idx', None) or getattr(found, 'class_to_idx', None) or {}
@@ -150,8 +150,8 @@ class TimmStream(TimmSet):
         if len(index) in (0, self.n):
             return TimmStream(self.arguments, self.classes, len(index))
         raise ValueError(
-            f'A stream ({self.arguments["name"]}) has no slice for validation: use --val-fraction 0, and name another split '
-            'with --dataset-args test_split ….'
+            f'A stream ({self.arguments["name"]}) has no slice for validation: use --val-fraction 0, and name another '
+            'split with --dataset-args test_split ….'
         )
 
     def open(self, training: bool, seed: int, epoch: int, batch_size: int, workers: int, whole: bool) -> Any:
@@ -175,7 +175,7 @@ class TimmStream(TimmSet):
         readers = reader.dist_num_replicas * max(1, workers)
         if training and shards and len(shards) < readers:
             raise ValueError(
-                f'{self.arguments["name"]} has {len(shards)} shards, but {readers} processes read it, at least one each: '
-                'write more shards, or use fewer --workers.'
+                f'{self.arguments["name"]} has {len(shards)} shards, but {readers} processes read it, at least one '
+                'each: write more shards, or use fewer --workers.'
             )
         return dataset

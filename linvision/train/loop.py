@@ -10,7 +10,7 @@ Notable here:
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ class Run:
         self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
         self.board.say(
             f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
-            f'{recipe.dataset}: {len(self.data.train_set):,} training images, {joined.device}, {self.learner.precision}, '
-            f'{torch.get_num_threads()} threads'
+            f'{recipe.dataset}: {len(self.data.train_set):,} training images, {joined.device}, '
+            f'{self.learner.precision}, {torch.get_num_threads()} threads'
             + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.at.step}' if found else '')
         )

@@ -91,7 +91,7 @@ class Recipe:
     teacher_temperature: float = 1.0
     """Temperature at which student and teacher are compared."""
     augmentation: Literal['torchvision', 'albumentations', 'kornia'] = 'torchvision'
-    """Who changes images at random: 'torchvision' and 'albumentations' one by one on the CPU, 'kornia' on the device."""
+    """Who changes images: 'torchvision' and 'albumentations' one by one on the CPU, 'kornia' batches on the device."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest share of the image in a random resized crop (1 1: off)."""
     hflip: float = 0.0
