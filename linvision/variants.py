@@ -50,6 +50,9 @@ default_cfgs = generate_default_cfgs(
     {
         'test_linformer_vit.untrained': _cfg(16),
         'linformer_vit_pico_patch1_32.untrained': _cfg(32),
+        'linformer_vit_pico_patch2_32.untrained': _cfg(32),
+        'linformer_vit_pico_patch4_32.untrained': _cfg(32),
+        'linformer_vit_tiny_patch2_32.untrained': _cfg(32),
         'linformer_vit_pico_patch1_64.untrained': _cfg(64),
         'linformer_vit_pico_patch1_128.untrained': _cfg(128),
         'linformer_vit_pico_patch1_256.untrained': _cfg(256),
@@ -228,6 +231,27 @@ def linformer_vit_base_patch1_224(pretrained: bool = False, **kwargs: Any) -> Li
     """Linformer ViT base: 50,176 tokens of one pixel, K = 256."""
     defaults = _pixels(224, 1, 256, **SIZES['base'])
     return _create('linformer_vit_base_patch1_224', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_pico_patch2_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT pico: 256 tokens of 2×2 pixels, K = 64."""
+    defaults = _pixels(32, 2, 64, **SIZES['pico'])
+    return _create('linformer_vit_pico_patch2_32', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_pico_patch4_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT pico: 64 tokens of 4×4 pixels, K = 16."""
+    defaults = _pixels(32, 4, 16, **SIZES['pico'])
+    return _create('linformer_vit_pico_patch4_32', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_tiny_patch2_32(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT tiny: 256 tokens of 2×2 pixels, K = 64."""
+    defaults = _pixels(32, 2, 64, **SIZES['tiny'])
+    return _create('linformer_vit_tiny_patch2_32', pretrained, defaults, kwargs)
 
 
 @register_model

@@ -2,8 +2,8 @@
 
 As in SimMIM (arXiv 2111.09886), on the images of the task itself (arXiv 2310.02980), with one linear layer over the
 tokens as decoder: the model's own head, over every token instead of their mean. Hidden tokens stand where padding
-would: they ask, but nothing reads them (as in the decoder of CrossMAE, arXiv 2401.14391), so that no pixel of theirs can leak,
-and E needs no learned stand-in for them.
+would: they ask, but nothing reads them (as in the decoder of CrossMAE, arXiv 2401.14391), so that no pixel of theirs
+can leak, and E needs no learned stand-in for them.
 """
 
 import torch

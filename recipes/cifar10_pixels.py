@@ -1,0 +1,37 @@
+"""CIFAR-10, pixel by pixel: 1,024 tokens.
+
+    python recipes/cifar10_pixels.py --output-dir outputs/cifar10_pixels --data-dir data
+    torchrun --nproc-per-node 8 recipes/cifar10_pixels.py --output-dir outputs/cifar10_pixels --data-dir data
+
+Result: not yet run. To compare with: 96.5 % of CCT-7/3x1 after 300 epochs (SHI-Labs/Compact-Transformers).
+
+The set lives on the device as uint8, and kornia changes it there in batches. Coarse to fine: half of the steps on 16×16
+images (256 tokens).
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='linformer_vit_tiny_patch1_32',
+    dataset='cifar10',
+    output_dir=Path('outputs/cifar10_pixels'),
+    epochs=300,
+    stages=((16, 0.5), (32, 0.5)),
+    batch_size=256,
+    opt='muon',
+    lr=0.01,
+    smoothing=0.1,
+    cutmix=1.0,
+    augmentation='kornia',
+    hflip=0.5,
+    shift=4,
+    erase=0.25,
+    val_fraction=0.02,
+    eval_every=5,
+    checkpoint_every=1000,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)

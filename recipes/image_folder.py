@@ -1,0 +1,30 @@
+"""A folder of your own images: classes, channels and sizes are found out.
+
+    python recipes/image_folder.py --data-dir MY_IMAGES --output-dir outputs/my_images
+    python scripts/predict.py --model outputs/my_images/model SOME_IMAGE
+
+`MY_IMAGES/train/CLASS/IMAGE` and `MY_IMAGES/val/CLASS/IMAGE`, or `MY_IMAGES/CLASS/IMAGE`, of which every fifth is then
+the test. Images are read at their own size, at most 64×64 (4,096 tokens): `--stages 128 1` takes another.
+
+Result: TODO
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='linformer_vit_pico_patch1_64',
+    dataset='image_folder',
+    output_dir=Path('outputs/image_folder'),
+    epochs=20,
+    batch_size=32,
+    opt='muon',
+    lr=0.01,
+    crop_scale=(0.6, 1.0),
+    hflip=0.5,
+    checkpoint_every=100,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)

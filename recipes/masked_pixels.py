@@ -1,0 +1,31 @@
+"""Self-pretraining by masked pixels, on any dataset: the backbone that it leaves starts every other recipe.
+
+    python recipes/masked_pixels.py --dataset fashion_mnist --output-dir outputs/masked_pixels --data-dir data
+    python recipes/fashion_mnist_pixels.py --init outputs/masked_pixels/model --data-dir data
+
+Half of each image is hidden in squares of 4×4 pixels; the loss is the squared error of the hidden, normalised pixels
+(SimMIM, arXiv 2111.09886, on the task's own images, arXiv 2310.02980). Labels are not looked at.
+
+Result: TODO
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='linformer_vit_pico_patch1_32',
+    task='masked_pixels',
+    dataset='fashion_mnist',
+    output_dir=Path('outputs/masked_pixels'),
+    epochs=3,
+    stages=((16, 0.75), (32, 0.25)),
+    batch_size=32,
+    opt='muon',
+    lr=0.01,
+    augmentation='kornia',
+    hflip=0.5,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)
