@@ -7,13 +7,8 @@ scores 3,000 images kept from the training set (5 %, drawn by the seed); the tes
 `docs/choices.json` and `docs/choices.md`.
 """
 
-import contextlib
-import dataclasses
 import json
-import multiprocessing
-import runpy
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +17,14 @@ import tyro
 
 from linvision.projection import Projection
 from linvision.resize import area_matrix
-from linvision.train import Recipe, train
+from trials import ROOT, mean_and_spread, run_trials
 
-ROOT = Path(__file__).resolve().parent.parent
+FIELDS = ('val_top1', 'val_num_samples', 'images_seen', 'num_parameters', 'train_minutes')  # that are kept of a run
 MODEL = {
     'separable E, conv positions, local path, Muon': {},
     'linear E': {'projection': 'linear'},
     'full attention': {'projection': 'none'},
-    'E starts as block means': {'change': 'block_means'},
+    'E starts as block means': {},
     'layer norm after E (as registered)': {'row_norm': True},
     'queries and keys normalised': {'qk_norm': True},
     'separable positions': {'pos_embed': 'separable'},
@@ -55,24 +50,8 @@ def block_means() -> None:
 
 def settings_of(change: dict[str, Any]) -> dict[str, Any]:
     """Fields of the recipe for a change of the first table; its first line has no norm after E."""
-    fields = {k: change[k] for k in ('change', 'opt', 'lr') if k in change}
+    fields = {k: change[k] for k in ('opt', 'lr') if k in change}
     return {**fields, 'model_args': {'row_norm': False, **{k: v for k, v in change.items() if k not in fields}}}
-
-
-def trial(name: str, seed: int, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train one variant with one seed, in a process of its own; its figures."""
-    settings = dict(settings)
-    change = settings.pop('change', '')
-    if change:
-        globals()[change]()
-    base: Recipe = runpy.run_path(str(ROOT / 'recipes' / 'fashion_mnist_pixels.py'))['RECIPE']
-    output_dir = folder / f'{name.replace(" ", "_")}_{seed}'
-    recipe = dataclasses.replace(base, output_dir=output_dir, seed=seed, **settings)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
-        metrics = train(recipe)
-    print(f'{name}, seed {seed}: {100 * metrics["val_top1"]:.2f} %, {metrics["images_seen"]:,} images', flush=True)
-    return {k: metrics[k] for k in ('val_top1', 'val_num_samples', 'images_seen', 'num_parameters', 'train_minutes')}
 
 
 def main(
@@ -107,14 +86,10 @@ def main(
         'stages': {k: {**common, 'max_minutes': stage_minutes, **v} for k, v in STAGES.items()},
     }
     result = {'minutes': minutes, 'stage_minutes': stage_minutes, 'seeds': seeds, 'torch': torch.__version__}
-    context = multiprocessing.get_context('spawn')
     for table, variants in tables.items():
-        jobs = [(name, seed) for seed in range(seeds) for name in variants]
-        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-            runs = [pool.submit(trial, name, seed, variants[name], output_dir.resolve()) for name, seed in jobs]
-        result[table] = {
-            name: [run.result() for job, run in zip(jobs, runs, strict=True) if job[0] == name] for name in variants
-        }
+        before = {'E starts as block means': block_means}
+        runs = run_trials('fashion_mnist_pixels', variants, seeds, workers, output_dir, before)
+        result[table] = {name: [{k: run[k] for k in FIELDS} for run in found] for name, found in runs.items()}
     (ROOT / 'docs' / 'choices.json').write_text(json.dumps(result, indent=2) + '\n')
     (ROOT / 'docs' / 'choices.md').write_text(page(result))
 
@@ -147,12 +122,9 @@ def rows(runs: dict[str, list[dict[str, Any]]], title: str) -> str:
     """One table of variants."""
     lines = [f'| {title} | validation top-1 | images seen | parameters |', '| --- | --- | --- | --- |']
     for name, trials in runs.items():
-        scores = [100 * run['val_top1'] for run in trials]
-        spread = f' ± {statistics.stdev(scores):.1f}' if len(scores) > 1 else ''
+        scores = mean_and_spread([100 * run['val_top1'] for run in trials])
         seen = statistics.mean(run['images_seen'] for run in trials)
-        lines.append(
-            f'| {name} | {statistics.mean(scores):.1f}{spread} % | {seen:,.0f} | {trials[0]["num_parameters"]:,} |'
-        )
+        lines.append(f'| {name} | {scores} % | {seen:,.0f} | {trials[0]["num_parameters"]:,} |')
     return '\n'.join(lines)
 
 

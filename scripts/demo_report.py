@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linvision.attention_map import attention_maps
-from linvision.data import Batches, ImageSet, create_batches, create_dataset
+from linvision.data import Batches, ImageSet, create_batches, create_dataset, in_memory
 from predict import load_model
 from softmax_regression import softmax_regression
 
@@ -167,9 +167,11 @@ def report(run: Path) -> dict[str, Any]:
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Train without --no-test.')
     model = load_model(run / 'model')
-    test_set = create_dataset(recipe['dataset'], recipe['data_dir'], 'test')
+    test_set = in_memory(create_dataset(recipe['dataset'], recipe['data_dir'], 'test'), model.patch_embed.img_size[0])
     score = f'it is right on {100 * metrics["top1"]:.2f} % of all {metrics["num_samples"]:,}'
     picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
+    files = recipe['dataset'] == 'image_folder'
+    baseline, shrunk = ('16×16 pixels', {'img_size': 16, 'l2': 'auto'}) if files else ('raw pixels', {})
     rows = {
         recipe['model']: {
             'top1': metrics['top1'],
@@ -178,7 +180,7 @@ def report(run: Path) -> dict[str, Any]:
             'train_seconds': 60 * metrics['train_minutes'],
             'tokens': metrics['tokens'],
         },
-        'softmax regression, raw pixels': softmax_regression(recipe['dataset'], recipe['data_dir']),
+        f'softmax regression, {baseline}': softmax_regression(recipe['dataset'], recipe['data_dir'], **shrunk),
     }
     (run / 'report.json').write_text(json.dumps(rows, indent=2) + '\n')
     return rows

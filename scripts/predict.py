@@ -15,14 +15,12 @@ from typing import Annotated, Any
 import timm
 import torch
 import tyro
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import linvision  # noqa: F401  (registers the models)
-
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
+from linvision.data.folders import MODES, read_image
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -62,24 +60,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             raise FileNotFoundError(f'{path} does not exist.')
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
             if not found:
-                raise FileNotFoundError(f'{path} holds no image ({", ".join(SUFFIXES)}).')
+                raise FileNotFoundError(f'{path} holds no image ({", ".join(IMG_EXTENSIONS)}).')
         images += found
     return images
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """An image with 1 (grey) or 3 (RGB) channels.
-
-    Raises:
-        ValueError: The file is no image, or a damaged one.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert(MODES[channels])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{path} cannot be read as an image ({type(error).__name__}).') from error
 
 
 @torch.inference_mode()
@@ -135,7 +120,7 @@ def main(
         if not images:
             raise ValueError('Expected at least one image or folder after the options.')
         results = predict(load_model(model), find_images(images), topk)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
     try:
         print(json.dumps(results, indent=2) if as_json else table(results), flush=True)

@@ -11,7 +11,7 @@ import pytest
 import timm
 import timm.layers
 import torch
-from runs import small
+from runs import data_config, small
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import create_dataset
@@ -54,5 +54,5 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = create_dataset('fake', folder, 'train')
     torch.manual_seed(0)
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
-    export_model(model, folder, images, *images.statistics())
+    export_model(model, folder, images, data_config(images))
     return folder

@@ -1,13 +1,17 @@
-"""What several tests of training share: a small recipe, and what a run leaves behind."""
+"""What several tests share: a small recipe, what a run leaves behind, images that are told apart by their content."""
 
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from linvision.data import ImageSet
 from linvision.train import Recipe
+
+CPU = torch.device('cpu')
 
 
 def small(folder: Path, **changes: Any) -> Recipe:
@@ -33,3 +37,16 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def events(folder: Path) -> EventAccumulator:
     """What TensorBoard shows of a run."""
     return EventAccumulator(str(folder / 'tensorboard'), size_guidance={'images': 0}).Reload()
+
+
+def image_set(n: int = 40, side: int = 6, img_size: int = 8, in_chans: int = 1) -> ImageSet:
+    """Images that are told apart by their content: image i holds i + 1 everywhere but in one corner."""
+    images = (torch.arange(n, dtype=torch.uint8) + 1)[:, None, None, None].expand(n, in_chans, side, side).clone()
+    images[:, :, 0, 0] = 200
+    return ImageSet(images, torch.arange(n), tuple(str(i) for i in range(n)), img_size)
+
+
+def data_config(images: ImageSet) -> dict[str, Any]:
+    """What a run on this set writes about how images are read."""
+    mean, std = images.statistics()
+    return {'mean': mean, 'std': std, **images.data_config(1.0)}

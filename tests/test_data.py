@@ -2,67 +2,46 @@
 
 import gzip
 import struct
+from itertools import islice
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from runs import CPU, data_config, image_set
 from timm.data import create_transform
 from torchvision.transforms.functional import to_pil_image
 
-from linvision.data import DeviceBatches, ImageSet, create_dataset, fashion_mnist
+from linvision.data import Augmentation, ImageSet, create_batches, create_dataset, fashion_mnist
 from linvision.train.export import export_model
 from linvision.train.setup import split_validation
 
-CPU = torch.device('cpu')
 
-
-def image_set(n=40, side=6, img_size=8):
-    """Images that are told apart by their content: image i holds i + 1 everywhere but in one corner."""
-    images = (torch.arange(n, dtype=torch.uint8) + 1)[:, None, None, None].expand(n, 1, side, side).clone()
-    images[:, :, 0, 0] = 200
-    return ImageSet(images, torch.arange(n), tuple(str(i) for i in range(n)), img_size)
-
-
-def batches(images, batch_size=8):
-    return DeviceBatches(images, batch_size, (0.5,), (0.25,), CPU)
+def batches(images, batch_size=8, augmentation=None):
+    return create_batches(images, batch_size, (0.5,), (0.25,), CPU, augmentation)
 
 
 def test_an_epoch_shows_every_image_once_with_its_label():
-    found = batches(image_set())
+    stream = batches(image_set()).stream(seed=3, step=5, img_size=8)  # the second epoch
     seen = []
-    for images, labels in found.epoch(seed=3, epoch=1, img_size=8):
+    for images, labels in islice(stream, 5):
         pixels = ((images * 0.25 + 0.5) * 255).round().long()[:, 0, 4, 4] - 1
         assert torch.equal(pixels, labels)
         seen += labels.tolist()
     assert sorted(seen) == list(range(40)) and seen != sorted(seen)
 
 
-def test_batches_depend_on_seed_epoch_and_index_alone():
-    found = batches(image_set())
-    arguments = {'img_size': 8, 'hflip': 0.5, 'shift': 2}
-    whole = [x for x, _ in found.epoch(5, 2, **arguments)]
-    resumed = [x for x, _ in found.epoch(5, 2, start=3, **arguments)]
+def test_batches_on_the_device_depend_on_seed_epoch_and_index_alone():
+    found = batches(image_set(), augmentation=Augmentation('kornia', hflip=0.5, shift=2))
+    whole = [x for x, _ in islice(found.stream(5, 10, 8), 5)]  # the third epoch
+    resumed = [x for x, _ in islice(found.stream(5, 13, 8), 2)]
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], resumed, strict=True))
-    assert not torch.equal(whole[0], next(found.epoch(5, 3, **arguments))[0])
-    assert not torch.equal(whole[0], next(found.epoch(6, 2, **arguments))[0])
-
-
-def test_flips_and_shifts_move_every_pixel_as_they_should():
-    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
-    found = batches(ImageSet(images, torch.arange(64), ('a',), 8), 64)
-    draws = torch.rand(64, 3)
-    out = found._augment(images, draws, hflip=0.5, shift=2)
-    fill = 128  # the mean colour
-    for i in range(64):
-        dy, dx = (draws[i, 1:] * 5).long().tolist()
-        expected = F.pad(images[i], (2, 2, 2, 2), value=fill)[:, dy : dy + 8, dx : dx + 8]
-        assert torch.equal(out[i], expected.flip(-1) if draws[i, 0] < 0.5 else expected)
+    assert not torch.equal(whole[0], next(found.stream(5, 15, 8))[0])
+    assert not torch.equal(whole[0], next(found.stream(6, 10, 8))[0])
 
 
 def test_smaller_sizes_are_means_over_areas():
     found = batches(image_set(side=8))
-    x = found.normalise(found.images[:4], 4)
+    x = found.preparation.plain(found.images[:4], 4)
     expected = (found.images[:4].double() / 255).unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
     torch.testing.assert_close(x.double(), (expected - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
 
@@ -71,7 +50,7 @@ def test_evaluation_is_complete_ordered_and_not_augmented():
     found = batches(image_set(n=21))
     images, labels = (torch.cat(part) for part in zip(*found.ordered(8), strict=True))
     assert labels.tolist() == list(range(21))
-    torch.testing.assert_close(images, found.normalise(found.images, 8))
+    torch.testing.assert_close(images, found.preparation.plain(found.images, 8))
 
 
 def test_statistics_are_those_of_the_pixels():
@@ -93,12 +72,11 @@ def test_timms_transform_of_the_exported_config_equals_our_batches(tmp_path):
     import timm
 
     images = ImageSet(torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8), torch.arange(5), tuple('abcde'), 32)
-    mean, std = images.statistics()
     model = timm.create_model('linformer_vit_pico_patch1_32', in_chans=1, num_classes=5)
-    export_model(model, tmp_path / 'model', images, mean, std)
+    export_model(model, tmp_path / 'model', images, data_config(images))
     loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True)
     transform = create_transform(**timm.data.resolve_model_data_config(loaded))
-    ours = next(DeviceBatches(images, 5, mean, std, CPU).ordered(32))[0]
+    ours = next(create_batches(images, 5, *images.statistics(), CPU).ordered(32))[0]
     theirs = torch.stack([transform(to_pil_image(image)) for image in images.images])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

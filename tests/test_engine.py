@@ -9,10 +9,9 @@ import sys
 import pytest
 import timm
 import torch
-from runs import events, weights
+from runs import CPU, events, weights
 
-from linvision.data import DeviceBatches, create_dataset
-from linvision.data.worker_batches import worker_stream
+from linvision.data import create_batches, create_dataset
 from linvision.train import Recipe, checkpoint, train
 from linvision.train.learner import Learner
 from linvision.train.optimizer import create_optimizer
@@ -201,7 +200,7 @@ def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
             teacher=str(teacher.output_dir / 'model'), teacher_weight=weight, test=False,
         )  # fmt: skip
         train(student)
-        images = DeviceBatches(create_dataset('fake', '.', 'test'), 100, (0.2,), (0.2,), torch.device('cpu'))
+        images = create_batches(create_dataset('fake', '.', 'test'), 100, (0.2,), (0.2,), CPU)
         batch, _ = next(images.ordered(16))
         one, two = (
             timm.create_model(f'local-dir:{r.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
@@ -219,28 +218,7 @@ def test_a_compiled_run_gives_the_same_weights(recipe, tmp_path):
     torch.testing.assert_close(weights(other.output_dir), weights(recipe.output_dir), rtol=1e-3, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def test_augmentation_in_workers_depends_on_seed_epoch_and_index_alone():
-    images = create_dataset('fake', '.', 'train')
-    cpu = torch.device('cpu')
-
-    def first(n, step, workers, rank=0, count=1):
-        batches = DeviceBatches(images, 32, (0.2,), (0.2,), cpu, rank, count)
-        stream = worker_stream(batches, 3, step, 16, 0.5, 2, workers, cpu)
-        return [next(stream) for _ in range(n)]
-
-    one = first(10, 0, 1)  # into the second epoch of 8 batches
-    two = first(4, 6, 2)
-    for (a, b), (c, d) in zip(one[6:], two, strict=True):
-        assert torch.equal(a, c) and torch.equal(b, d)
-    halves = [first(1, 0, 1, rank, 2)[0] for rank in (0, 1)]
-    for rank, (x, y) in enumerate(halves):
-        assert torch.equal(x, one[0][0][rank::2]) and torch.equal(y, one[0][1][rank::2])
-    assert not torch.equal(one[0][0], one[8][0])
-    plain = DeviceBatches(images, 32, (0.2,), (0.2,), cpu)
-    assert torch.equal(one[0][1], next(plain.epoch(3, 0, 16))[1])  # the same order
+# ---------------------------------------------------------------------------------------------------------- tensorboard
 
 
 def test_tensorboard_holds_what_a_run_shows(recipe):

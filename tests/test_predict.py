@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import CPU, data_config
 
 import predict
-from linvision.data import DeviceBatches, ImageSet, create_dataset
+from linvision.data import ImageSet, create_batches, create_dataset
 from linvision.train.export import export_model
 
 SCRIPT = Path(predict.__file__)
@@ -34,10 +35,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 def test_predictions_equal_those_of_evaluation(tmp_path, side):
     fake = create_dataset('fake', tmp_path, 'test')
     images = ImageSet(fake.images[:, :, :side, :side], fake.labels, fake.classes, img_size=16)
-    mean, std = images.statistics()
-    export_model(timm.create_model('test_linformer_vit', in_chans=1, num_classes=10), tmp_path, images, mean, std)
+    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
+    export_model(model, tmp_path, images, data_config(images))
     model = predict.load_model(tmp_path)
-    batches = DeviceBatches(images, 7, mean, std, torch.device('cpu'))
+    batches = create_batches(images, 7, *images.statistics(), CPU)
     with torch.inference_mode():
         expected = model(next(batches.ordered(16))[0]).softmax(-1)
     results = predict.predict(model, save(images, tmp_path / 'images', 7), topk=10, batch_size=3)
@@ -111,12 +112,12 @@ def test_a_mistake_ends_with_an_error_that_names_it(model_folder, tmp_path, monk
         run(monkeypatch, *(model_folder if word == 'MODEL' else word for word in words))
 
 
-def test_a_truncated_image_is_named(tmp_path):
+def test_a_truncated_image_is_named(model_folder, tmp_path):
     path = tmp_path / 'half.png'
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match='half.png cannot be read'):
-        predict.read_image(path, 1)
+    with pytest.raises(OSError, match='half.png cannot be read'):
+        predict.predict(predict.load_model(model_folder), [path])
 
 
 @pytest.mark.slow

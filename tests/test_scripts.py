@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import data_config
 
 import demo_report
 import evaluate
@@ -198,6 +199,6 @@ def test_report_runs_by_path(finished_run):
 def test_picture_of_a_coarser_token_grid_covers_the_image(tmp_path):
     images = create_dataset('fake', tmp_path, 'test').subset(torch.arange(30))
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, patch_size=2)
-    export_model(model, tmp_path, images, *images.statistics())
+    export_model(model, tmp_path, images, data_config(images))
     demo_report.picture(tmp_path, demo_report.load_model(tmp_path), images, 'untrained')
     assert (tmp_path / 'predictions.png').stat().st_size > 10_000

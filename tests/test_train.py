@@ -6,9 +6,10 @@ import json
 import pytest
 import timm
 import torch
-from runs import weights
+from runs import CPU, weights
 
-from linvision.data import DeviceBatches, create_dataset
+from linvision.data import create_batches, create_dataset
+from linvision.data.preparation import Preparation
 from linvision.train import train
 from linvision.train.checkpoint import newest_checkpoint, read_state
 from linvision.train.evaluate import evaluate
@@ -33,9 +34,7 @@ def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
     metrics = train(dataclasses.replace(recipe, ema_decay=0.9))
     model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
-    batches = DeviceBatches(
-        create_dataset('fake', '.', 'test'), 100, config['mean'], config['std'], torch.device('cpu')
-    )
+    batches = create_batches(create_dataset('fake', '.', 'test'), 100, config['mean'], config['std'], CPU)
     scores = evaluate(model, batches, 16)
     assert scores['top1'] == metrics['top1'] and scores['loss'] == pytest.approx(metrics['loss'], rel=1e-6)
     assert model.pretrained_cfg['label_names'] == metrics['classes']
@@ -105,7 +104,7 @@ def test_minutes_replace_epochs(recipe):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe, monkeypatch):
     train(dataclasses.replace(recipe, max_steps=12))
     kept = {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()}
-    monkeypatch.setattr(DeviceBatches, 'normalise', lambda self, images, size: images[:, :, :8, :8] * float('nan'))
+    monkeypatch.setattr(Preparation, 'plain', lambda self, images, size: images[:, :, :8, :8] * float('nan'))
     with pytest.raises(FloatingPointError, match='not finite in step 12'):
         train(recipe)
     assert {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()} == kept

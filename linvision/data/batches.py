@@ -7,7 +7,7 @@ import torch
 from linvision.data.augmentation import Augmentation
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
-from linvision.data.loader_batches import LoaderBatches
+from linvision.data.loader_batches import LoaderBatches, evaluation_transform
 from linvision.data.order import Order
 from linvision.data.preparation import Preparation
 from linvision.data.stream_batches import StreamBatches
@@ -51,3 +51,22 @@ def create_batches(
         return DeviceBatches(images, order, preparation)
     kind = StreamBatches if isinstance(images, TimmStream) else LoaderBatches
     return kind(images, order, preparation, augmentation, **reading)
+
+
+def in_memory(images: Any, img_size: int = 0) -> ImageSet:
+    """All images of a set that is read one by one, each read as in evaluation; a set in memory is given back.
+
+    Args:
+        images: What `create_dataset` gave, but for a stream.
+        img_size: Size of the images (0: the set's own).
+
+    Raises:
+        OSError: An image cannot be read.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    size = img_size or images.img_size
+    change = evaluation_transform(images.in_chans, size, 1.0)
+    read = [images.read(i) for i in range(len(images))]
+    pixels = torch.stack([change(image, 0) for image, _ in read])
+    return ImageSet(pixels, torch.tensor([label for _, label in read]), images.classes, size)

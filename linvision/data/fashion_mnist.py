@@ -8,12 +8,13 @@ compressed otherwise than torchvision's list of checksums expects, so that they 
 import gzip
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from urllib.error import URLError
 
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
+
+from linvision.data.debian import unpacked
 
 PACKAGE = 'dataset-fashion-mnist'
 PACKAGE_FOLDER = Path('/usr/share/datasets/fashion-mnist')
@@ -75,13 +76,8 @@ def _unpack_installed(root: Path, raw: Path) -> None:
 
 
 def _unpack_package(root: Path, raw: Path) -> None:
-    """Debian's package without root: download it into a temporary folder and unpack it there."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ['apt-get', 'download', PACKAGE]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
-        package = next(Path(folder).glob('*.deb'))
-        subprocess.run(['dpkg-deb', '-x', str(package), folder], check=True, capture_output=True, timeout=300)
-        _unpack(Path(folder) / PACKAGE_FOLDER.relative_to('/'), raw)
+    with unpacked(PACKAGE) as folder:
+        _unpack(folder / PACKAGE_FOLDER.relative_to('/'), raw)
 
 
 def _unpack(folder: Path, raw: Path) -> None:

@@ -246,6 +246,7 @@ class Recipe:
         """The recipe in plain types, for JSON and checkpoints."""
         values = dataclasses.asdict(self)
         values['stages'] = [list(stage) for stage in self.stages]
+        values['crop_scale'] = list(self.crop_scale)
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
