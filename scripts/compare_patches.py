@@ -2,7 +2,7 @@
 
     python scripts/compare_patches.py
 
-Trains `recipes/fashion_mnist_pixels.py` without stages, all at 32×32, so that the patch size alone changes: 1,024, 256 and
+Trains `recipes/fashion_mnist_pixels.py` without stages, at 32×32, so that the patch size alone changes: 1,024, 256 and
 64 tokens, K = 64, 64 and 16. Scores all 10,000 test images; nothing is chosen by them. Writes `docs/patches.json`,
 `docs/patches.md` and `docs/patches.png`.
 """

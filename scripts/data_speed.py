@@ -1,0 +1,183 @@
+"""How fast images are read and changed: three libraries on the same pipeline, and the loader beside the step.
+
+    python scripts/imagenet_layout.py --output-dir data/imagenet_layout
+    python scripts/data_speed.py --data-dir data/imagenet_layout
+
+Writes `docs/augmentation.json` and the tables of `docs/augmentation.md` (between its markers).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import albumentations
+import kornia
+import torch
+import torchvision
+import tyro
+from torch import Tensor
+
+from linvision.data import Augmentation, create_batches, create_dataset
+from trials import ROOT, trial
+
+MARKERS = ('<!-- figures: begin -->', '<!-- figures: end -->')
+PIPELINE = {'crop_scale': (0.08, 1.0), 'hflip': 0.5, 'color_jitter': 0.4, 'erase': 0.25}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHARDS = {'num_classes': 1000, 'test_split': 'val'}
+
+
+def images_per_s(batches: Iterator[tuple[Tensor, Tensor]], n: int) -> float:
+    """Images a second over n batches, after two that are not counted."""
+    list(islice(batches, 2))
+    start = time.perf_counter()
+    images = sum(len(labels) for _, labels in islice(batches, n))
+    return images / (time.perf_counter() - start)
+
+
+def alternate(sources: dict[str, Callable[[], Iterator[Any]]], n: int, repeats: int) -> dict[str, list[float]]:
+    """Images a second of each source, measured in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in sources}
+    for _ in range(repeats):
+        for name, source in sources.items():
+            rates[name].append(images_per_s(source(), n))
+    return rates
+
+
+def libraries(root: Path, batch_size: int, n: int, repeats: int) -> dict[str, list[float]]:
+    """The three libraries on the same pipeline, from JPEG to a normalised 224×224 batch, all in one process."""
+    images = create_dataset('imagenet', root, 'train')
+
+    def source(augmentation: Augmentation) -> Callable[[], Iterator[Any]]:
+        return lambda: create_batches(images, batch_size, MEAN, STD, torch.device('cpu'), augmentation).stream(
+            0, 0, 224
+        )
+
+    sources = {name: source(Augmentation(name, **PIPELINE)) for name in ('torchvision', 'albumentations', 'kornia')}
+    return alternate({'none: read, resize and crop the middle': source(Augmentation()), **sources}, n, repeats)
+
+
+def on_device(batch_size: int, n: int, repeats: int) -> dict[str, list[float]]:
+    """Shift and flip for a set in memory, 32×32 RGB: kornia in batches, the others one by one."""
+    arguments = {'img_size': 32, 'in_chans': 3, 'num_images': 50_000}
+    images = create_dataset('fake', '.', 'train', **arguments)
+
+    def source(library: str) -> Callable[[], Iterator[Any]]:
+        change = Augmentation(library, hflip=0.5, shift=4)
+        return lambda: create_batches(images, batch_size, MEAN, STD, torch.device('cpu'), change).stream(0, 0, 32)
+
+    return alternate({name: source(name) for name in ('torchvision', 'albumentations', 'kornia')}, n, repeats)
+
+
+def loaders(root: Path, batch_size: int, workers: int, n: int, repeats: int) -> dict[str, list[float]]:
+    """Folder and shards through worker processes, with the recipe's changes at 224×224."""
+    change = Augmentation('torchvision', crop_scale=(0.05, 1.0), hflip=0.5, rand_augment=10)
+    sets = {
+        'folders': create_dataset('imagenet', root, 'train'),
+        'shards': create_dataset('wds/imagenet', root / 'shards', 'train', **SHARDS),
+    }
+
+    def source(images: Any) -> Callable[[], Iterator[Any]]:
+        return lambda: create_batches(
+            images, batch_size, MEAN, STD, torch.device('cpu'), change, workers=workers
+        ).stream(0, 0, 224)
+
+    return alternate({name: source(images) for name, images in sets.items()}, n, repeats)
+
+
+def epochs(root: Path, output_dir: Path, workers: int) -> dict[str, dict[str, Any]]:
+    """An epoch of `imagenet_patch16`, shrunk to tiny, from folders and from shards: what the whole run makes."""
+    shrunk = {'model': 'linformer_vit_tiny_patch16_224', 'epochs': 1, 'batch_size': 64, 'val_fraction': 0.0}
+    shrunk |= {'workers': workers, 'threads': 1, 'precision': 'bf16', 'log_every': 10}
+    runs = {
+        'folders': {'dataset': 'imagenet', 'data_dir': root},
+        'shards': {'dataset': 'wds/imagenet', 'data_dir': root / 'shards', 'dataset_args': SHARDS},
+    }
+    kept = ('images_per_s', 'images_seen', 'num_samples', 'train_minutes', 'tokens')
+    found = {name: trial('imagenet_patch16', name, 0, {**shrunk, **run}, output_dir) for name, run in runs.items()}
+    return {name: {k: metrics[k] for k in kept} for name, metrics in found.items()}
+
+
+def main(
+    data_dir: Path = Path('data/imagenet_layout'),
+    output_dir: Path = Path('outputs/data_speed'),
+    batch_size: int = 64,
+    workers: int = 1,
+    n: int = 10,
+    repeats: int = 3,
+) -> None:
+    """Measure, one torch thread in every process.
+
+    Args:
+        data_dir: What `imagenet_layout.py` wrote.
+        output_dir: Receives the two runs; finished ones are not repeated.
+        batch_size: Images in a batch.
+        workers: Worker processes where there are any.
+        n: Batches of each measurement.
+        repeats: Measurements of each, in turns.
+    """
+    torch.set_num_threads(1)
+    root = data_dir.resolve()
+    result = {
+        'libraries': libraries(root, batch_size, n, repeats),
+        'on_device': on_device(256, 10 * n, repeats),
+        'loaders': loaders(root, batch_size, workers, n, repeats),
+        'epochs': epochs(root, output_dir.resolve(), workers),
+        'settings': {'batch_size': batch_size, 'workers': workers, 'batches': n, 'repeats': repeats},
+        'versions': {m.__name__: m.__version__ for m in (torch, torchvision, albumentations, kornia)},
+    }
+    (ROOT / 'docs' / 'augmentation.json').write_text(json.dumps(result, indent=2) + '\n')
+    path = ROOT / 'docs' / 'augmentation.md'
+    before, rest = path.read_text().split(MARKERS[0])
+    path.write_text(f'{before}{MARKERS[0]}\n{tables(result)}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}')
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    settings = result['settings']
+    size, workers = settings['batch_size'], settings['workers']
+    versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items())
+    runs = [
+        f'| {name} | {run["images_per_s"]:.0f} | {median(result["loaders"][name]):.0f} |'
+        for name, run in result['epochs'].items()
+    ]
+    return f"""One torch thread a process; median (least to most) of {settings['repeats']} measurements in turns. {versions}.
+
+JPEGs of 500×375 to normalised 224×224 batches of {size}, in the process that trains: random resized crop, flip, colour,
+erasing.
+
+{rows(result['libraries'])}
+
+A set in memory, 32×32 RGB, batches of 256: shift by 4 and flip.
+
+{rows(result['on_device'])}
+
+The loader alone, {workers} worker(s), RandAugment; 2,000 JPEGs in 1,000 classes.
+
+{rows(result['loaders'])}
+
+One epoch of `imagenet_patch16` from each, shrunk to `linformer_vit_tiny_patch16_224`, batches of 64 in bf16, {workers}
+worker(s); the step sets the pace where the loader alone is faster.
+
+| | images/s of the run | images/s of the loader alone |
+| --- | --- | --- |
+{chr(10).join(runs)}"""
+
+
+def median(rates: list[float]) -> float:
+    """The middle one."""
+    return sorted(rates)[len(rates) // 2]
+
+
+def rows(rates: dict[str, list[float]]) -> str:
+    """A table of images a second."""
+    lines = ['| | images/s |', '| --- | --- |']
+    return '\n'.join(
+        lines + [f'| {name} | {median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f}) |' for name, r in rates.items()]
+    )
+
+
+if __name__ == '__main__':
+    tyro.cli(main, description=__doc__)
