@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 
 from cifar10_pixels import RECIPE as CIFAR10
-
 from linvision.train import main
 
 RECIPE = dataclasses.replace(CIFAR10, dataset='cifar100', output_dir=Path('outputs/cifar100_pixels'))

@@ -9,7 +9,6 @@ import dataclasses
 from pathlib import Path
 
 from cifar10_pixels import RECIPE as PIXELS
-
 from linvision.train import main
 
 RECIPE = dataclasses.replace(

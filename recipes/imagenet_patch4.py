@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 
 from imagenet_patch16 import RECIPE as PATCH16
-
 from linvision.train import main
 
 RECIPE = dataclasses.replace(

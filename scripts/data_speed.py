@@ -143,7 +143,8 @@ def tables(result: dict[str, Any]) -> str:
         f'| {name} | {run["images_per_s"]:.0f} | {median(result["loaders"][name]):.0f} |'
         for name, run in result['epochs'].items()
     ]
-    return f"""One torch thread a process; median (least to most) of {settings['repeats']} measurements in turns. {versions}.
+    return f"""One torch thread a process; median (least to most) of {settings['repeats']} measurements in turns.
+{versions}.
 
 JPEGs of 500×375 to normalised 224×224 batches of {size}, in the process that trains: random resized crop, flip, colour,
 erasing.

@@ -2,13 +2,29 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 RECIPES = sorted((Path(__file__).parent.parent / 'recipes').glob('*.py'))
-SMALL = ['--dataset', 'fake', '--model', 'test_linformer_vit', '--precision', 'fp32', '--device', 'cpu']
+NAMES = {
+    'fashion_mnist_pixels',
+    'cifar10_pixels',
+    'cifar10_patch2',
+    'cifar100_pixels',
+    'imagenette_patch4',
+    'imagenet_patch16',
+    'imagenet_patch4',
+    'imagenet_pixels',
+    'imagenet_patch4_1024',
+    'image_folder',
+    'masked_pixels',
+}
+SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit']
+SMALL += ['--precision', 'fp32', '--device', 'cpu', '--workers', '0', '--threads', '1']
+SHORT = ['--stages', '8', '0.5', '16', '0.5', '--epochs', '0.25', '--batch-size', '32', '--accumulate', '1']
 
 
 def run(recipe, *flags):
@@ -21,14 +37,29 @@ def run(recipe, *flags):
         sys.argv = argv
 
 
+def test_every_recipe_is_here():
+    assert {path.stem for path in RECIPES} == NAMES
+
+
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_trains_by_its_command_line(recipe, tmp_path):
-    stages = ['--stages', '8', '0.5', '16', '0.5', '--epochs', '0.25', '--batch-size', '32']
-    run(recipe, *SMALL, *stages, '--output-dir', str(tmp_path), '--model-args', 'projection', 'linear', 'proj_len', '9')
+    model = ['--model-args', 'projection', 'linear', 'proj_len', '9']
+    run(recipe, *SMALL, *SHORT, *model, '--val-fraction', '0', '--output-dir', str(tmp_path))
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics['steps'] == 2 and metrics['num_samples'] == 100
     config = json.loads((tmp_path / 'model' / 'config.json').read_text())
     assert config['model_args']['projection'] == 'linear' and config['model_args']['proj_len'] == 9
+    assert metrics['classes'] == config['label_names'] == [f'bar {i}' for i in range(10)]
+
+
+@pytest.mark.parametrize('name', ['cifar10_patch2', 'imagenet_patch4', 'masked_pixels'])
+def test_a_recipe_trains_in_two_processes_by_torchrun(name, tmp_path):
+    recipe = next(path for path in RECIPES if path.stem == name)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    flags = [*SMALL, *SHORT, '--val-fraction', '0', '--output-dir', str(tmp_path)]
+    subprocess.run([*command, str(recipe), *flags], check=True, capture_output=True, timeout=240)
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['processes'] == 2 and metrics['steps'] == 2 and metrics['num_samples'] == 100
 
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
@@ -49,5 +80,5 @@ def test_an_unknown_flag_lists_the_nearest(capsys):
 
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     with pytest.raises(SystemExit) as error:
-        run(RECIPES[0], *SMALL, '--output-dir', str(tmp_path), '--model-args', 'projektion', 'linear')
+        run(RECIPES[0], *SMALL, *SHORT, '--output-dir', str(tmp_path), '--model-args', 'projektion', 'linear')
     assert str(error.value.code).startswith("error: Unknown model argument 'projektion'. Nearest: projection")

@@ -8,7 +8,6 @@ training loop. `docs/augmentation.md` compares the three.
 """
 
 import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,21 +82,21 @@ def torchvision_transform(augmentation: Augmentation, size: int, mean: tuple[flo
         steps.append(v2.RandomResizedCrop(size, a.crop_scale, RATIO, v2.InterpolationMode.BICUBIC))
     else:
         steps += [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
-    if a.shift:
-        steps.append(v2.RandomCrop(size, padding=a.shift, fill=fill))
-    steps.append(v2.RandomHorizontalFlip(a.hflip))
     if a.rand_augment:
         steps.append(v2.RandAugment(magnitude=a.rand_augment, fill=fill))
     if a.color_jitter:
         steps.append(v2.ColorJitter(*[a.color_jitter] * 3))
+    if a.shift:  # after the colours, so that the border keeps its own
+        steps.append(v2.RandomCrop(size, padding=a.shift, fill=fill))
+    steps.append(v2.RandomHorizontalFlip(a.hflip))
     if a.erase:
         steps.append(v2.RandomErasing(a.erase, value=fill))
     change = v2.Compose([*steps, v2.ToPureTensor()])
 
     def transform(image: Tensor | Image.Image, seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        return change(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return change(image)
 
     return transform
 
@@ -115,12 +114,12 @@ def albumentations_transform(augmentation: Augmentation, size: int, mean: tuple[
         steps.append(A.RandomResizedCrop((size, size), a.crop_scale, RATIO, interpolation=cv2.INTER_AREA))
     else:
         steps += [A.SmallestMaxSize(size, interpolation=cv2.INTER_AREA), A.CenterCrop(size, size)]
-    if a.shift:
+    if a.color_jitter:
+        steps.append(A.ColorJitter(*[(1 - a.color_jitter, 1 + a.color_jitter)] * 3, hue=(0, 0), p=1))
+    if a.shift:  # after the colours, so that the border keeps its own
         side = size + 2 * a.shift
         steps += [A.PadIfNeeded(side, side, border_mode=cv2.BORDER_CONSTANT, fill=fill), A.RandomCrop(size, size)]
     steps.append(A.HorizontalFlip(p=a.hflip))
-    if a.color_jitter:
-        steps.append(A.ColorJitter(*[(1 - a.color_jitter, 1 + a.color_jitter)] * 3, hue=(0, 0), p=1))
     if a.erase:
         steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill=fill, p=a.erase))
     change = A.Compose(steps)
@@ -164,7 +163,7 @@ class KorniaBatches:
 
         a, steps = augmentation, []
         if a.color_jitter:
-            steps.append(K.ColorJiggle(*[a.color_jitter] * 3))
+            steps.append(K.ColorJitter(*[a.color_jitter] * 3))  # not ColorJiggle, which adds brightness
         steps.append(K.Normalize(torch.tensor(mean), torch.tensor(std)))  # from here on the mean colour is zero
         if a.crops:
             steps.append(K.RandomResizedCrop((size, size), a.crop_scale, RATIO))
@@ -179,7 +178,7 @@ class KorniaBatches:
     def __call__(self, images: Tensor, seed: int) -> Tensor:
         """This process's uint8 images of the batch with this seed, (B, C, H, W), normalised: (B, C, size, size)."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             drawn = self.change.forward_parameters(torch.Size((len(images) * self.count, *images.shape[1:])))
         for item in drawn:
             for name, values in item.data.items():

@@ -68,7 +68,11 @@ class ImageFiles:
         return int(median_of.median(min(size) for _, size in look([path for path, _ in self.samples])))
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, of some images; ImageNet's where it is ImageNet."""
+        """Mean and standard deviation of each channel, of some images; ImageNet's where it is ImageNet.
+
+        Raises:
+            OSError: None of them can be read.
+        """
         if self.known_statistics:
             return self.known_statistics
         pixels = []
@@ -78,6 +82,8 @@ class ImageFiles:
             except OSError:  # named when training meets it
                 continue
             pixels.append(torch.from_numpy(np.array(image.resize((64, 64)))).view(-1, self.in_chans))
+        if not pixels:
+            raise OSError(none_readable(self.samples[0][0]))
         return statistics(torch.cat(pixels).T)
 
     def data_config(self, crop_pct: float) -> dict[str, Any]:
@@ -98,6 +104,8 @@ def read_image(source: Any, in_chans: int, name: str | Path = '') -> Image.Image
     """
     try:
         with Image.open(source) as image:
+            if image.mode.startswith('I;16'):  # PIL would cut off all above 255
+                return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert(MODES[in_chans])
             return image.convert(MODES[in_chans])
     except UNREADABLE as error:
         raise OSError(f'{name or source} cannot be read as an image ({type(error).__name__}: {error}).') from error
@@ -122,8 +130,13 @@ def look(paths: list[str]) -> list[tuple[str, tuple[int, int]]]:
         except UNREADABLE:  # named when training meets it
             continue
     if not seen:
-        raise OSError(f'No image can be read: {paths[0]} and others are damaged or no images.')
+        raise OSError(none_readable(paths[0]))
     return seen
+
+
+def none_readable(path: str) -> str:
+    """An error's words."""
+    return f'No image can be read: {path} and others are damaged or no images.'
 
 
 def image_folder(root: Path, split: str) -> ImageFiles:

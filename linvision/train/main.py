@@ -35,13 +35,16 @@ class Interrupt:
 
 
 def main(recipe: Recipe, description: str | None = None) -> None:
-    """Change the recipe by the command line's flags, then train it.
+    """Change the recipe by the command line's flags, then train it. `--model-args` and its like add to the recipe's own.
 
     Args:
         recipe: The recipe; its values are the defaults of the flags.
         description: Text above the flags in `--help`.
     """
-    recipe = tyro.cli(Recipe, default=dataclasses.replace(recipe), description=description)
+    own = {name: getattr(recipe, name) for name in ('model_args', 'opt_args', 'dataset_args')}
+    bare = dataclasses.replace(recipe, **{name: {} for name in own})  # tyro offers only the keys of a default
+    recipe = tyro.cli(Recipe, default=bare, description=description)
+    recipe = dataclasses.replace(recipe, **{name: {**own[name], **getattr(recipe, name)} for name in own})
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     interrupt = Interrupt()
     try:

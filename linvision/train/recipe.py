@@ -177,12 +177,20 @@ class Recipe:
             'cutmix',
             'shift',
             'layer_decay',
-            'color_jitter',
             'teacher_temperature',
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name} must not be negative, got {getattr(self, name)}.')
-        for name in ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip', 'erase', 'teacher_weight'):
+        for name in (
+            'warmup',
+            'val_fraction',
+            'ema_decay',
+            'smoothing',
+            'hflip',
+            'erase',
+            'teacher_weight',
+            'color_jitter',
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must lie between 0 and 1, got {getattr(self, name)}.')
         if self.val_fraction == 1:
