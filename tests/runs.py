@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -50,3 +51,13 @@ def data_config(images: ImageSet) -> dict[str, Any]:
     """What a run on this set writes about how images are read."""
     mean, std = images.statistics()
     return {'mean': mean, 'std': std, **images.data_config(1.0)}
+
+
+def save_folder(images: ImageSet, folder: Path) -> list[Path]:
+    """A set as PNG files, folder/CLASS/00000.png, …; their paths in the set's order."""
+    paths = []
+    for i, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+        paths.append(folder / images.classes[label] / f'{i:05}.png')
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(paths[-1])
+    return paths

@@ -179,12 +179,14 @@ def scan(folder: Path, root: Path) -> dict[str, list[str]]:
         for name in names
     }
     images = {name: paths for name, paths in images.items() if paths}
-    if not images:
-        here = [p.name for p in sorted(folder.iterdir())[:5]] if folder.is_dir() else 'is not there'
+    whole = [name for name in images if (folder / name / 'train').is_dir()]
+    if not images or whole:
+        held = f'holds {[p.name for p in sorted(folder.iterdir())[:5]]}' if folder.is_dir() else 'is not there'
         raise FileNotFoundError(
             f'Expected images in folders of classes, {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE (or '
-            f'{root}/CLASS/IMAGE, which is then split), with the endings {", ".join(IMG_EXTENSIONS)}; got {folder}, '
-            f'which holds {here}. Name your folder with --data-dir.'
+            f'{root}/CLASS/IMAGE, which is then split), with the endings {", ".join(IMG_EXTENSIONS)}; {folder} {held}'
+            + (f', of which {whole[0]} is no class: it has a train/ of its own. ' if whole else '. ')
+            + f'Name your folder with --data-dir{f" {folder / whole[0]}" if whole else ""}.'
         )
     return images
 

@@ -29,15 +29,15 @@ class Preparation:
         augmentation: Augmentation,
         order: Order,
     ) -> None:
-        self.mean, self.std, self.device = mean, std, device
+        self.mean, self.device = mean, device
+        self.shift, self.scale = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
         self.augments = augmentation.active and augmentation.library == 'kornia'
         self.kornia = cache(lambda size: KorniaBatches(augmentation, size, mean, std, order.rank, order.count))
 
     def plain(self, images: Tensor, img_size: int) -> Tensor:
         """Never augmented: uint8 (B, C, H, W) to float (B, C, img_size, img_size)."""
         images = images.to(self.device, non_blocking=True)
-        mean, std = (torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in (self.mean, self.std))
-        return resize((images.float() / 255 - mean) / std, img_size)
+        return resize((images.float() / 255 - self.shift) / self.scale, img_size)
 
     def augmented(self, images: Tensor, img_size: int, size: int, *numbers: int) -> Tensor:
         """As `plain`, changed at random under a seed made of `numbers`.

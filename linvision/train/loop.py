@@ -11,7 +11,7 @@ Notable here:
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,8 @@ class Run:
     def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
         """The model and all that follows it, as new or as a checkpoint's state says, in a precision that suits it."""
         recipe, joined, data = self.recipe, self.processes, self.data
+        if found:
+            recipe = replace(recipe, init='')  # what it started from may be gone
         last = data.stages[-1][0]
         self.learner = Learner(recipe, data.shape, self.img_size, last, self.updates, data.mean, data.std, joined)
         if found:

@@ -35,7 +35,9 @@ class Interrupt:
 
 
 def main(recipe: Recipe, description: str | None = None) -> None:
-    """Change the recipe by the command line's flags, then train it. `--model-args` and its like add to the recipe's own.
+    """Change the recipe by the command line's flags, then train it.
+
+    `--model-args`, `--opt-args` and `--dataset-args` add to the recipe's own.
 
     Args:
         recipe: The recipe; its values are the defaults of the flags.
