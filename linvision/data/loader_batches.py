@@ -5,9 +5,13 @@ of processes. An image that cannot be read ends the run, named; or it is left ou
 next image of the set takes its place, so that batches keep their size.
 """
 
+import atexit
 import logging
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -155,10 +159,23 @@ class BadImages(set):
                 _logger.warning(f'left out: {complaint}')
 
 
-def ignore_signals(worker: int) -> None:
-    """Let a signal to the whole group of processes end the run by its own process, after a checkpoint."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+@cache
+def leaving() -> Any:
+    """An event that is set when this process exits."""
+    event = multiprocessing.Event()
+    atexit.register(event.set)  # runs before multiprocessing ends the workers, since it was registered after that
+    return event
+
+
+def ignore_signals(leaving: Any, worker: int) -> None:
+    """Let a signal to the whole group of processes end the run by its own process, after a checkpoint.
+
+    Args:
+        leaving: Set once that process exits: then SIGTERM ends this one.
+        worker: Number of this worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if leaving.is_set() else None)
 
 
 def create_loader(images: Any, workers: int, preparation: Preparation, seed: int = 0, **arguments: Any) -> DataLoader:
@@ -166,7 +183,7 @@ def create_loader(images: Any, workers: int, preparation: Preparation, seed: int
     return DataLoader(
         images,
         num_workers=workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(ignore_signals, leaving()) if workers else None,
         pin_memory=preparation.device.type == 'cuda',
         generator=torch.Generator().manual_seed(seed),
         **arguments,
