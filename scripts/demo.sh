@@ -67,7 +67,7 @@ fi
 
 # ------------------------------------------------------------------------------------------------------------ report
 step '4 of 4: softmax regression on the same pixels, and a picture (about a minute)'
-"$python" scripts/demo_report.py --run "$output_dir"
+"$python" scripts/report.py --run "$output_dir"
 cat <<EOF
 
 Done in $((SECONDS - start)) s. In $output_dir:

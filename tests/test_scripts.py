@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from runs import data_config
 
-import demo_report
 import evaluate
+import report
 from linvision.data import create_dataset
 from linvision.train import Recipe, train
 from linvision.train.export import export_model
@@ -54,14 +54,14 @@ def test_a_validation_slice_keeps_the_test_set_out():
 
 
 def test_report_compares_both_scores_and_leaves_a_picture(finished_run):
-    rows = demo_report.report(finished_run)
+    rows = report.report(finished_run)
     metrics = json.loads((finished_run / 'metrics.json').read_text())
     assert rows == json.loads((finished_run / 'report.json').read_text())
     assert rows['test_linformer_vit']['top1'] == metrics['top1']
     assert rows['softmax regression, raw pixels']['num_samples'] == metrics['num_samples'] == 100
     with Image.open(finished_run / 'predictions.png') as image:
         assert min(image.size) > 500
-    table = demo_report.table(rows)
+    table = report.table(rows)
     assert all(f'{100 * row["top1"]:.2f} %' in table for row in rows.values())
 
 
@@ -69,11 +69,11 @@ def test_report_leaves_the_images_of_its_picture_only(finished_run):
     stale = finished_run / 'images' / 'stale.png'
     stale.parent.mkdir(exist_ok=True)
     stale.touch()
-    demo_report.report(finished_run)
+    report.report(finished_run)
     assert not stale.exists()
     images = create_dataset('fake', '', 'test')
     saved = sorted((finished_run / 'images').glob('*.png'))
-    assert len(saved) == demo_report.COLUMNS * demo_report.ROWS
+    assert len(saved) == report.COLUMNS * report.ROWS
     for path in saved:
         i = int(path.name[:5])
         with Image.open(path) as image:
@@ -83,7 +83,7 @@ def test_report_leaves_the_images_of_its_picture_only(finished_run):
 
 def test_report_refuses_an_unfinished_run(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no finished run'):
-        demo_report.report(tmp_path)
+        report.report(tmp_path)
 
 
 def test_report_refuses_a_run_without_a_test_score(finished_run, tmp_path):
@@ -91,28 +91,28 @@ def test_report_refuses_a_run_without_a_test_score(finished_run, tmp_path):
     del metrics['top1']
     (tmp_path / 'metrics.json').write_text(json.dumps(metrics))
     with pytest.raises(ValueError, match='not scored on the test set'):
-        demo_report.report(tmp_path)
+        report.report(tmp_path)
 
 
 def test_the_picture_shows_wrong_ones_where_there_are_some():
     right = torch.arange(1000) % 10 != 0
-    index = demo_report.choose(right)
-    assert len(set(index)) == demo_report.COLUMNS * demo_report.ROWS
-    assert (~right[index]).sum() == demo_report.WRONG
-    assert demo_report.choose(torch.ones(1000, dtype=torch.bool)) != index
-    assert demo_report.choose(right) == index
-    assert len(demo_report.choose(torch.tensor([True, False, True]))) == 3
+    index = report.choose(right)
+    assert len(set(index)) == report.COLUMNS * report.ROWS
+    assert (~right[index]).sum() == report.WRONG
+    assert report.choose(torch.ones(1000, dtype=torch.bool)) != index
+    assert report.choose(right) == index
+    assert len(report.choose(torch.tensor([True, False, True]))) == 3
     few = torch.arange(1000) < 5
-    assert few[demo_report.choose(few)].tolist() == [True] * 5 + [False] * 19
+    assert few[report.choose(few)].tolist() == [True] * 5 + [False] * 19
 
 
 def test_overlay_is_red_above_zero_blue_below_and_clear_at_zero():
     image = torch.full((1, 1, 3), 0.5)
-    red, blue, clear = demo_report.overlay(image, torch.tensor([[[2.0, -2.0, 0.0]]]))[0, 0]
+    red, blue, clear = report.overlay(image, torch.tensor([[[2.0, -2.0, 0.0]]]))[0, 0]
     assert red[0] > 0.8 > red[2]
     assert blue[2] > 0.8 > blue[0]
     assert clear.tolist() == [0.5, 0.5, 0.5]
-    assert torch.equal(demo_report.overlay(image, torch.zeros(1, 1, 3)), image[..., None].expand(-1, -1, -1, 3))
+    assert torch.equal(report.overlay(image, torch.zeros(1, 1, 3)), image[..., None].expand(-1, -1, -1, 3))
 
 
 @pytest.mark.parametrize('script', SHELL)
@@ -191,7 +191,7 @@ def test_contributing_names_files_that_exist():
 
 @pytest.mark.slow
 def test_report_runs_by_path(finished_run):
-    command = [sys.executable, str(ROOT / 'scripts/demo_report.py'), '--run', str(finished_run)]
+    command = [sys.executable, str(ROOT / 'scripts/report.py'), '--run', str(finished_run)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert 'softmax regression' in out
 
@@ -200,5 +200,5 @@ def test_picture_of_a_coarser_token_grid_covers_the_image(tmp_path):
     images = create_dataset('fake', tmp_path, 'test').subset(torch.arange(30))
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, patch_size=2)
     export_model(model, tmp_path, images, data_config(images))
-    demo_report.picture(tmp_path, demo_report.load_model(tmp_path), images, 'untrained')
+    report.picture(tmp_path, report.load_model(tmp_path), images, 'untrained')
     assert (tmp_path / 'predictions.png').stat().st_size > 10_000
