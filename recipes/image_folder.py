@@ -24,6 +24,7 @@ RECIPE = Recipe(
     crop_scale=(0.6, 1.0),
     hflip=0.5,
     checkpoint_every=100,
+    workers=2,
 )
 
 if __name__ == '__main__':

@@ -4,8 +4,8 @@
 
 from `train/` and `val/` folders, or from shards:
 
-    … --dataset wds/imagenet --data-dir /data/shards --dataset-args num_classes 1000 train_split \\
-      'imagenet1k-train-{0000..1023}.tar|1281167' test_split 'imagenet1k-validation-{00..63}.tar|50000'
+    … --dataset wds/imagenet --data-dir /data/shards --val-fraction 0 --dataset-args num_classes 1000 \\
+      train_split 'imagenet1k-train-{0000..1023}.tar|1281167' test_split 'imagenet1k-validation-{00..63}.tar|50000'
 
 Result: not yet run on ImageNet. To compare with: 76.5 % of a ViT-S/16 with full attention by this recipe, that of
 "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580), 90 epochs.

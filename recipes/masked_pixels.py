@@ -1,4 +1,4 @@
-"""Self-pretraining by masked pixels, on any dataset: the backbone that it leaves starts every other recipe.
+"""Self-pretraining by masked pixels, on any dataset: its backbone starts any recipe with the same model (`--init`).
 
     python recipes/masked_pixels.py --dataset fashion_mnist --output-dir outputs/masked_pixels --data-dir data
     python recipes/fashion_mnist_pixels.py --init outputs/masked_pixels/model --data-dir data

@@ -15,14 +15,34 @@ from typing import Literal
 import torch
 import tyro
 from timm.data import resolve_model_data_config
+from torch import nn
 
-from linvision.data import create_batches, create_dataset
+from linvision.data import Images, create_batches, create_dataset
 from linvision.nearest import nearest
 from linvision.train.evaluate import evaluate
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
 from linvision.train.setup import count_tokens, set_size
 from predict import load_model
+
+
+def with_classes_of(model: nn.Module, images: Images) -> Images:
+    """The images, once it is sure that their labels mean what the model learnt.
+
+    Raises:
+        ValueError: They have other classes, or other channels.
+    """
+    if images.in_chans != model.in_chans:
+        raise ValueError(
+            f'The model takes {model.in_chans} channels, but the images of the set have {images.in_chans}.'
+        )
+    learnt = tuple(model.pretrained_cfg.get('label_names') or images.classes)
+    if learnt != images.classes:
+        raise ValueError(
+            f'The set has the classes {list(images.classes)[:20]}, but the model learnt {list(learnt)[:20]}: labels '
+            'would mean something else. Score it on folders with the same names; each class needs an image.'
+        )
+    return images
 
 
 def main(
@@ -37,6 +57,7 @@ def main(
     precision: str = 'fp32',
     workers: int = 0,
     on_bad_image: Literal['stop', 'skip'] = 'stop',
+    dataset_args: dict[str, int | float | bool | str] | None = None,
 ) -> None:
     """Score a model.
 
@@ -52,6 +73,7 @@ def main(
         precision: 'fp32', 'bf16' or 'fp16'.
         workers: Processes that read images.
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
+        dataset_args: Arguments of the data set, as in the recipe.
     """
     for name, value, low in (('img_size', img_size, 0), ('limit', limit, 0), ('batch_size', batch_size, 1)):
         if value < low:
@@ -61,7 +83,7 @@ def main(
     where = choose_device(device)
     net = load_model(model).to(where)
     config = resolve_model_data_config(net)
-    images = create_dataset(dataset, data_dir, split)
+    images = with_classes_of(net, create_dataset(dataset, data_dir, split, **(dataset_args or {})))
     if limit:
         images = images.subset(torch.arange(min(limit, len(images))))
     size = img_size or net.patch_embed.img_size[0]

@@ -17,10 +17,9 @@ import torch
 import tyro
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import linvision  # noqa: F401  (registers the models)
-from linvision.data.folders import MODES, read_image
+from linvision.data.image_file import MODES, SUFFIXES, read_image
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -43,6 +42,8 @@ def load_model(folder: Path) -> nn.Module:
     except Exception as error:  # whatever timm, json and safetensors make of a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f'The model in {folder} cannot be loaded: {reason}') from error
+    if not model.num_classes:
+        raise ValueError(f'The model in {folder} is a backbone without classes: start a recipe from it with --init.')
     if model.in_chans not in MODES:
         raise ValueError(f'The model in {folder} takes images of {model.in_chans} channels; 1 or 3 were expected.')
     return model
@@ -60,9 +61,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             raise FileNotFoundError(f'{path} does not exist.')
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
-                raise FileNotFoundError(f'{path} holds no image ({", ".join(IMG_EXTENSIONS)}).')
+                raise FileNotFoundError(f'{path} holds no image ({", ".join(SUFFIXES)}).')
         images += found
     return images
 

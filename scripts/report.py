@@ -2,8 +2,8 @@
 
     python scripts/report.py --run outputs/demo
 
-Reads a finished run (`metrics.json`, `model/`) and the data that it was trained on; images in folders are shrunk to 16×16
-for softmax regression, whose penalty is chosen on a fifth of the training images. Writes into the same folder:
+Reads a finished run (`metrics.json`, `model/`) and the data that it was trained on; images in folders are shrunk to
+16×16 for softmax regression, whose penalty is chosen on a fifth of the training images. Writes into the same folder:
 `report.json` (both scores), `predictions.png` (test images, what the model sees in them and what it attends to) and
 `images/` (the images of the picture, for `scripts/predict.py`).
 """

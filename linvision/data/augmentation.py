@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from linvision.data.image_set import fill_colour
+from linvision.nearest import nearest
 
 LIBRARIES = ('torchvision', 'albumentations', 'kornia')
 RATIO = (3 / 4, 4 / 3)  # of the sides of a random resized crop
@@ -58,6 +59,8 @@ class Augmentation:
 
     def check(self, in_chans: int) -> None:
         """Raise ValueError for what the library cannot do to images of so many channels."""
+        if self.library not in LIBRARIES:
+            raise ValueError(nearest('augmentation', self.library, LIBRARIES))
         if self.rand_augment and self.library != 'torchvision':
             raise ValueError(
                 f"rand_augment is torchvision's alone, got augmentation {self.library!r}: "
@@ -74,66 +77,79 @@ Transform = Callable[[Tensor | Image.Image, int], Tensor]
 """An image, uint8 (C, H, W) or PIL, and a seed to a uint8 tensor (C, size, size)."""
 
 
-def torchvision_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> Transform:
-    """One image at a time, by torchvision.transforms.v2."""
-    a, fill = augmentation, fill_colour(mean).flatten().tolist()
-    steps: list[Any] = [v2.ToImage()]
-    if a.crops:
-        steps.append(v2.RandomResizedCrop(size, a.crop_scale, RATIO, v2.InterpolationMode.BICUBIC))
-    else:
-        steps += [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
-    if a.rand_augment:
-        steps.append(v2.RandAugment(magnitude=a.rand_augment, fill=fill))
-    if a.color_jitter:
-        steps.append(v2.ColorJitter(*[a.color_jitter] * 3))
-    if a.shift:  # after the colours, so that the border keeps its own
-        steps.append(v2.RandomCrop(size, padding=a.shift, fill=fill))
-    steps.append(v2.RandomHorizontalFlip(a.hflip))
-    if a.erase:
-        steps.append(v2.RandomErasing(a.erase, value=fill))
-    change = v2.Compose([*steps, v2.ToPureTensor()])
+class TorchvisionTransform:
+    """One image at a time, by torchvision.transforms.v2; a class, so that it can be sent to workers.
 
-    def transform(image: Tensor | Image.Image, seed: int) -> Tensor:
+    Args:
+        augmentation: What is changed.
+        size: Side of the images that come out.
+        mean: Mean of each channel, on the scale 0..1.
+    """
+
+    def __init__(self, augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> None:
+        a, fill = augmentation, fill_colour(mean).flatten().tolist()
+        steps: list[Any] = [v2.ToImage()]
+        if a.crops:
+            steps.append(v2.RandomResizedCrop(size, a.crop_scale, RATIO, v2.InterpolationMode.BICUBIC))
+        else:
+            steps += [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+        if a.shift:
+            steps.append(v2.RandomCrop(size, padding=a.shift, fill=fill))
+        steps.append(v2.RandomHorizontalFlip(a.hflip))
+        if a.rand_augment:
+            steps.append(v2.RandAugment(magnitude=a.rand_augment, fill=fill))
+        if a.color_jitter:
+            steps.append(v2.ColorJitter(*[a.color_jitter] * 3))
+        if a.erase:
+            steps.append(v2.RandomErasing(a.erase, value=fill))
+        self.change = v2.Compose([*steps, v2.ToPureTensor()])
+
+    def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return change(image)
-
-    return transform
+            return self.change(image)
 
 
-def albumentations_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> Transform:
-    """One image at a time, by albumentations; seeded for each, since its workers else draw the same numbers."""
-    os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # before the import, which else asks the network
-    import albumentations as A
-    import cv2
+class AlbumentationsTransform:
+    """One image at a time, by albumentations; seeded for each, since its workers else draw the same numbers.
 
-    cv2.setNumThreads(0)  # workers are processes
-    a, fill = augmentation, fill_colour(mean).flatten().tolist()
-    steps: list[Any] = []
-    if a.crops:
-        steps.append(A.RandomResizedCrop((size, size), a.crop_scale, RATIO, interpolation=cv2.INTER_AREA))
-    else:
-        steps += [A.SmallestMaxSize(size, interpolation=cv2.INTER_AREA), A.CenterCrop(size, size)]
-    if a.color_jitter:
-        steps.append(A.ColorJitter(*[(1 - a.color_jitter, 1 + a.color_jitter)] * 3, hue=(0, 0), p=1))
-    if a.shift:  # after the colours, so that the border keeps its own
-        side = size + 2 * a.shift
-        steps += [A.PadIfNeeded(side, side, border_mode=cv2.BORDER_CONSTANT, fill=fill), A.RandomCrop(size, size)]
-    steps.append(A.HorizontalFlip(p=a.hflip))
-    if a.erase:
-        steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill=fill, p=a.erase))
-    change = A.Compose(steps)
+    Args:
+        augmentation: What is changed.
+        size: Side of the images that come out.
+        mean: Mean of each channel, on the scale 0..1.
+    """
 
-    def transform(image: Tensor | Image.Image, seed: int) -> Tensor:
-        change.set_random_seed(seed % 2**32)
+    def __init__(self, augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> None:
+        os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # before the import, which else asks the network
+        import albumentations as A
+        import cv2
+
+        cv2.setNumThreads(0)  # workers are processes
+        a, fill = augmentation, fill_colour(mean).flatten().tolist()
+        smooth = {'interpolation': cv2.INTER_CUBIC, 'area_for_downscale': 'image'}
+        steps: list[Any] = []
+        if a.crops:
+            steps.append(A.RandomResizedCrop((size, size), a.crop_scale, RATIO, **smooth))
+        else:
+            steps += [A.SmallestMaxSize(size, **smooth), A.CenterCrop(size, size)]
+        if a.shift:
+            side = size + 2 * a.shift
+            steps += [A.PadIfNeeded(side, side, border_mode=cv2.BORDER_CONSTANT, fill=fill), A.RandomCrop(size, size)]
+        steps.append(A.HorizontalFlip(p=a.hflip))
+        if a.color_jitter:
+            steps.append(A.ColorJitter(*[(1 - a.color_jitter, 1 + a.color_jitter)] * 3, hue=(0, 0), p=1))
+        if a.erase:
+            steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill=fill, p=a.erase))
+        self.size, self.change = size, A.Compose(steps)
+
+    def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
+        self.change.set_random_seed(seed % 2**32)
         array = image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.asarray(image)
-        array = change(image=array[:, :, None] if array.ndim == 2 else array)['image']  # (H, W, C)
-        return torch.from_numpy(np.ascontiguousarray(array.reshape(size, size, -1).transpose(2, 0, 1)))
-
-    return transform
+        array = self.change(image=array[:, :, None] if array.ndim == 2 else array)['image']  # (H, W, C)
+        return torch.from_numpy(np.ascontiguousarray(array.reshape(self.size, self.size, -1).transpose(2, 0, 1)))
 
 
-TRANSFORMS = {'torchvision': torchvision_transform, 'albumentations': albumentations_transform}
+TRANSFORMS = {'torchvision': TorchvisionTransform, 'albumentations': AlbumentationsTransform}
 
 
 class KorniaBatches:

@@ -54,7 +54,7 @@ def create_batches(
 
 
 def in_memory(images: Any, img_size: int = 0) -> ImageSet:
-    """All images of a set that is read one by one, each read as in evaluation; a set in memory is given back.
+    """All images of a set that is read one by one, each read as in evaluation; a set in memory is given back as it is.
 
     Args:
         images: What `create_dataset` gave, but for a stream.
@@ -62,11 +62,15 @@ def in_memory(images: Any, img_size: int = 0) -> ImageSet:
 
     Raises:
         OSError: An image cannot be read.
+        ValueError: No size is named, and the set has none.
     """
     if isinstance(images, ImageSet):
         return images
     size = img_size or images.img_size
+    if not size:
+        raise ValueError('The images have no size of their own: name one.')
     change = evaluation_transform(images.in_chans, size, 1.0)
-    read = [images.read(i) for i in range(len(images))]
-    pixels = torch.stack([change(image, 0) for image, _ in read])
-    return ImageSet(pixels, torch.tensor([label for _, label in read]), images.classes, size)
+    pixels, labels = zip(
+        *((change(image), label) for image, label in map(images.read, range(len(images)))), strict=True
+    )
+    return ImageSet(torch.stack(pixels), torch.tensor(labels), images.classes, size)

@@ -4,6 +4,8 @@ What can be found out is not asked for: classes are the folders' names, channels
 the images. A folder of classes without `train/` and `val/` is split, every fifth image of a class for the test.
 """
 
+import logging
+import os
 import statistics as median_of
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +20,15 @@ from timm.data import ImageNetInfo
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.datasets import Imagenette
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from linvision.data.image_file import SUFFIXES, UNREADABLE, centre_crop, is_grey, read_image
 from linvision.data.image_set import statistics
 
 LOOKS = 500  # images that are looked at to find out channels, size, mean and standard deviation
-TEST_FOLDERS = ('val', 'validation', 'test')
-MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
-GREY = ('1', 'L', 'LA', 'I', 'I;16', 'F')
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a damaged file
+TRAIN_FOLDERS = ('train', 'training')
+TEST_FOLDERS = ('val', 'valid', 'validation', 'test', 'testing')  # the first that is there
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class ImageFiles:
         pixels = []
         for path in some([path for path, _ in self.samples]):
             try:
-                image = read_image(path, self.in_chans)
+                image = read_image(path, self.in_chans, smallest=64)
             except OSError:  # named when training meets it
                 continue
             pixels.append(torch.from_numpy(np.array(image.resize((64, 64)))).view(-1, self.in_chans))
@@ -88,27 +90,7 @@ class ImageFiles:
 
     def data_config(self, crop_pct: float) -> dict[str, Any]:
         """How timm reads such an image as evaluation did."""
-        return {'crop_pct': crop_pct, 'crop_mode': 'center', 'interpolation': 'bicubic'}
-
-
-def read_image(source: Any, in_chans: int, name: str | Path = '') -> Image.Image:
-    """An image with 1 (grey) or 3 (RGB) channels.
-
-    Args:
-        source: Path or binary file.
-        in_chans: Channels.
-        name: What an error calls it; its path.
-
-    Raises:
-        OSError: The file cannot be read as an image; the message names it.
-    """
-    try:
-        with Image.open(source) as image:
-            if image.mode.startswith('I;16'):  # PIL would cut off all above 255
-                return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert(MODES[in_chans])
-            return image.convert(MODES[in_chans])
-    except UNREADABLE as error:
-        raise OSError(f'{name or source} cannot be read as an image ({type(error).__name__}: {error}).') from error
+        return centre_crop(crop_pct)
 
 
 def some(paths: list[str]) -> list[str]:
@@ -144,14 +126,14 @@ def image_folder(root: Path, split: str) -> ImageFiles:
 
     Raises:
         FileNotFoundError: There are no class folders with images; the message says what goes where.
-        ValueError: The test folder has a class that the training folder lacks.
+        ValueError: A class cannot be read, or is in the test folder only.
     """
-    train = root / 'train' if (root / 'train').is_dir() else root
-    test = next((root / name for name in TEST_FOLDERS if train != root and (root / name).is_dir()), train)
+    train, test = split_folders(root)
     images = scan(train, root)
     classes = tuple(images)
-    in_chans = 1 if all(mode in GREY for mode, _ in look([path for paths in images.values() for path in paths])) else 3
-    if test == train:  # every fifth image of a class, by name, is for the test
+    modes = [mode for mode, _ in look([path for paths in images.values() for path in paths])]
+    in_chans = 1 if all(map(is_grey, modes)) else 3
+    if test is None:  # every fifth image of a class, by name, is for the test
         images = {
             c: [p for i, p in enumerate(paths) if (i % 5 == 4) == (split == 'test')] for c, paths in images.items()
         }
@@ -167,24 +149,54 @@ def image_folder(root: Path, split: str) -> ImageFiles:
     return ImageFiles(samples, classes, in_chans)
 
 
+def split_folders(root: Path) -> tuple[Path, Path | None]:
+    """The folders with the classes for training and for the test; None where one folder serves both.
+
+    A folder called `train` beside others that are no split is a class, of trains.
+    """
+    folders = {path.name.lower(): path for path in visible(root)}
+    train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
+    test = next((folders[name] for name in TEST_FOLDERS if name in folders), None)
+    if train is None or test is None and len(folders) > 1:
+        return root, None
+    return train, test
+
+
+def visible(folder: Path) -> list[Path]:
+    """Folders in a folder, by name, without those that systems and editors leave (`.cache`, `__MACOSX`)."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
+
+
 def scan(folder: Path, root: Path) -> dict[str, list[str]]:
-    """Paths of the images in each class folder, by name; folders without an image are no class.
+    """Paths of the images in each class folder, by name; empty folders are no class.
 
     Raises:
         FileNotFoundError: There are no class folders with images; the message says what goes where.
+        ValueError: A folder holds files, but no image that can be read.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    images = {
-        name: [path for path, _ in make_dataset(str(folder), {name: 0}, IMG_EXTENSIONS, allow_empty=True)]
-        for name in names
-    }
-    images = {name: paths for name, paths in images.items() if paths}
+    images: dict[str, list[str]] = {}
+    for path in visible(folder):
+        walk = os.walk(path, followlinks=True)
+        files = sorted(os.path.join(where, n) for where, _, names in walk for n in names if not n.startswith('.'))
+        found = [file for file in files if file.lower().endswith(SUFFIXES)]
+        others = sorted({os.path.splitext(file)[1] for file in set(files) - set(found)})
+        if files and not found:
+            raise ValueError(
+                f'The folder {path} holds no image that can be read, but files with the endings {others[:5]}. Expected '
+                f'{", ".join(SUFFIXES)}: convert them, or take the folder away if it is no class.'
+            )
+        if others:
+            _logger.warning(f'{path}: {len(files) - len(found)} files are no images that can be read ({others[:5]})')
+        if found:
+            images[path.name] = found
     whole = [name for name in images if (folder / name / 'train').is_dir()]
     if not images or whole:
         held = f'holds {[p.name for p in sorted(folder.iterdir())[:5]]}' if folder.is_dir() else 'is not there'
         raise FileNotFoundError(
             f'Expected images in folders of classes, {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE (or '
-            f'{root}/CLASS/IMAGE, which is then split), with the endings {", ".join(IMG_EXTENSIONS)}; {folder} {held}'
+            f'{root}/CLASS/IMAGE, which is then split), with the endings {", ".join(SUFFIXES)}; {folder} {held}'
             + (f', of which {whole[0]} is no class: it has a train/ of its own. ' if whole else '. ')
             + f'Name your folder with --data-dir{f" {folder / whole[0]}" if whole else ""}.'
         )
@@ -228,5 +240,7 @@ def in_words(found: ImageFiles) -> ImageFiles:
     """A set of ImageNet's: words for WordNet ids, RGB, ImageNet's mean and standard deviation."""
     info = ImageNetInfo()
     known = set(info.label_names())
-    names = (info.label_name_to_description(c).split(',')[0] if c in known else c for c in found.classes)
+    whole = [info.label_name_to_description(c) if c in known else c for c in found.classes]
+    first = [words.split(',')[0] for words in whole]
+    names = (long if first.count(short) > 1 else short for short, long in zip(first, whole, strict=True))  # two cranes
     return ImageFiles(found.samples, tuple(names), 3, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

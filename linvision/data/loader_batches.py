@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from linvision.data.augmentation import TRANSFORMS, Augmentation, Transform
+from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
 from linvision.data.order import Order, key
 from linvision.data.preparation import Preparation
@@ -113,8 +114,14 @@ class LoaderBatches:
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented, for evaluation; a label of -1 does not count."""
+        order = self.order
+        if isinstance(self.images, ImageSet):
+            yield from DeviceBatches(self.images, order, self.preparation).ordered(img_size)
+            return
         if img_size not in self.loaders:
-            pairs = Pairs(lambda: ((0, index) for index, _ in self.order.in_order()))
+            self.loaders.clear()  # the workers of another size go
+            # not self in here: a loader in a cycle of references could not end its workers
+            pairs = Pairs(lambda: ((0, index) for index, _ in order.in_order()))
             change = evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
             self.loaders[img_size] = create_loader(
                 KeyedImages(self.images, change),
@@ -123,7 +130,7 @@ class LoaderBatches:
                 batch_sampler=pairs,
                 persistent_workers=self.workers > 0,
             )
-        counted = (counts for _, counts in self.order.in_order())
+        counted = (counts for _, counts in order.in_order())
         for counts, (images, labels, complaints) in zip(counted, self.loaders[img_size], strict=True):
             self.bad_images.note(complaints)
             readable = torch.tensor([not complaint for complaint in complaints])
@@ -200,7 +207,19 @@ def training_transform(preparation: Preparation, augmentation: Augmentation, siz
 
 def evaluation_transform(in_chans: int, img_size: int, crop_pct: float) -> Transform:
     """timm's own reading of an image, uint8, so that the exported model reads images as they are read here."""
-    change = create_transform(
-        (in_chans, img_size, img_size), interpolation='bicubic', crop_pct=crop_pct, normalize=False
-    )
-    return lambda image, seed: change(image)
+    shape = (in_chans, img_size, img_size)
+    return Unseeded(create_transform(shape, interpolation='bicubic', crop_pct=crop_pct, normalize=False))
+
+
+class Unseeded:
+    """A transform that draws nothing.
+
+    Args:
+        change: What happens to an image.
+    """
+
+    def __init__(self, change: Callable[[Any], Tensor]) -> None:
+        self.change = change
+
+    def __call__(self, image: Any, seed: int = 0) -> Tensor:
+        return self.change(image)

@@ -5,11 +5,13 @@ seeded by its place in it. A run that is resumed in the middle of an epoch reads
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -21,10 +23,17 @@ from linvision.data.timm_sets import TimmStream
 
 
 class ChangedStream(IterableDataset):
-    """A stream's images, changed under a seed made of numbers, worker and place: `(image, label, complaint)`."""
+    """A stream's images, changed under a seed made of numbers, worker and place: `(image, label, complaints)`.
 
-    def __init__(self, stream: Any, transform: Transform, *numbers: int) -> None:
-        self.stream, self.transform, self.numbers = stream, transform, numbers
+    Args:
+        stream: timm's dataset.
+        transform: What happens to each image.
+        numbers: Seed, epoch and process.
+        ends: Say after the last image what was left out since, beside an image labelled -1.
+    """
+
+    def __init__(self, stream: Any, transform: Transform, *numbers: int, ends: bool = False) -> None:
+        self.stream, self.transform, self.numbers, self.ends = stream, transform, numbers, ends
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, str]]:
         worker, heard = get_worker_info(), Complaints()
@@ -34,6 +43,8 @@ class ChangedStream(IterableDataset):
             for i, (image, label) in enumerate(self.stream):
                 seed = key(*self.numbers, worker.id if worker else 0, i)
                 yield self.transform(image, seed), label, heard.collect()
+            if self.ends and (rest := heard.collect()):
+                yield self.transform(Image.new('RGB', (8, 8)), 0), -1, rest
         finally:
             readers.removeHandler(heard)
 
@@ -46,14 +57,20 @@ class Complaints(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep an error; other warnings are none of a sample."""
-        if 'error' in record.getMessage():
-            self.messages.append(record.getMessage())
+        """Keep an error, with the name of its sample; other warnings are none of a sample."""
+        error = sys.exc_info()[1]
+        if error is None:
+            return
+        # the error does not know, but the loop does that met it: webdataset's, over samples or over shards
+        seen = error.__traceback__.tb_frame.f_locals
+        sample = seen.get('sample') or seen.get('source') or {}
+        name = f'{sample.get("__key__", "a sample")} in {sample.get("__url__") or sample.get("url") or "a shard"}'
+        self.messages.append(f'{name} cannot be read ({type(error).__name__}).')
 
     def collect(self) -> str:
-        """What was logged since the last look."""
+        """What was logged since the last look, a line for each sample."""
         messages, self.messages = self.messages, []
-        return ' '.join(messages)
+        return '\n'.join(messages)
 
 
 class StreamBatches:
@@ -87,7 +104,7 @@ class StreamBatches:
         order, share = self.order, self.order.batch_size // self.order.count
         transform = training_transform(self.preparation, self.augmentation, img_size)
         for epoch, start in order.epochs(step):
-            stream = self.images.open(True, seed, epoch, share, self.workers, whole=False)
+            stream = self.images.open(True, seed, epoch, share, self.workers, order.rank, order.count)
             changed = ChangedStream(stream, transform, seed, epoch, order.rank)
             batches = islice(
                 create_loader(changed, self.workers, self.preparation, key(seed, epoch), batch_size=share),
@@ -95,19 +112,19 @@ class StreamBatches:
                 len(order),
             )
             for number, (images, labels, complaints) in enumerate(batches, start):
-                self.bad_images.note(complaints)
+                self.bad_images.note('\n'.join(complaints).splitlines())
                 images = self.preparation.augmented(images, img_size, img_size, seed, epoch, number)
                 yield images, labels.to(images.device, non_blocking=True)
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented; every process reads all. A label of -1 does not count."""
         order, change = self.order, evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
-        stream = self.images.open(False, 0, 0, order.batch_size, self.workers, whole=True)
-        changed = ChangedStream(stream, change)
+        stream = self.images.open(False, 0, 0, order.batch_size, self.workers)
+        changed = ChangedStream(stream, change, ends=True)
         for images, labels, complaints in create_loader(
             changed, self.workers, self.preparation, batch_size=order.batch_size
         ):
-            self.bad_images.note(complaints)
+            self.bad_images.note('\n'.join(complaints).splitlines())
             index = torch.arange(-(-len(labels) // order.count)) * order.count + order.rank
             counts, index = index < len(labels), index.clamp(max=len(labels) - 1)
             labels = torch.where(counts, labels[index], -1).to(self.preparation.device, non_blocking=True)

@@ -14,7 +14,8 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from linvision.data.folders import read_image
+from linvision.data.image_file import UNREADABLE, centre_crop, read_image
+from linvision.data.order import key
 
 PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
 STREAMS = ('wds/', 'hfids/', 'tfds/')
@@ -88,7 +89,7 @@ class TimmSet:
 
     def data_config(self, crop_pct: float) -> dict[str, Any]:
         """How timm reads such an image as evaluation did."""
-        return {'crop_pct': crop_pct, 'crop_mode': 'center', 'interpolation': 'bicubic'}
+        return centre_crop(crop_pct)
 
 
 class TimmImages(TimmSet):
@@ -119,11 +120,15 @@ class TimmImages(TimmSet):
         """
         place = int(self.index[index])
         reader = getattr(self.dataset, 'reader', None)  # timm's dataset itself would go on to the next image
-        if reader is None:
-            image, label = self.dataset[place]
-            return image.convert('RGB'), int(label)
-        source, label = reader[place]
-        return read_image(source, self.in_chans, reader.filename(place)), int(label)
+        name = f'image {place} of the set'
+        try:
+            if reader is None:
+                image, label = self.dataset[place]
+                return image.convert('RGB'), int(label)
+            source, label = reader[place]
+        except UNREADABLE as error:
+            raise OSError(f'{name} cannot be read ({type(error).__name__}: {error}).') from error
+        return read_image(source, self.in_chans, name), int(label)
 
 
 class TimmStream(TimmSet):
@@ -154,7 +159,9 @@ class TimmStream(TimmSet):
             'split with --dataset-args test_split ….'
         )
 
-    def open(self, training: bool, seed: int, epoch: int, batch_size: int, workers: int, whole: bool) -> Any:
+    def open(
+        self, training: bool, seed: int, epoch: int, batch_size: int, workers: int, rank: int = 0, count: int = 1
+    ) -> Any:
         """timm's dataset for one epoch.
 
         Args:
@@ -163,16 +170,20 @@ class TimmStream(TimmSet):
             epoch: Number of the epoch.
             batch_size: This process's images in a batch.
             workers: Worker processes.
-            whole: Every process reads all of it.
+            rank: Number of this process.
+            count: How many processes share it; by default, this one reads all.
+
+        Raises:
+            ValueError: There are fewer shards than workers.
         """
         dataset = timm.data.create_dataset(**self.arguments, is_training=training, seed=seed, batch_size=batch_size)
         reader = dataset.reader
-        if whole:
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        reader.dist_rank, reader.dist_num_replicas = rank, count
+        reader.worker_seed = key(seed, epoch)  # of this process; workers take their loader's
         dataset.set_loader_cfg(num_workers=workers)
         dataset.set_epoch(epoch)
         shards = getattr(getattr(reader, 'split_info', None), 'filenames', None)
-        readers = reader.dist_num_replicas * max(1, workers)
+        readers = count * max(1, workers)
         if training and shards and len(shards) < readers:
             raise ValueError(
                 f'{self.arguments["name"]} has {len(shards)} shards, but {readers} processes read it, at least one '

@@ -50,10 +50,12 @@ class Board:
             return
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
+        waiting = scalars['speed/waiting_for_data']
         left = minutes / progress - minutes if progress > 0 else float('nan')
         words = (
             f'loss {scalars["train/loss"]:.3f}  {scalars["speed/images_per_s"]:.0f} images/s  '
             f'lr {scalars["train/lr"]:.2g}  {left:.1f} min left'
+            + (f'  (waits for images {100 * waiting:.0f} % of the time: try more --workers)' if waiting > 0.5 else '')
         )
         if self.bar is not None:
             self.bar.n = round(100 * progress, 1)

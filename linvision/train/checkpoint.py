@@ -24,12 +24,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+from linvision.data.timm_sets import STREAMS
 from linvision.train.parallel import Processes
 
 FREE_TO_CHANGE = {
     'output_dir',
     'data_dir',
     'download',
+    'test',
     'fresh',
     'dry_run',
     'max_steps',
@@ -206,14 +208,18 @@ def set_random_states(states: dict[str, Any]) -> None:
 def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise ValueError where a folder holds a run of another recipe.
 
+    The order of a stream depends on how many workers and processes read it; that of other sets does not.
+
     Args:
         folder: The output folder.
-        recipe: The recipe that is to run.
-        found: The recipe found in the folder.
+        recipe: The recipe that is to run, and how many `processes` run it.
+        found: Those found in the folder.
     """
     recipe, found = json.loads(json.dumps(recipe)), json.loads(json.dumps(found))  # tuples as JSON keeps them
-    recipe['workers'], found['workers'] = recipe['workers'] > 0, found['workers'] > 0  # how many makes no difference
-    changed = [k for k in recipe if k not in FREE_TO_CHANGE and found.get(k) != recipe[k]]
+    for each in (recipe, found):
+        each['dataset_args'].pop('test_split', None)
+    free = FREE_TO_CHANGE if recipe['dataset'].startswith(STREAMS) else {*FREE_TO_CHANGE, 'workers', 'processes'}
+    changed = [k for k in recipe if k not in free and found.get(k) != recipe[k]]
     if changed:
         words = ', '.join(f'{k}: {found.get(k)} there, {recipe[k]} now' for k in changed)
         raise ValueError(

@@ -30,6 +30,7 @@ class TrainingData:
         mean, std: How images are normalised.
         batches: Batches of the training set.
         validation: Batches of the slice, or None.
+        test: Batches of the test set, or None.
         crop_pct: Share of an image file that evaluation sees.
         stages: Image sizes with their shares of the run.
         mixup: timm's Mixup and CutMix.
@@ -44,11 +45,18 @@ class TrainingData:
         self.stages = recipe.stages or ((self.natural_size(config.input_size[-1]), 1.0),)
         self.batches = self.cut(self.train_set, recipe.batch_size, recipe.changes)
         self.validation = self.cut(val_set, recipe.eval_batch_size) if len(val_set) else None
+        # opened before training, so that what is wrong with it is said before
+        self.test = self.cut(self.open('test'), recipe.eval_batch_size) if recipe.test else None
         if not len(self.batches.order):
             raise ValueError(
                 f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images.'
             )
         classes = len(self.train_set.classes)
+        if classes < 2 and recipe.task == 'classify':
+            raise ValueError(
+                f'{recipe.dataset} in {recipe.data_dir} has one class only, {self.train_set.classes[0]!r}, and there '
+                'must be two to tell apart. Is it one folder too high?'
+            )
         self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
 
     def open(self, split: str) -> Images:
@@ -64,10 +72,6 @@ class TrainingData:
         reading = {'workers': self.recipe.workers, 'on_bad_image': self.recipe.on_bad_image, 'crop_pct': self.crop_pct}
         where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
         return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
-
-    def test(self) -> Batches:
-        """Batches of the test set."""
-        return self.cut(self.open('test'), self.recipe.eval_batch_size)
 
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""

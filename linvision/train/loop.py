@@ -124,7 +124,7 @@ class Run:
         path = folder and joined.first(lambda: newest_checkpoint(folder / 'checkpoints'))
         found = read_state(path) if path else {}
         if found:
-            check_same_run(folder, recipe.to_dict(), found['recipe'])
+            check_same_run(folder, self.identity, found['recipe'])
             self.at = Position(**found['position'])
             self.last_log, self.saved_step = (self.at.step, self.at.minutes), self.at.step
         torch.manual_seed(recipe.seed)
@@ -160,6 +160,11 @@ class Run:
         if found:
             self.learner.restore(found['learner'], path)
             set_random_states(found['random'])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What another run of the folder must agree with."""
+        return {**self.recipe.to_dict(), 'processes': self.processes.count}
 
     @property
     def img_size(self) -> int:
@@ -316,7 +321,7 @@ class Run:
         self.at.bad_images = self.data.bad_images()
         own, shards = self.learner.state()
         state = {
-            'recipe': self.recipe.to_dict(),
+            'recipe': self.identity,
             'position': asdict(self.at),
             'precision': self.learner.precision,
             'probe': self.probe,
@@ -333,9 +338,8 @@ class Run:
         if self.img_size != size:  # the last stage was too short for a step
             self.at.stage = len(self.data.stages) - 1
             self.learner.set_size(size)
-        sets = {} if self.data.validation is None else {'val': self.data.validation}
-        if recipe.test:
-            sets['test'] = self.data.test()
+        sets = {'val': self.data.validation, 'test': self.data.test}
+        sets = {split: batches for split, batches in sets.items() if batches is not None}
         for split, batches in sets.items():
             scores[split] = self.score(batches, size)
             self.board.scores(split, self.at.step, scores[split])

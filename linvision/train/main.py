@@ -54,9 +54,11 @@ def main(recipe: Recipe, description: str | None = None) -> None:
     except KeyboardInterrupt:
         finished = {}
         print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
-    except (ValueError, TypeError, FileNotFoundError, OSError, FloatingPointError, MemoryError) as error:
-        if os.environ.get('LINVISION_TRACEBACK'):
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
+        if os.environ.get('LINVISION_TRACEBACK') or isinstance(error, RuntimeError) and 'DataLoader' not in str(error):
             raise
+        if isinstance(error, RuntimeError):
+            error = f'{error}. Often it is memory: try fewer --workers, or more shared memory (docker run --shm-size).'
         rank = int(os.environ.get('RANK', 0))
         if rank and isinstance(error, ValueError | TypeError):
             sys.exit(1)  # the first process says it

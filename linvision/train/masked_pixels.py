@@ -6,6 +6,8 @@ would: they ask, but nothing reads them (as in the decoder of CrossMAE, arXiv 24
 can leak, and E needs no learned stand-in for them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
@@ -31,24 +33,23 @@ def adapt(model: nn.Module) -> None:
     model.reset_classifier(pixels, '')
 
 
-def hidden_tokens(
-    batch: int, grid: tuple[int, int], ratio: float, cell: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Which tokens are hidden: (B, N), boolean, the same number of cells in each image, at random.
+def hidden_tokens(draws: Tensor, grid: tuple[int, int], ratio: float, cell: int) -> Tensor:
+    """Which tokens are hidden: (B, N), boolean, the same number of cells in each image.
 
     Args:
-        batch: Images.
+        draws: Random numbers, (B, at least as many as there are cells).
         grid: Tokens along each axis.
         ratio: Share of the cells that is hidden; at least one is, and one is not.
         cell: Side of a cell in tokens.
-        generator: Source of the draws; torch's own by default.
+
+    Raises:
+        ValueError: There is one cell only.
     """
     height, width = (-(-n // cell) for n in grid)
     n = min(max(1, round(ratio * height * width)), height * width - 1)
     if n < 1:
         raise ValueError(f'mask_size leaves one cell on a grid of {grid[0]}×{grid[1]} tokens: choose a smaller one.')
-    drawn = torch.rand(batch, height * width, generator=generator).argsort(dim=1)
-    cells = (drawn < n).unflatten(1, (height, width))
+    cells = (draws[:, : height * width].argsort(dim=1) < n).unflatten(1, (height, width))
     return cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, : grid[0], : grid[1]].flatten(1)
 
 
@@ -59,11 +60,15 @@ def patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def mask_for(model: nn.Module, images: Tensor, ratio: float, size: int, seed: int | None = None) -> Tensor:
-    """Hidden tokens for a batch; with a seed, the same at every call."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    cell = max(1, size // model.patch_embed.patch_size[0])
-    return hidden_tokens(len(images), model.patch_embed.grid_size, ratio, cell, generator).to(images.device)
+def mask_for(model: nn.Module, images: Tensor, ratio: float, size: int, seeds: Sequence[int] | None = None) -> Tensor:
+    """Hidden tokens for a batch: at random, or of each image by its seed."""
+    grid = model.patch_embed.grid_size
+    N = grid[0] * grid[1]
+    if seeds is None:
+        draws = torch.rand(len(images), N)
+    else:
+        draws = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return hidden_tokens(draws, grid, ratio, max(1, size // model.patch_embed.patch_size[0])).to(images.device)
 
 
 def reconstruction_loss(model: nn.Module, output: Tensor, images: Tensor, mask: Tensor) -> Tensor:
@@ -122,8 +127,11 @@ def evaluate_masked(
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    for i, (images, labels) in enumerate(batches.ordered(img_size)):
-        mask = mask_for(model, images, ratio, size, seed=i)
+    position, order = 0, batches.order
+    for images, labels in batches.ordered(img_size):
+        seeds = [(position + i) * order.count + order.rank for i in range(len(images))]  # positions in the set
+        position += len(images)
+        mask = mask_for(model, images, ratio, size, seeds)
         with autocast(images.device, precision):
             output = model(images, key_padding_mask=mask)
         counted = labels >= 0
@@ -133,6 +141,6 @@ def evaluate_masked(
     model.train(training)
     if isinstance(model, FSDPModule):
         model.reshard()
-    if batches.order.count > 1:
+    if order.count > 1:
         torch.distributed.all_reduce(total)
     return {'loss': total[0].item() / max(total[1].item(), 1), 'num_samples': int(total[1])}

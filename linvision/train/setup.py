@@ -57,30 +57,41 @@ def load_backbone(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: The other is of another kind or width.
     """
-    source = f'local-dir:{name}' if Path(name).is_dir() else name
     try:
-        other = timm.create_model(source, pretrained=True, in_chans=model.patch_embed.proj.in_channels)
+        other = timm.create_model(source_of(name), pretrained=True, in_chans=model.patch_embed.proj.in_channels)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f'No weights to start from in {name!r}: {first_line(error)}') from error
-    state = checkpoint_filter_fn(other.state_dict(), model)
+    theirs, ours = (
+        {k: getattr(m, k, None) for k in ('embed_dim', 'has_class_token', 'num_reg_tokens')} for m in (other, model)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"The weights of {name} do not fit: it has {theirs}, the recipe's model {ours}. Choose a model of the same "
+            'width and kind with --model and --model-args.'
+        )
     try:
+        state = checkpoint_filter_fn(other.state_dict(), model)
         result = model.load_state_dict({k: v for k, v in state.items() if not k.startswith('head.')}, strict=False)
         missing = [k for k in result.missing_keys if not k.startswith('head.')]
         wrong = f'lacks {missing[:3]}' if missing else f'has {result.unexpected_keys[:3]} besides'
         fits = not missing and not result.unexpected_keys
     except (RuntimeError, ValueError) as error:
-        fits, wrong = False, first_line(error)
+        fits, wrong = False, f'says: {" ".join(str(error).split()[:40])}'
     if not fits:
         raise ValueError(
             f'The weights of {name} do not fit {type(model).__name__} of width {model.embed_dim}: it {wrong}.'
         )
 
 
+def source_of(name: str) -> str:
+    """timm's name of a model: a folder that a run exported, or itself."""
+    return f'local-dir:{name}' if Path(name).is_dir() else name
+
+
 def load_teacher(name: str, student: nn.Module, img_size: int, device: torch.device) -> nn.Module:
     """A trained model that the student learns from: a folder that a run exported, or a name of timm's."""
-    source = f'local-dir:{name}' if Path(name).is_dir() else name
     shape = {'in_chans': student.patch_embed.proj.in_channels, 'num_classes': student.num_classes}
-    teacher = timm.create_model(source, pretrained=True, img_size=img_size, **shape)
+    teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, **shape)
     return teacher.to(device).eval().requires_grad_(False)
 
 

@@ -1,0 +1,66 @@
+"""Reading an image file, the same way in training, evaluation and prediction.
+
+A photograph is turned upright as its EXIF data says; what is transparent lies on white; 16-bit grey keeps its upper 8
+bits.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+SUFFIXES = (*IMG_EXTENSIONS, '.gif')
+MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a damaged file
+
+
+def read_image(source: Any, in_chans: int, name: str | Path = '', smallest: int = 0) -> Image.Image:
+    """An image with 1 (grey) or 3 (RGB) channels, 8 bits each.
+
+    Args:
+        source: Path or binary file.
+        in_chans: Channels.
+        name: What an error calls it; its path.
+        smallest: A JPEG may be decoded at a fraction of its size, with sides of at least this (0: at its own).
+
+    Raises:
+        OSError: It cannot be read as an image; the message names it.
+    """
+    try:
+        with Image.open(source) as image:
+            if smallest:
+                image.draft(None, (smallest, smallest))
+            return eight_bits(ImageOps.exif_transpose(image)).convert(MODES[in_chans])
+    except UNREADABLE as error:
+        reason = type(error).__name__ if str(source) in str(error) else f'{type(error).__name__}: {error}'
+        raise OSError(f'{name or source} cannot be read as an image ({reason}).') from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image without transparency, 8 bits a channel.
+
+    Raises:
+        ValueError: It holds whole or real numbers of 32 bits, whose range nobody knows.
+    """
+    if image.mode in ('I', 'F'):
+        raise ValueError(f'its values have 32 bits (mode {image.mode}); save it with 8 or 16 bits a channel')
+    if image.mode.startswith('I;16'):  # PIL would cut off all above 255
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    drawn = image.convert('RGBA')
+    white = Image.new('RGBA', drawn.size, 'white')
+    white.alpha_composite(drawn)
+    return white
+
+
+def is_grey(mode: str) -> bool:
+    """Whether images of a PIL mode have no colour."""
+    return mode in ('1', 'L', 'LA') or mode.startswith('I')
+
+
+def centre_crop(crop_pct: float) -> dict[str, Any]:
+    """How timm reads an image file as evaluation does."""
+    return {'crop_pct': crop_pct, 'crop_mode': 'center', 'interpolation': 'bicubic'}
