@@ -93,13 +93,13 @@ class TorchvisionTransform:
             steps.append(v2.RandomResizedCrop(size, a.crop_scale, RATIO, v2.InterpolationMode.BICUBIC))
         else:
             steps += [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
-        if a.shift:
-            steps.append(v2.RandomCrop(size, padding=a.shift, fill=fill))
-        steps.append(v2.RandomHorizontalFlip(a.hflip))
         if a.rand_augment:
             steps.append(v2.RandAugment(magnitude=a.rand_augment, fill=fill))
         if a.color_jitter:
             steps.append(v2.ColorJitter(*[a.color_jitter] * 3))
+        if a.shift:  # after the colours, which would change the border's
+            steps.append(v2.RandomCrop(size, padding=a.shift, fill=fill))
+        steps.append(v2.RandomHorizontalFlip(a.hflip))
         if a.erase:
             steps.append(v2.RandomErasing(a.erase, value=fill))
         self.change = v2.Compose([*steps, v2.ToPureTensor()])
@@ -132,12 +132,12 @@ class AlbumentationsTransform:
             steps.append(A.RandomResizedCrop((size, size), a.crop_scale, RATIO, **smooth))
         else:
             steps += [A.SmallestMaxSize(size, **smooth), A.CenterCrop(size, size)]
-        if a.shift:
+        if a.color_jitter:
+            steps.append(A.ColorJitter(*[(1 - a.color_jitter, 1 + a.color_jitter)] * 3, hue=(0, 0), p=1))
+        if a.shift:  # after the colours, which would change the border's
             side = size + 2 * a.shift
             steps += [A.PadIfNeeded(side, side, border_mode=cv2.BORDER_CONSTANT, fill=fill), A.RandomCrop(size, size)]
         steps.append(A.HorizontalFlip(p=a.hflip))
-        if a.color_jitter:
-            steps.append(A.ColorJitter(*[(1 - a.color_jitter, 1 + a.color_jitter)] * 3, hue=(0, 0), p=1))
         if a.erase:
             steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill=fill, p=a.erase))
         self.size, self.change = size, A.Compose(steps)

@@ -4,6 +4,7 @@ A photograph is turned upright as its EXIF data says; what is transparent lies o
 bits.
 """
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SUFFIXES = (*IMG_EXTENSIONS, '.gif')
 MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a damaged file
+# what PIL raises for a damaged file, or for damaged EXIF data in it
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(source: Any, in_chans: int, name: str | Path = '', smallest: int = 0) -> Image.Image:

@@ -63,7 +63,7 @@ class Complaints(logging.Handler):
             return
         # the error does not know, but the loop does that met it: webdataset's, over samples or over shards
         seen = error.__traceback__.tb_frame.f_locals
-        sample = seen.get('sample') or seen.get('source') or {}
+        sample = seen.get('source') or seen.get('sample') or {}
         name = f'{sample.get("__key__", "a sample")} in {sample.get("__url__") or sample.get("url") or "a shard"}'
         self.messages.append(f'{name} cannot be read ({type(error).__name__}).')
 
@@ -100,7 +100,12 @@ class StreamBatches:
         self.crop_pct, self.workers, self.bad_images = crop_pct, workers, BadImages(on_bad_image)
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled, augmented batches without end; the batches of an epoch before `step` are read and passed over."""
+        """Shuffled, augmented batches without end; the batches of an epoch before `step` are read and passed over.
+
+        Raises:
+            OSError: An epoch is empty, or a sample cannot be read, with 'stop'.
+            ValueError: There are fewer shards than workers.
+        """
         order, share = self.order, self.order.batch_size // self.order.count
         transform = training_transform(self.preparation, self.augmentation, img_size)
         for epoch, start in order.epochs(step):
@@ -111,10 +116,13 @@ class StreamBatches:
                 start,
                 len(order),
             )
+            number = -1
             for number, (images, labels, complaints) in enumerate(batches, start):
                 self.bad_images.note('\n'.join(complaints).splitlines())
                 images = self.preparation.augmented(images, img_size, img_size, seed, epoch, number)
                 yield images, labels.to(images.device, non_blocking=True)
+            if number < 0:
+                raise OSError(f'No sample of {self.images.arguments["name"]} can be read.')
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented; every process reads all. A label of -1 does not count."""
