@@ -9,23 +9,14 @@ Half of each image is hidden in squares of 4×4 pixels; the loss is the squared 
 Result: TODO
 """
 
+import dataclasses
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from fashion_mnist_pixels import RECIPE as CLASSES
 
-RECIPE = Recipe(
-    model='linformer_vit_pico_patch1_32',
-    task='masked_pixels',
-    dataset='fashion_mnist',
-    output_dir=Path('outputs/masked_pixels'),
-    epochs=3,
-    stages=((16, 0.75), (32, 0.25)),
-    batch_size=32,
-    opt='muon',
-    lr=0.01,
-    augmentation='kornia',
-    hflip=0.5,
-)
+from linvision.train import main
+
+RECIPE = dataclasses.replace(CLASSES, task='masked_pixels', output_dir=Path('outputs/masked_pixels'))
 
 if __name__ == '__main__':
     main(RECIPE, __doc__)

@@ -1,6 +1,7 @@
 """Random changes by torchvision, albumentations and kornia: what they do, and that (seed, epoch, index) decides it."""
 
 import os
+import pickle
 import subprocess
 import sys
 from itertools import islice
@@ -14,7 +15,8 @@ from runs import CPU, image_set, save_folder
 from torchvision.transforms import v2
 
 from linvision.data import Augmentation, Batches, ImageSet, create_batches, create_dataset
-from linvision.data.augmentation import LIBRARIES
+from linvision.data.augmentation import LIBRARIES, TRANSFORMS
+from linvision.data.loader_batches import KeyedImages, evaluation_transform
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 ALL = {'crop_scale': (0.5, 1.0), 'shift': 2, 'hflip': 0.5, 'color_jitter': 0.3, 'erase': 0.5}
@@ -74,6 +76,15 @@ def test_draws_depend_on_seed_epoch_and_index_alone(sets, library, place):
     assert (one != two).flatten(1).any(dim=1).all()  # each image is changed otherwise in the next epoch
     x, y = first(batches(sets[place], augmentation), 3, seed=4)
     assert not torch.equal(y, labels[:24]) and (x[y.argsort()] != one).flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize('library', TRANSFORMS)
+def test_what_workers_do_can_be_sent_to_them(sets, library):
+    """As Python does where it starts workers afresh instead of forking: on other systems, and from 3.14 on."""
+    for transform in (TRANSFORMS[library](Augmentation(library, **ALL), 12, MEAN), evaluation_transform(3, 12, 0.9)):
+        images = KeyedImages(sets['files'], transform, seed=3)
+        (x, label, _), (again, _, _) = images[1, 5], pickle.loads(pickle.dumps(images))[1, 5]
+        assert torch.equal(x, again) and label == 5
 
 
 def test_the_order_of_an_epoch_is_the_same_for_all_libraries(sets):

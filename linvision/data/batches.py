@@ -13,7 +13,7 @@ from linvision.data.preparation import Preparation
 from linvision.data.stream_batches import StreamBatches
 from linvision.data.timm_sets import TimmStream
 
-Batches = DeviceBatches | LoaderBatches | StreamBatches
+Batches = DeviceBatches | LoaderBatches  # a StreamBatches is one too
 
 
 def create_batches(

@@ -15,11 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from linvision.data.augmentation import Augmentation, Transform
-from linvision.data.loader_batches import BadImages, create_loader, evaluation_transform, training_transform
-from linvision.data.order import Order, key
-from linvision.data.preparation import Preparation
-from linvision.data.timm_sets import TimmStream
+from linvision.data.augmentation import Transform
+from linvision.data.loader_batches import LoaderBatches, create_loader, evaluation_transform, training_transform
+from linvision.data.order import key
 
 
 class ChangedStream(IterableDataset):
@@ -73,31 +71,8 @@ class Complaints(logging.Handler):
         return '\n'.join(messages)
 
 
-class StreamBatches:
-    """A stream, cut into normalised batches; as `LoaderBatches`, without random access.
-
-    Args:
-        images: The stream.
-        order: The shares of the processes.
-        preparation: What happens to a batch on the device.
-        augmentation: What is changed at random.
-        crop_pct: Share of an image's shorter side that evaluation crops.
-        workers: Worker processes; 0 reads in this one.
-        on_bad_image: 'stop' or 'skip'.
-    """
-
-    def __init__(
-        self,
-        images: TimmStream,
-        order: Order,
-        preparation: Preparation,
-        augmentation: Augmentation,
-        crop_pct: float = 1.0,
-        workers: int = 0,
-        on_bad_image: str = 'stop',
-    ) -> None:
-        self.images, self.order, self.preparation, self.augmentation = images, order, preparation, augmentation
-        self.crop_pct, self.workers, self.bad_images = crop_pct, workers, BadImages(on_bad_image)
+class StreamBatches(LoaderBatches):
+    """A `TimmStream`, cut into normalised batches; as its parent, without random access."""
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches without end; the batches of an epoch before `step` are read and passed over.

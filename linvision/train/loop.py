@@ -190,6 +190,8 @@ class Run:
             if stage != self.at.stage:
                 self.at.stage = stage
                 self.learner.set_size(self.img_size)
+                if not self.learner.objective.best_of_any_size:
+                    self.at.best_step = 0
             self.board.say(
                 f'stage {stage + 1} of {len(self.data.stages)}: {self.img_size}×{self.img_size} images from step '
                 f'{self.at.step}'

@@ -30,6 +30,7 @@ def adapt(model: nn.Module) -> None:
             "(--model-args projection none is a plain ViT's attention.)"
         )
     pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1] * model.in_chans
+    model.usual_pool = model.global_pool  # of the backbone that a run exports
     model.reset_classifier(pixels, '')
 
 
@@ -122,7 +123,7 @@ def evaluate_masked(
         precision: Precision of the forward pass.
 
     Returns:
-        `loss` (mean over images) and `num_samples`.
+        `loss` (mean over images), `num_samples`, and `num_left_out`, how many of the set could not be read.
     """
     training = model.training
     model.eval()
@@ -143,4 +144,5 @@ def evaluate_masked(
         model.reshard()
     if order.count > 1:
         torch.distributed.all_reduce(total)
-    return {'loss': total[0].item() / max(total[1].item(), 1), 'num_samples': int(total[1])}
+    counted = int(total[1])
+    return {'loss': total[0].item() / max(counted, 1), 'num_samples': counted, 'num_left_out': order.n - counted}

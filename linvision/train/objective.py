@@ -30,6 +30,7 @@ class Classes:
     """
 
     best = 'top1'
+    best_of_any_size = True  # scores at one image size can be compared with those at another
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -78,6 +79,7 @@ class MaskedPixels(Classes):
     """Hidden pixels, by the squared error."""
 
     best = 'loss'
+    best_of_any_size = False  # smaller images are smoother
 
     def task(self, model: nn.Module, img_size: int, device: torch.device) -> TrainingTask:
         """timm's task with hidden pixels."""
@@ -98,7 +100,7 @@ class MaskedPixels(Classes):
     def exported(self, model: nn.Module) -> nn.Module:
         """The backbone: without a head, its pooling as registered."""
         backbone = copy.deepcopy(model)
-        backbone.reset_classifier(0, 'token' if backbone.has_class_token else 'avg')
+        backbone.reset_classifier(0, backbone.usual_pool)
         return backbone
 
     def pictures(self) -> dict[str, Callable[..., 'Figure | None']]:
