@@ -24,21 +24,8 @@ NAMES = {
 }
 SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit']
 SMALL += ['--precision', 'fp32', '--device', 'cpu', '--workers', '0', '--threads', '1']
-SHORT = [
-    '--stages',
-    '8',
-    '0.5',
-    '16',
-    '0.5',
-    '--max-minutes',
-    '0',
-    '--epochs',
-    '0.25',
-    '--batch-size',
-    '32',
-    '--accumulate',
-    '1',
-]
+SHORT = ['--stages', '8', '0.5', '16', '0.5', '--max-minutes', '0', '--epochs', '0.25']
+SHORT += ['--batch-size', '32', '--accumulate', '1']
 
 
 def run(recipe, *flags):
