@@ -40,7 +40,8 @@ def main(
     """
     common = {'data_dir': data_dir.resolve(), 'stages': (), 'threads': 1, 'precision': 'bf16'}
     kinds = {'epochs': {'epochs': epochs}, 'minutes': {'max_minutes': minutes}}
-    result: dict[str, Any] = {'minutes': minutes, 'epochs': epochs, 'seeds': seeds, 'torch': torch.__version__}
+    settings = {'minutes': minutes, 'epochs': epochs, 'seeds': seeds}
+    result: dict[str, Any] = {'settings': settings, 'torch': torch.__version__}
     for kind, length in kinds.items():
         variants = {f'patch {p}': {**common, **length, 'model': f'linformer_vit_pico_patch{p}_32'} for p in PATCHES}
         runs = run_trials('fashion_mnist_pixels', variants, seeds, workers, output_dir / kind)
@@ -52,7 +53,7 @@ def main(
 
 def page(result: dict[str, Any]) -> str:
     """The comparison as a page."""
-    minutes, epochs, seeds = result['minutes'], result['epochs'], result['seeds']
+    minutes, epochs, seeds = result['settings'].values()
     lines = [
         f'| {kind} | tokens | top-1 | images seen | parameters |\n| --- | --- | --- | --- | --- |\n'
         + '\n'.join(
@@ -83,8 +84,8 @@ def conclusion(result: dict[str, Any]) -> str:
     """What the figures say, in a sentence for each table."""
     words = []
     for key, kind in (
-        ('minutes', f'In {result["minutes"]:g} minutes'),
-        ('epochs', f'In {result["epochs"]:g} epoch(s)'),
+        ('minutes', f'In {result["settings"]["minutes"]:g} minutes'),
+        ('epochs', f'In {result["settings"]["epochs"]:g} epoch(s)'),
     ):
         means = {name: sum(run['top1'] for run in runs) / len(runs) for name, runs in result[key].items()}
         best = max(means, key=means.get)
@@ -100,7 +101,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout='constrained')
-    titles = {'minutes': f'{result["minutes"]:g} minutes', 'epochs': f'{result["epochs"]:g} epoch(s)'}
+    titles = {
+        'minutes': f'{result["settings"]["minutes"]:g} minutes',
+        'epochs': f'{result["settings"]["epochs"]:g} epoch(s)',
+    }
     for axis, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for name, runs in result[key].items():
             axis.plot([run['tokens'] for run in runs], [100 * run['top1'] for run in runs], 'o', label=name, alpha=0.7)
