@@ -80,19 +80,22 @@ Fashion-MNIST on a 32×32 canvas, `linformer_vit_pico_patch{{1,2,4}}_32`, one CP
 """
 
 
+def titles(result: dict[str, Any]) -> dict[str, str]:
+    """How long the runs of each table were, in words."""
+    minutes, epochs, _ = result['settings'].values()
+    return {'minutes': f'{minutes:g} minutes', 'epochs': f'{epochs:g} epoch(s)'}
+
+
 def conclusion(result: dict[str, Any]) -> str:
     """What the figures say, in a sentence for each table."""
     words = []
-    for key, kind in (
-        ('minutes', f'In {result["settings"]["minutes"]:g} minutes'),
-        ('epochs', f'In {result["settings"]["epochs"]:g} epoch(s)'),
-    ):
+    for key, title in titles(result).items():
         means = {name: sum(run['top1'] for run in runs) / len(runs) for name, runs in result[key].items()}
         best = max(means, key=means.get)
         others = ', '.join(
             f'{name} {100 * (means[best] - m):.1f} points below' for name, m in means.items() if name != best
         )
-        words.append(f'{kind} of training {best} is best, {others}.')
+        words.append(f'In {title} of training {best} is best, {others}.')
     return ' '.join(words)
 
 
@@ -101,11 +104,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout='constrained')
-    titles = {
-        'minutes': f'{result["settings"]["minutes"]:g} minutes',
-        'epochs': f'{result["settings"]["epochs"]:g} epoch(s)',
-    }
-    for axis, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    for axis, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles(result).items(), strict=True):
         for name, runs in result[key].items():
             axis.plot([run['tokens'] for run in runs], [100 * run['top1'] for run in runs], 'o', label=name, alpha=0.7)
         axis.set(title=f'{title} on one thread', xlabel='tokens', xscale='log')

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import albumentations
@@ -21,11 +22,13 @@ import tyro
 from torch import Tensor
 
 from linvision.data import Augmentation, create_batches, create_dataset
+from linvision.data.augmentation import LIBRARIES
 from trials import ROOT, trial
 
 MARKERS = ('<!-- figures: begin -->', '<!-- figures: end -->')
 PIPELINE = {'crop_scale': (0.08, 1.0), 'hflip': 0.5, 'color_jitter': 0.4, 'erase': 0.25}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Source = Callable[[], Iterator[Any]]
 SHARDS = {'num_classes': 1000, 'test_split': 'val'}
 
 
@@ -37,7 +40,7 @@ def images_per_s(batches: Iterator[tuple[Tensor, Tensor]], n: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-def alternate(sources: dict[str, Callable[[], Iterator[Any]]], n: int, repeats: int) -> dict[str, list[float]]:
+def alternate(sources: dict[str, Source], n: int, repeats: int) -> dict[str, list[float]]:
     """Images a second of each source, measured in turns."""
     rates: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(repeats):
@@ -46,29 +49,25 @@ def alternate(sources: dict[str, Callable[[], Iterator[Any]]], n: int, repeats: 
     return rates
 
 
+def source(images: Any, change: Augmentation, batch_size: int, size: int, workers: int = 0) -> Source:
+    """Batches of a set on the CPU, from the beginning at every call."""
+    cpu = torch.device('cpu')
+    return lambda: create_batches(images, batch_size, MEAN, STD, cpu, change, workers=workers).stream(0, 0, size)
+
+
 def libraries(root: Path, batch_size: int, n: int, repeats: int) -> dict[str, list[float]]:
     """The three libraries on the same pipeline, from JPEG to a normalised 224×224 batch, all in one process."""
     images = create_dataset('imagenet', root, 'train')
-
-    def source(augmentation: Augmentation) -> Callable[[], Iterator[Any]]:
-        return lambda: create_batches(images, batch_size, MEAN, STD, torch.device('cpu'), augmentation).stream(
-            0, 0, 224
-        )
-
-    sources = {name: source(Augmentation(name, **PIPELINE)) for name in ('torchvision', 'albumentations', 'kornia')}
-    return alternate({'none: read, resize and crop the middle': source(Augmentation()), **sources}, n, repeats)
+    changes = {'none: read, resize and crop the middle': Augmentation()}
+    changes |= {name: Augmentation(name, **PIPELINE) for name in LIBRARIES}
+    return alternate({name: source(images, a, batch_size, 224) for name, a in changes.items()}, n, repeats)
 
 
 def on_device(batch_size: int, n: int, repeats: int) -> dict[str, list[float]]:
     """Shift and flip for a set in memory, 32×32 RGB: kornia in batches, the others one by one."""
-    arguments = {'img_size': 32, 'in_chans': 3, 'num_images': 50_000}
-    images = create_dataset('fake', '.', 'train', **arguments)
-
-    def source(library: str) -> Callable[[], Iterator[Any]]:
-        change = Augmentation(library, hflip=0.5, shift=4)
-        return lambda: create_batches(images, batch_size, MEAN, STD, torch.device('cpu'), change).stream(0, 0, 32)
-
-    return alternate({name: source(name) for name in ('torchvision', 'albumentations', 'kornia')}, n, repeats)
+    images = create_dataset('fake', '.', 'train', img_size=32, in_chans=3, num_images=50_000)
+    changes = {name: Augmentation(name, hflip=0.5, shift=4) for name in LIBRARIES}
+    return alternate({name: source(images, a, batch_size, 32) for name, a in changes.items()}, n, repeats)
 
 
 def loaders(root: Path, batch_size: int, workers: int, n: int, repeats: int) -> dict[str, list[float]]:
@@ -78,13 +77,8 @@ def loaders(root: Path, batch_size: int, workers: int, n: int, repeats: int) -> 
         'folders': create_dataset('imagenet', root, 'train'),
         'shards': create_dataset('wds/imagenet', root / 'shards', 'train', **SHARDS),
     }
-
-    def source(images: Any) -> Callable[[], Iterator[Any]]:
-        return lambda: create_batches(
-            images, batch_size, MEAN, STD, torch.device('cpu'), change, workers=workers
-        ).stream(0, 0, 224)
-
-    return alternate({name: source(images) for name, images in sets.items()}, n, repeats)
+    sources = {name: source(images, change, batch_size, 224, workers) for name, images in sets.items()}
+    return alternate(sources, n, repeats)
 
 
 def epochs(root: Path, output_dir: Path, workers: int) -> dict[str, dict[str, Any]]:
@@ -165,11 +159,6 @@ worker(s); the step sets the pace where the loader alone is faster.
 | | images/s of the run | images/s of the loader alone |
 | --- | --- | --- |
 {chr(10).join(runs)}"""
-
-
-def median(rates: list[float]) -> float:
-    """The middle one."""
-    return sorted(rates)[len(rates) // 2]
 
 
 def rows(rates: dict[str, list[float]]) -> str:

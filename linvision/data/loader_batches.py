@@ -25,7 +25,6 @@ from linvision.data.image_set import ImageSet
 from linvision.data.order import Order, key
 from linvision.data.preparation import Preparation
 
-ON_BAD_IMAGE = ('stop', 'skip')
 MARGIN = 256 / 224  # by which images are larger than what kornia crops from them
 
 _logger = logging.getLogger(__name__)

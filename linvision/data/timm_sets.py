@@ -42,10 +42,8 @@ def open_timm_set(
     splits = {s: arguments.pop(f'{s}_split', default) for s, default in SPLITS.items()}
     num_classes = int(arguments.pop('num_classes', 0))
     known = {'name': name, 'root': str(root), 'split': splits[split], 'download': download, **arguments}
-    if name.startswith('wds/'):
-        known.pop('download')
     try:
-        found = timm.data.create_dataset(**known, **({'is_training': False} if name.startswith(STREAMS) else {}))
+        found = timm.data.create_dataset(**known)
     except (ImportError, RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
         raise FileNotFoundError(
             f'timm cannot open {name}, split {splits[split]!r}, in {root}: {error or type(error).__name__}. What it '

@@ -1,5 +1,8 @@
 """Scores of a model on a set, every image counted exactly once, over any number of processes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator
@@ -11,7 +14,18 @@ from linvision.data import Batches
 from linvision.train.precision import autocast
 
 
-@torch.no_grad()  # not inference_mode, which FSDP cannot use
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode without gradients, and then as it was."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():  # not inference_mode, which FSDP cannot use
+        yield
+    model.train(training)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP leaves the root whole after a forward pass
+
+
 def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
     """Loss and accuracy.
 
@@ -25,20 +39,16 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
         `top1` and `top5` as fractions, `loss` (cross-entropy, mean over images), `num_samples`, and `num_left_out`, how
         many of the set could not be read.
     """
-    training = model.training
-    model.eval()
     order, device = batches.order, batches.preparation.device
     evaluator = ClassificationEvaluator(device=device)
     steps = -(-order.n // order.batch_size)
     silent = None if order.rank == 0 else True  # None: only on a terminal
-    for images, labels in tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=silent):
-        with autocast(images.device, precision):
-            logits = model(images)
-        counted = labels >= 0
-        evaluator.update(logits[counted].float(), labels[counted])
-    model.train(training)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # FSDP leaves the root whole after a forward pass
+    with evaluating(model):
+        for images, labels in tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=silent):
+            with autocast(images.device, precision):
+                logits = model(images)
+            counted = labels >= 0
+            evaluator.update(logits[counted].float(), labels[counted])
     scores = evaluator.compute(distributed=order.count > 1)
     counted = evaluator.counts[:1].clone()
     if order.count > 1:

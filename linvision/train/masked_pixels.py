@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from linvision.data import Batches
 from linvision.network import LinformerVisionTransformer
+from linvision.train.evaluate import evaluating
 from linvision.train.precision import autocast
 
 
@@ -108,7 +108,6 @@ class MaskedPixelsTask(ClassificationTask):
         return {'loss': reconstruction_loss(model, output, input, mask), 'output': output}
 
 
-@torch.no_grad()
 def evaluate_masked(
     model: nn.Module, batches: Batches, img_size: int, ratio: float, size: int, precision: str = 'fp32'
 ) -> dict[str, float]:
@@ -125,23 +124,19 @@ def evaluate_masked(
     Returns:
         `loss` (mean over images), `num_samples`, and `num_left_out`, how many of the set could not be read.
     """
-    training = model.training
-    model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     position, order = 0, batches.order
-    for images, labels in batches.ordered(img_size):
-        seeds = [(position + i) * order.count + order.rank for i in range(len(images))]  # positions in the set
-        position += len(images)
-        mask = mask_for(model, images, ratio, size, seeds)
-        with autocast(images.device, precision):
-            output = model(images, key_padding_mask=mask)
-        counted = labels >= 0
-        if counted.any():
-            loss = reconstruction_loss(model, output[counted], images[counted], mask[counted])
-            total += torch.tensor([float(loss) * int(counted.sum()), int(counted.sum())], dtype=torch.float64)
-    model.train(training)
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    with evaluating(model):
+        for images, labels in batches.ordered(img_size):
+            seeds = [(position + i) * order.count + order.rank for i in range(len(images))]  # positions in the set
+            position += len(images)
+            mask = mask_for(model, images, ratio, size, seeds)
+            with autocast(images.device, precision):
+                output = model(images, key_padding_mask=mask)
+            counted = labels >= 0
+            if counted.any():
+                loss = reconstruction_loss(model, output[counted], images[counted], mask[counted])
+                total += torch.tensor([float(loss) * int(counted.sum()), int(counted.sum())], dtype=torch.float64)
     if order.count > 1:
         torch.distributed.all_reduce(total)
     counted = int(total[1])

@@ -151,6 +151,26 @@ class Recipe:
         _known('schedule', self.sched, SCHEDULES)
         _known('precision', self.precision, PRECISIONS)
         _known('way to be parallel', self.parallel, PARALLEL)
+        self._check_numbers()
+        if self.task == 'masked_pixels' and (self.mixes or self.teacher):
+            raise ValueError('masked_pixels looks at no labels: there is no Mixup, CutMix or teacher for it.')
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
+        if self.parallel == 'fsdp' and self.precision == 'fp16':
+            raise ValueError("fp16 needs a loss scaler, which FSDP does not share between processes; use 'bf16'.")
+        if self.teacher and len(self.stages) > 1:
+            raise ValueError(f'With a teacher there is one image size; got {len(self.stages)} stages.')
+        if any(size < 1 for size, _ in self.stages):
+            raise ValueError(
+                f'The image sizes of the stages must be at least 1, got {[size for size, _ in self.stages]}.'
+            )
+        shares = [share for _, share in self.stages]
+        if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
+            raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
+        _known_arguments('opt_args', self.opt_args, get_optimizer_class(self.opt, bind_defaults=False))
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError for a number that is out of its range."""
         if not self.max_minutes > 0 and not self.epochs > 0:
             raise ValueError(f'epochs must be above 0, got {self.epochs}.')
         for name, low in {
@@ -202,22 +222,6 @@ class Recipe:
             raise ValueError(f'crop_scale must be two numbers, 0 < smallest <= largest <= 1, got {low} and {high}.')
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f'mask_ratio must lie between 0 and 1, got {self.mask_ratio}.')
-        if self.task == 'masked_pixels' and (self.mixes or self.teacher):
-            raise ValueError('masked_pixels looks at no labels: there is no Mixup, CutMix or teacher for it.')
-        if self.mixes and self.batch_size % 2:
-            raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
-        if self.parallel == 'fsdp' and self.precision == 'fp16':
-            raise ValueError("fp16 needs a loss scaler, which FSDP does not share between processes; use 'bf16'.")
-        if self.teacher and len(self.stages) > 1:
-            raise ValueError(f'With a teacher there is one image size; got {len(self.stages)} stages.')
-        if any(size < 1 for size, _ in self.stages):
-            raise ValueError(
-                f'The image sizes of the stages must be at least 1, got {[size for size, _ in self.stages]}.'
-            )
-        shares = [share for _, share in self.stages]
-        if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
-            raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
-        _known_arguments('opt_args', self.opt_args, get_optimizer_class(self.opt, bind_defaults=False))
 
     @property
     def changes(self) -> Augmentation:
