@@ -1,16 +1,18 @@
 """Score a trained model on a data set, at its own image size or another.
 
-    python scripts/evaluate.py outputs/demo/model --dataset fashion_mnist
-    python scripts/evaluate.py outputs/demo/model --dataset fashion_mnist --img-size 64
+    python scripts/evaluate.py outputs/demo
+    python scripts/evaluate.py outputs/demo --img-size 64
+    python scripts/evaluate.py outputs/mine --dataset image_folder --data-dir OTHER_IMAGES --split all
 
-The first gives the very score that training reported. Another size resizes the model (`set_input_size`), without
-training, and the images (bicubic where they grow). Prints one line of JSON.
+The first gives the very score that the run reported, on its own test set. Another size resizes the model
+(`set_input_size`), without training, and the images (bicubic where they grow). A folder of other images may hold only
+some of the model's classes. Prints one line of JSON.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -18,16 +20,23 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from linvision.data import Images, create_batches, create_dataset
+from linvision.data.folders import ImageFiles
 from linvision.nearest import nearest
 from linvision.train.evaluate import evaluate
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
-from linvision.train.setup import count_tokens, set_size
+from linvision.train.setup import count_tokens, model_folder, set_size
 from predict import load_model
 
 
+def data_of(model: Path) -> dict[str, Any]:
+    """Dataset, its folder and its arguments of the run that trained a model, as far as its folder says."""
+    metrics = model_folder(model).parent / 'metrics.json'
+    return json.loads(metrics.read_text())['recipe'] if metrics.is_file() else {}
+
+
 def with_classes_of(model: nn.Module, images: Images) -> Images:
-    """The images, once it is sure that their labels mean what the model learnt.
+    """The images, with labels that mean what the model learnt.
 
     Raises:
         ValueError: They have other classes, or other channels.
@@ -37,18 +46,20 @@ def with_classes_of(model: nn.Module, images: Images) -> Images:
             f'The model takes {model.in_chans} channels, but the images of the set have {images.in_chans}.'
         )
     learnt = tuple(model.pretrained_cfg.get('label_names') or images.classes)
-    if learnt != images.classes:
-        raise ValueError(
-            f'The set has the classes {list(images.classes)[:20]}, but the model learnt {list(learnt)[:20]}: labels '
-            'would mean something else. Score it on folders with the same names; each class needs an image.'
-        )
-    return images
+    if learnt == images.classes:
+        return images
+    if isinstance(images, ImageFiles) and set(images.classes) <= set(learnt):
+        return images.labelled(learnt)
+    raise ValueError(
+        f'The set has the classes {list(images.classes)[:20]}, but the model learnt {list(learnt)[:20]}: labels would '
+        'mean something else. Score it on folders with the names that it learnt.'
+    )
 
 
 def main(
     model: tyro.conf.Positional[Path],
-    dataset: str = 'fashion_mnist',
-    data_dir: Path = Path('data'),
+    dataset: str = '',
+    data_dir: Path = Path(),
     split: str = 'test',
     img_size: int = 0,
     limit: int = 0,
@@ -62,10 +73,10 @@ def main(
     """Score a model.
 
     Args:
-        model: Folder with `config.json` and `model.safetensors`.
-        dataset: Name of the data set.
-        data_dir: Folder that holds the data.
-        split: 'train' or 'test'.
+        model: Output folder of a run, or a folder with `config.json` and `model.safetensors`.
+        dataset: Name of the data set; by default the run's own.
+        data_dir: Folder that holds the data; by default the run's own, or `data` with another data set.
+        split: 'train', 'test', or 'all' images of a folder.
         img_size: Image size, 0 for the model's own.
         limit: Score the first so many images, 0 for all.
         batch_size: Images in a step.
@@ -83,12 +94,20 @@ def main(
     where = choose_device(device)
     net = load_model(model).to(where)
     config = resolve_model_data_config(net)
+    trained = data_of(model)
+    if not dataset and not trained:
+        raise ValueError(f'{model} lies beside no metrics.json that names its data: say --dataset and --data-dir.')
+    if not dataset:
+        dataset, dataset_args = trained['dataset'], {**trained['dataset_args'], **(dataset_args or {})}
+        data_dir = Path(trained['data_dir']) if data_dir == Path() else data_dir
+    data_dir = Path('data') if data_dir == Path() else data_dir
     images = with_classes_of(net, create_dataset(dataset, data_dir, split, **(dataset_args or {})))
     if limit:
         images = images.subset(torch.arange(min(limit, len(images))))
     size = img_size or net.patch_embed.img_size[0]
     set_size(net, size)
-    reading = {'workers': workers, 'on_bad_image': on_bad_image, 'crop_pct': config['crop_pct']}
+    cropping = {'crop_pct': config['crop_pct'], 'crop_mode': config['crop_mode']}
+    reading = {'workers': workers, 'on_bad_image': on_bad_image, **cropping}
     batches = create_batches(images, batch_size, config['mean'], config['std'], where, **reading)
     scores = evaluate(net, batches, size, precision)
     print(json.dumps({'model': str(model), 'img_size': size, 'tokens': count_tokens(net), **scores}))

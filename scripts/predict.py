@@ -1,16 +1,17 @@
 """Classify images with a model that a run exported.
 
-    python scripts/predict.py --model outputs/demo/model IMAGE_OR_FOLDER... [--topk 5] [--json]
+    python scripts/predict.py --model outputs/demo/model IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
 
 Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -20,18 +21,22 @@ from torch import nn
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES, SUFFIXES, read_image
+from linvision.train.setup import model_folder
+
+_logger = logging.getLogger(__name__)
 
 
 def load_model(folder: Path) -> nn.Module:
     """The model in a folder, in eval mode.
 
     Args:
-        folder: Folder with `config.json` and `model.safetensors`.
+        folder: Folder with `config.json` and `model.safetensors`, or a run's output folder.
 
     Raises:
         FileNotFoundError: The folder lacks one of the two.
         ValueError: They cannot be loaded, or the model takes no ordinary images.
     """
+    folder = model_folder(folder)
     for name in ('config.json', 'model.safetensors'):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -50,7 +55,7 @@ def load_model(folder: Path) -> nn.Module:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given, and the images in each folder and below it, by name.
+    """Files as they are given, and the images in each folder and below it, by name, without hidden ones.
 
     Raises:
         FileNotFoundError: A path does not exist, or a folder holds no image.
@@ -61,7 +66,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             raise FileNotFoundError(f'{path} does not exist.')
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
+            shown = (p for p in path.rglob('*') if not any(w.startswith('.') for w in p.relative_to(path).parts))
+            found = sorted(p for p in shown if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
                 raise FileNotFoundError(f'{path} holds no image ({", ".join(SUFFIXES)}).')
         images += found
@@ -69,7 +75,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, paths: Sequence[Path], topk: int = 5, batch_size: int = 32) -> list[dict[str, Any]]:
+def predict(
+    model: nn.Module, paths: Sequence[Path], topk: int = 5, batch_size: int = 32, on_bad_image: str = 'stop'
+) -> list[dict[str, Any]]:
     """The likeliest classes of each image.
 
     Args:
@@ -77,6 +85,7 @@ def predict(model: nn.Module, paths: Sequence[Path], topk: int = 5, batch_size: 
         paths: Image files.
         topk: Classes for each image; at most all are given.
         batch_size: Images that go through the model together.
+        on_bad_image: 'stop' or 'skip' what cannot be read; what is skipped is logged.
 
     Returns:
         For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
@@ -85,10 +94,19 @@ def predict(model: nn.Module, paths: Sequence[Path], topk: int = 5, batch_size: 
     names = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
     results = []
     for start in range(0, len(paths), batch_size):
-        part = paths[start : start + batch_size]
-        batch = torch.stack([transform(read_image(path, model.in_chans)) for path in part])  # (B, C, height, width)
+        read = {}
+        for path in paths[start : start + batch_size]:
+            try:
+                read[path] = transform(read_image(path, model.in_chans))  # (C, height, width)
+            except OSError as error:
+                if on_bad_image == 'stop':
+                    raise OSError(f'{error} --on-bad-image skip leaves such images out.') from error
+                _logger.warning(f'left out: {error}')
+        if not read:
+            continue
+        batch = torch.stack(list(read.values()))  # (B, C, height, width)
         probabilities, labels = model(batch).softmax(-1).topk(min(topk, model.num_classes))  # (B, topk) each
-        for path, row, columns in zip(part, probabilities.tolist(), labels.tolist(), strict=True):
+        for path, row, columns in zip(read, probabilities.tolist(), labels.tolist(), strict=True):
             classes = [{'name': names[i], 'label': i, 'probability': p} for p, i in zip(row, columns, strict=True)]
             results.append({'image': str(path), 'classes': classes})
     return results
@@ -105,14 +123,16 @@ def main(
     images: tyro.conf.Positional[tuple[Path, ...]],
     model: Path,
     topk: int = 5,
+    on_bad_image: Literal['stop', 'skip'] = 'stop',
     as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name='json')] = False,
 ) -> None:
     """Print the likeliest classes of each image.
 
     Args:
         images: Image files, and folders of images.
-        model: Folder with `config.json` and `model.safetensors`, as a run leaves it in OUTPUT_DIR/model.
+        model: Folder with `config.json` and `model.safetensors`, or the output folder of a run.
         topk: Classes to print for each image.
+        on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         as_json: Print JSON, not a table.
     """
     try:
@@ -120,7 +140,9 @@ def main(
             raise ValueError(f'topk must be at least 1, got {topk}.')
         if not images:
             raise ValueError('Expected at least one image or folder after the options.')
-        results = predict(load_model(model), find_images(images), topk)
+        results = predict(load_model(model), find_images(images), topk, on_bad_image=on_bad_image)
+        if not results:
+            raise OSError('None of the images could be read.')
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
     try:

@@ -47,10 +47,10 @@ def choose(right: Tensor) -> list[int]:
 
 
 def overlay(images: Tensor, maps: Tensor) -> Tensor:
-    """Signed weights over grey images, red above and blue below zero, the stronger the less transparent.
+    """Signed weights over images in grey, red above and blue below zero, the stronger the less transparent.
 
     Args:
-        images: (n, H, W) in 0..1.
+        images: (n, H, W, 3) in 0..1.
         maps: (n, H, W), signed; each is scaled by its own largest magnitude.
 
     Returns:
@@ -59,7 +59,7 @@ def overlay(images: Tensor, maps: Tensor) -> Tensor:
     scaled = maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     colour = torch.where(scaled[..., None] > 0, torch.tensor(POSITIVE), torch.tensor(NEGATIVE))  # (n, H, W, 3)
     strength = 0.85 * scaled.abs()[..., None]
-    return (1 - strength) * images[..., None] + strength * colour
+    return (1 - strength) * images.mean(-1, keepdim=True) + strength * colour
 
 
 def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, bool]], title: str) -> None:
@@ -67,7 +67,7 @@ def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, boo
 
     Args:
         path: The PNG.
-        images: (n, H, W) in 0..1.
+        images: (n, H, W, 3) in 0..1.
         maps: (n, H, W), signed.
         captions: For each image what stands above it, and whether the model is right.
         title: Title of the picture.
@@ -76,9 +76,8 @@ def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, boo
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    grey = images[..., None].expand(-1, -1, -1, 3)  # (n, H, W, 3)
     gap = torch.ones(len(images), images.shape[1], 1, 3)
-    pairs = torch.cat([grey, gap, overlay(images, maps)], dim=2)  # (n, H, 2·W + 1, 3)
+    pairs = torch.cat([images, gap, overlay(images, maps)], dim=2)  # (n, H, 2·W + 1, 3)
     figure = Figure(figsize=(16.5, 8.6), layout='constrained')
     figure.suptitle(title, fontsize=15)
     axes = figure.subplots(ROWS, COLUMNS).ravel()
@@ -118,8 +117,8 @@ def picture(run: Path, model: nn.Module, test_set: ImageSet, score: str) -> None
         captions.append((words, bool(right[i])))
     size = model.pretrained_cfg['input_size'][-1]
     maps = attention_maps(model, batches.preparation.plain(batches.images[index], size))  # (n, h, w)
-    images = batches.images[index].float().mean(1) / 255  # (n, H, W)
-    maps = nn.functional.interpolate(maps[:, None], size=images.shape[1:], mode='nearest')[:, 0]
+    images = (batches.images[index].float() / 255).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (n, H, W, 3)
+    maps = nn.functional.interpolate(maps[:, None], size=images.shape[1:3], mode='nearest')[:, 0]
     wrong = len(index) - int(right[index].sum())
     title = (
         f'{len(index) - wrong} test images that the model gets right (green) and {wrong} that it gets wrong (red), '
@@ -168,11 +167,13 @@ def report(run: Path) -> dict[str, Any]:
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Train without --no-test.')
     model = load_model(run / 'model')
-    test_set = in_memory(create_dataset(recipe['dataset'], recipe['data_dir'], 'test'), model.patch_embed.img_size[0])
+    found = create_dataset(recipe['dataset'], recipe['data_dir'], 'test', **recipe['dataset_args'])
+    test_set = in_memory(found, model.patch_embed.img_size[0], recipe['crop_mode'])
     score = f'it is right on {100 * metrics["top1"]:.2f} % of all {metrics["num_samples"]:,}'
     picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
     files = recipe['dataset'] == 'image_folder'
-    baseline, shrunk = ('16×16 pixels', {'img_size': 16, 'l2': 'auto'}) if files else ('raw pixels', {})
+    shrink = {'img_size': 16, 'l2': 'auto', 'crop_mode': recipe['crop_mode']}
+    baseline, shrunk = ('16×16 pixels', shrink) if files else ('raw pixels', {})
     rows = {
         recipe['model']: {
             'top1': metrics['top1'],

@@ -81,7 +81,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone(sets, library, place):
 @pytest.mark.parametrize('library', TRANSFORMS)
 def test_what_workers_do_can_be_sent_to_them(sets, library):
     """As Python does where it starts workers afresh instead of forking: on other systems, and from 3.14 on."""
-    for transform in (TRANSFORMS[library](Augmentation(library, **ALL), 12, MEAN), evaluation_transform(3, 12, 0.9)):
+    for transform in (TRANSFORMS[library](Augmentation(library, **ALL), 12, MEAN), evaluation_transform(MEAN, 12, 0.9)):
         images = KeyedImages(sets['files'], transform, seed=3)
         (x, label, _), (again, _, _) = images[1, 5], pickle.loads(pickle.dumps(images))[1, 5]
         assert torch.equal(x, again) and label == 5

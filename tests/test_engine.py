@@ -63,6 +63,7 @@ def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(reci
     assert best in steps(recipe.output_dir) and len(steps(recipe.output_dir)) <= 3
     curve = events(recipe.output_dir).Scalars('val/top1')
     assert kept['best_val_top1'] == pytest.approx(max(p.value for p in curve[:-1]))
+    assert [(p['step'], p['top1']) for p in kept['val_curve']] == [(p.step, pytest.approx(p.value)) for p in curve[:-1]]
 
 
 def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay(recipe, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     assert train(dataclasses.replace(recipe, dry_run=True)) == {}
     out = capsys.readouterr().out
     assert not recipe.output_dir.exists()
-    for words in ('10 steps, 8 in an epoch', '64 tokens', '256 tokens', '32 images = 1 processes × 1 parts × 32'):
+    for words in ('10 steps, 1.25 passes over the images', '64 tokens', '256 tokens', '32 images = 1 processes × 1 parts × 32'):
         assert words in out, out
     assert 'one step of 32 images taken' in out
 

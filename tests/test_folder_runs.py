@@ -67,6 +67,46 @@ def test_timm_reads_what_a_run_exported_and_gives_its_score(recipe, capsys):
         assert found[name] == metrics[name], name
 
 
+@pytest.mark.parametrize('crop_mode', ['center', 'border', 'squash'])
+def test_images_that_are_not_square_are_read_alike_in_training_evaluation_and_by_timm(recipe, crop_mode, capsys):
+    for path in recipe.data_dir.rglob('*.png'):  # the bright bar is in the upper or the lower quarter
+        image = Image.new('L', (20, 40), 128)
+        image.paste(255, (0, 5, 20, 7) if path.parent.name == 'bar 0' else (0, 33, 20, 35))
+        image.save(path)
+    shutil.rmtree(recipe.data_dir / 'train/bar 2')
+    shutil.rmtree(recipe.data_dir / 'val/bar 2')
+    metrics = train(dataclasses.replace(recipe, epochs=12, opt='muon', lr=0.01, crop_mode=crop_mode))
+    out = capsys.readouterr().out
+    assert ('100 % of the images are not square: their middle is used' in out) == (crop_mode == 'center')
+    assert metrics['top1'] == (0.5 if crop_mode == 'center' else 1)  # the middle shows no bar
+    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    paths = sorted((recipe.data_dir / 'val').rglob('*.png'))
+    logits = model(torch.stack([transform(Image.open(path)) for path in paths]))
+    labels = torch.tensor([metrics['classes'].index(path.parent.name) for path in paths])
+    assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(metrics['loss'], rel=1e-5)
+
+
+def test_a_run_is_scored_on_its_own_images_and_on_others(recipe, tmp_path, capsys, monkeypatch):
+    metrics = train(recipe)
+    some = tmp_path / 'some/bar 1'
+    shutil.copytree(recipe.data_dir / 'val/bar 1', some)
+    for path in some.iterdir():
+        path.rename(path.with_stem(f'other_{path.stem}'))
+    capsys.readouterr()
+    evaluate.main(recipe.output_dir, device='cpu')  # the folder of the run will do
+    evaluate.main(recipe.output_dir / 'model', 'image_folder', tmp_path / 'some', 'all', device='cpu')
+    own, others = map(json.loads, capsys.readouterr().out.splitlines())
+    assert own['top1'] == metrics['top1'] and own['num_samples'] == 9
+    assert others['num_samples'] == 3  # one class of three
+    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    logits = model(torch.stack([transform(Image.open(path)) for path in some.iterdir()]))
+    assert others['top1'] == pytest.approx((logits.argmax(-1) == 1).float().mean().item())
+    with pytest.raises(ValueError, match='lies beside no metrics.json'):
+        evaluate.main(shutil.copytree(recipe.output_dir / 'model', tmp_path / 'alone/model'), device='cpu')
+
+
 @pytest.mark.parametrize('how, workers', [('truncated', 0), ('no image', 2), ('empty', 0)])
 def test_a_damaged_image_ends_a_run_and_is_named_and_the_mended_run_goes_on(recipe, how, workers):
     recipe = dataclasses.replace(recipe, workers=workers, checkpoint_every=1)

@@ -44,7 +44,7 @@ def test_train_and_val_are_the_two_splits(tmp_path, test):
     assert train.classes == val.classes == ('ant', 'cat')
     assert names(train) == [('c.png', 'ant'), ('notes.txt.png', 'ant'), ('a.png', 'cat'), ('b.JPG', 'cat')]
     assert names(val) == [('d.png', 'cat')]
-    image, label = train.read(0)
+    image, label = train[0]
     assert image.mode == 'L' and image.getpixel((3, 3)) == 20 and label == 0
     half = train.subset(torch.tensor([3, 0]))
     assert names(half) == [('b.JPG', 'cat'), ('c.png', 'ant')] and half.in_chans == 1
@@ -65,6 +65,48 @@ def test_empty_folders_and_those_of_systems_are_no_classes(tmp_path):
     train = create_dataset('image_folder', tmp_path, 'train')
     assert names(train) == [('a.png', 'cat'), ('b.gif', 'dog')] and train.classes == ('cat', 'dog')
     assert names(create_dataset('image_folder', tmp_path, 'test')) == [('c.png', 'dog')]
+
+
+def test_what_is_left_aside_is_named_once(tmp_path, caplog):
+    pictures(tmp_path, 'train/cat/a.png', 'val/cat/a.png')
+    (tmp_path / 'train/cat/notes.txt').touch()
+    (tmp_path / 'train/bird').mkdir()
+    for split in ('train', 'test'):
+        create_dataset('image_folder', tmp_path, split)
+    assert {record.message for record in caplog.records} == {
+        f'1 file(s) in {tmp_path}/train/cat left aside, no images to be read: {tmp_path}/train/cat/notes.txt …',
+        f'{tmp_path}/train/bird is empty, and so no class',
+    }
+    assert len(caplog.records) == 2
+
+
+def test_all_is_every_image_and_val_another_name_of_the_test(tmp_path):
+    pictures(tmp_path / 'flat', *(f'cat/{i}.png' for i in range(6)))
+    assert len(create_dataset('image_folder', tmp_path / 'flat', 'all')) == 6
+    pictures(tmp_path, 'two/train/cat/a.png', 'two/train/dog/b.png', 'two/val/dog/c.png')
+    found = names(create_dataset('image_folder', tmp_path / 'two', 'all'))
+    assert found == [('a.png', 'cat'), ('b.png', 'dog'), ('c.png', 'dog')]
+    assert names(create_dataset('image_folder', tmp_path / 'two', 'val')) == [('c.png', 'dog')]
+    with pytest.raises(ValueError, match="Only an image_folder has a split 'all', not fake"):
+        create_dataset('fake', tmp_path, 'all')
+
+
+@pytest.mark.parametrize('name', ['fashion_mnist', 'cifar10', 'imagenette'])
+@pytest.mark.parametrize('where', ['train/cat', 'cat'])
+def test_nothing_is_fetched_into_a_folder_of_images(tmp_path, name, where):
+    pictures(tmp_path / where, 'a.png')
+    with pytest.raises(ValueError, match=f'holds folders of images, and {name} is not among them.*--dataset image_fo'):
+        create_dataset(name, tmp_path, 'train')
+    assert [path.name for path in tmp_path.rglob('*') if path.is_file()] == ['a.png']
+
+
+def test_sets_are_sequences_whose_names_are_short(tmp_path):
+    pictures(tmp_path, *(f'cat/{i}.png' for i in range(3)))
+    files, tensors = create_dataset('image_folder', tmp_path, 'train'), create_dataset('fake', tmp_path, 'train')
+    assert [image.getpixel((0, 0)) for image, _ in files] == [0, 10, 20]
+    image, label = next(iter(torch.utils.data.DataLoader(tensors, batch_size=256)))
+    assert torch.equal(image, tensors.images) and torch.equal(label, tensors.labels)
+    assert repr(files).startswith("ImageFiles(classes=('cat',)") and len(repr(tensors)) < 200
 
 
 def test_a_class_of_files_that_are_no_images_is_refused(tmp_path):
@@ -94,7 +136,7 @@ def test_grey_and_colour_are_found_out(tmp_path, modes, in_chans):
         pictures(tmp_path, f'a/{mode}.png', mode=mode)
     images = create_dataset('image_folder', tmp_path, 'train')
     assert images.in_chans == in_chans
-    assert {images.read(i)[0].mode for i in range(len(images))} == {'L' if in_chans == 1 else 'RGB'}
+    assert {images[i][0].mode for i in range(len(images))} == {'L' if in_chans == 1 else 'RGB'}
 
 
 def test_sixteen_bits_become_eight_and_thirty_two_are_refused(tmp_path):
@@ -150,6 +192,12 @@ def test_a_missing_folder_says_what_goes_where(tmp_path):
     pictures(tmp_path / 'flat', 'a.png', 'b.png')
     with pytest.raises(FileNotFoundError, match=r"flat holds \['a.png', 'b.png'\]"):
         create_dataset('image_folder', tmp_path / 'flat', 'train')
+
+
+def test_a_folder_with_test_images_alone_is_refused(tmp_path):
+    pictures(tmp_path, 'val/cat/a.png', 'val/dog/a.png')
+    with pytest.raises(FileNotFoundError, match='holds val/ alone: put the images to train on into .*/train/CLASS'):
+        create_dataset('image_folder', tmp_path, 'train')
 
 
 def test_too_few_images_for_a_test_are_refused(tmp_path):

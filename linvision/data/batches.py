@@ -38,7 +38,8 @@ def create_batches(
         augmentation: What is changed at random in training; nothing by default.
         rank: Number of this process.
         count: How many processes share a batch; it must divide `batch_size` in training.
-        reading: For sets that are read from files: `crop_pct`, `workers`, `on_bad_image`; see `LoaderBatches`.
+        reading: For sets that are read from files: `crop_pct`, `crop_mode`, `workers`, `on_bad_image`; see
+            `LoaderBatches`.
 
     Raises:
         ValueError: What the augmentation's library cannot do to such images.
@@ -53,12 +54,13 @@ def create_batches(
     return kind(images, order, preparation, augmentation, **reading)
 
 
-def in_memory(images: Any, img_size: int = 0) -> ImageSet:
+def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center') -> ImageSet:
     """All images of a set that is read one by one, each read as in evaluation; a set in memory is given back as it is.
 
     Args:
         images: What `create_dataset` gave, but for a stream.
         img_size: Size of the images (0: the set's own).
+        crop_mode: What becomes of images that are not square: timm's 'center', 'border' or 'squash'.
 
     Raises:
         OSError: An image cannot be read.
@@ -69,8 +71,6 @@ def in_memory(images: Any, img_size: int = 0) -> ImageSet:
     size = img_size or images.img_size
     if not size:
         raise ValueError('The images have no size of their own: name one.')
-    change = evaluation_transform(images.in_chans, size, 1.0)
-    pixels, labels = zip(
-        *((change(image), label) for image, label in map(images.read, range(len(images)))), strict=True
-    )
+    change = evaluation_transform(images.statistics()[0], size, 1.0, crop_mode)
+    pixels, labels = zip(*((change(image), label) for image, label in images), strict=True)
     return ImageSet(torch.stack(pixels), torch.tensor(labels), images.classes, size)

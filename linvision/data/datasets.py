@@ -19,12 +19,19 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from linvision.data import fashion_mnist
-from linvision.data.folders import ImageFiles, image_folder, imagenet, imagenette
+from linvision.data.folders import IMAGENETTE, ImageFiles, holds_images, image_folder, imagenet, imagenette
 from linvision.data.image_set import ImageSet
 from linvision.data.timm_sets import PREFIXES, TimmImages, TimmStream, open_timm_set
 from linvision.nearest import nearest
 
-SPLITS = ('train', 'test')
+SPLITS = ('train', 'test', 'all')
+ALIASES = {'val': 'test', 'valid': 'test', 'validation': 'test'}
+PLACES = {  # of what is fetched, below its root
+    'fashion_mnist': 'FashionMNIST',
+    'cifar10': CIFAR10.base_folder,
+    'cifar100': CIFAR100.base_folder,
+    'imagenette': IMAGENETTE,
+}
 Images = ImageSet | ImageFiles | TimmImages | TimmStream
 
 
@@ -34,21 +41,31 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
     Args:
         name: One of `DATASETS`, or a name of `timm.data.create_dataset` with one of its prefixes.
         root: The folder that holds the data.
-        split: 'train' or 'test'; where a set has no labelled test images, its validation images are the test.
+        split: 'train' or 'test'; where a set has no labelled test images, its validation images are the test ('val' is
+            another name for it). 'all' is every image of an `image_folder`.
         download: Fetch what is missing.
         arguments: Further ones of a dataset: those of `fake`, and those of timm's.
 
     Returns:
-        An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. All have `classes`,
-        `in_chans`, `img_size`, a length, `subset`, `statistics` and `data_config`.
+        An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. `images[i]` is an
+        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, a length, `subset`,
+        `statistics` and `data_config`.
 
     Raises:
-        ValueError: An unknown name, split or argument.
+        ValueError: An unknown name, split or argument; or a folder of other images, which nothing is fetched into.
         FileNotFoundError: The data is missing and could not be fetched; the message says what goes where.
     """
     check_name(name)
+    split = ALIASES.get(split, split)
     if split not in SPLITS:
         raise ValueError(nearest('split', split, SPLITS))
+    if split == 'all' and name != 'image_folder':
+        raise ValueError(f"Only an image_folder has a split 'all', not {name}: take 'train' or 'test'.")
+    if download and name in PLACES and not (Path(root) / PLACES[name]).exists() and holds_images(Path(root)):
+        raise ValueError(
+            f'{root} holds folders of images, and {name} is not among them. For your own images say --dataset '
+            f'image_folder; to fetch {name}, name another folder with --data-dir.'
+        )
     if name.startswith(PREFIXES):
         return open_timm_set(name, Path(root), split, download, arguments)
     try:

@@ -28,7 +28,7 @@ def load(root: Path, split: str, download: bool) -> tuple[Tensor, Tensor, tuple[
         FileNotFoundError: The files are missing and no source could give them.
     """
     raw = root / 'FashionMNIST' / 'raw'
-    tried = [] if _complete(raw) else fetch(root) if download else ['download is switched off']
+    tried = [] if _complete(raw) else fetch(root) if download else ['download is switched off, as in a dry run']
     if not _complete(raw):
         raise FileNotFoundError(
             f'Fashion-MNIST is not in {raw}, and could not be fetched ({"; ".join(tried)}). One of three ways '

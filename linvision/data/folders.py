@@ -8,7 +8,7 @@ import logging
 import os
 import statistics as median_of
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.datasets import Imagenette
 
-from linvision.data.image_file import SUFFIXES, UNREADABLE, centre_crop, is_grey, read_image
+from linvision.data.image_file import SUFFIXES, UNREADABLE, is_grey, read_image
 from linvision.data.image_set import statistics
 
 LOOKS = 500  # images that are looked at to find out channels, size, mean and standard deviation
+IMAGENETTE = 'imagenette2-320'
 TRAIN_FOLDERS = ('train', 'training')
 TEST_FOLDERS = ('val', 'valid', 'validation', 'test', 'testing')  # the first that is there
 
@@ -42,7 +43,7 @@ class ImageFiles:
         known_statistics: Mean and standard deviation of each channel, where they are known.
     """
 
-    samples: Sequence[tuple[str, int]]
+    samples: Sequence[tuple[str, int]] = field(repr=False)
     classes: tuple[str, ...]
     in_chans: int = 3
     known_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -50,7 +51,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """An image and its label.
 
         Raises:
@@ -61,13 +62,22 @@ class ImageFiles:
 
     def subset(self, index: Tensor) -> 'ImageFiles':
         """The images at the given positions."""
-        samples = [self.samples[i] for i in index]
-        return ImageFiles(samples, self.classes, self.in_chans, self.known_statistics)
+        return replace(self, samples=[self.samples[i] for i in index])
+
+    def labelled(self, classes: tuple[str, ...]) -> 'ImageFiles':
+        """The same images with labels among other classes, which hold all of theirs."""
+        samples = [(path, classes.index(self.classes[label])) for path, label in self.samples]
+        return replace(self, samples=samples, classes=classes)
 
     @cached_property
     def img_size(self) -> int:
         """The median of the shorter sides of some images."""
-        return int(median_of.median(min(size) for _, size in look([path for path, _ in self.samples])))
+        return int(median_of.median(map(min, self.sizes)))
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of some images."""
+        return [size for _, size in look([path for path, _ in self.samples])]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, of some images; ImageNet's where it is ImageNet.
@@ -88,9 +98,9 @@ class ImageFiles:
             raise OSError(none_readable(self.samples[0][0]))
         return statistics(torch.cat(pixels).T)
 
-    def data_config(self, crop_pct: float) -> dict[str, Any]:
+    def data_config(self, crop_pct: float, crop_mode: str = 'center') -> dict[str, Any]:
         """How timm reads such an image as evaluation did."""
-        return centre_crop(crop_pct)
+        return {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
 
 
 def some(paths: list[str]) -> list[str]:
@@ -122,25 +132,27 @@ def none_readable(path: str) -> str:
 
 
 def image_folder(root: Path, split: str) -> ImageFiles:
-    """A folder of one's own.
+    """A folder of one's own; the split 'all' is every image of it.
 
     Raises:
         FileNotFoundError: There are no class folders with images; the message says what goes where.
         ValueError: A class cannot be read, or is in the test folder only.
     """
     train, test = split_folders(root)
-    images = scan(train, root)
+    images = scan(train, root, quiet=split == 'test')
     classes = tuple(images)
     modes = [mode for mode, _ in look([path for paths in images.values() for path in paths])]
     in_chans = 1 if all(map(is_grey, modes)) else 3
-    if test is None:  # every fifth image of a class, by name, is for the test
+    if test is None and split != 'all':  # every fifth image of a class, by name, is for the test
         images = {
             c: [p for i, p in enumerate(paths) if (i % 5 == 4) == (split == 'test')] for c, paths in images.items()
         }
-    elif split == 'test':
-        images = scan(test, root)
-        if unknown := set(images) - set(classes):
+    elif test is not None and split != 'train':
+        of_test = scan(test, root)
+        if unknown := set(of_test) - set(classes):
             raise ValueError(f'{test} has classes that {train} lacks: {sorted(unknown)}. Both need the same folders.')
+        kept = images if split == 'all' else {}
+        images = {name: [*kept.get(name, []), *of_test.get(name, [])] for name in classes}
     samples = [(path, label) for label, name in enumerate(classes) for path in images.get(name, [])]
     if not samples:
         raise FileNotFoundError(
@@ -153,10 +165,17 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     """The folders with the classes for training and for the test; None where one folder serves both.
 
     A folder called `train` beside others that are no split is a class, of trains.
+
+    Raises:
+        FileNotFoundError: There is a folder for the test, and nothing to train on beside it.
     """
     folders = {path.name.lower(): path for path in visible(root)}
     train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
     test = next((folders[name] for name in TEST_FOLDERS if name in folders), None)
+    if test is not None and len(folders) == 1 and visible(test):
+        raise FileNotFoundError(
+            f'{root} holds {test.name}/ alone: put the images to train on into {root}/train/CLASS/.'
+        )
     if train is None or test is None and len(folders) > 1:
         return root, None
     return train, test
@@ -169,8 +188,21 @@ def visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
 
 
-def scan(folder: Path, root: Path) -> dict[str, list[str]]:
+def holds_images(root: Path) -> bool:
+    """Whether a folder holds folders of images, as an `image_folder` does."""
+    names = {path.name.lower() for path in visible(root)}
+    if names & {*TRAIN_FOLDERS, *TEST_FOLDERS}:
+        return True
+    return any(file.suffix.lower() in SUFFIXES for folder in visible(root) for file in folder.iterdir())
+
+
+def scan(folder: Path, root: Path, quiet: bool = False) -> dict[str, list[str]]:
     """Paths of the images in each class folder, by name; empty folders are no class.
+
+    Args:
+        folder: Holds the class folders.
+        root: What the user named, for an error.
+        quiet: Do not log what is left aside.
 
     Raises:
         FileNotFoundError: There are no class folders with images; the message says what goes where.
@@ -187,8 +219,11 @@ def scan(folder: Path, root: Path) -> dict[str, list[str]]:
                 f'The folder {path} holds no image that can be read, but files with the endings {others[:5]}. Expected '
                 f'{", ".join(SUFFIXES)}: convert them, or take the folder away if it is no class.'
             )
-        if others:
-            _logger.warning(f'{path}: {len(files) - len(found)} files are no images that can be read ({others[:5]})')
+        if others and not quiet:
+            one = next(file for file in files if file not in found)
+            _logger.warning(f'{len(files) - len(found)} file(s) in {path} left aside, no images to be read: {one} …')
+        if not files and not quiet:
+            _logger.warning(f'{path} is empty, and so no class')
         if found:
             images[path.name] = found
     whole = [name for name in images if (folder / name / 'train').is_dir()]
@@ -225,7 +260,7 @@ def imagenette(root: Path, split: str, download: bool) -> ImageFiles:
     Raises:
         FileNotFoundError: It is missing and could not be fetched.
     """
-    folder = root / 'imagenette2-320'
+    folder = root / IMAGENETTE
     try:
         Imagenette(str(root), 'train', '320px', download and not folder.is_dir())
     except (RuntimeError, OSError) as error:

@@ -63,6 +63,18 @@ def is_grey(mode: str) -> bool:
     return mode in ('1', 'L', 'LA') or mode.startswith('I')
 
 
-def centre_crop(crop_pct: float) -> dict[str, Any]:
-    """How timm reads an image file as evaluation does."""
-    return {'crop_pct': crop_pct, 'crop_mode': 'center', 'interpolation': 'bicubic'}
+def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...]) -> Image.Image:
+    """An image for training as timm's crop modes have it in evaluation; what is square stays as it is.
+
+    Args:
+        image: The image.
+        crop_mode: 'center' (nothing is done: the middle square is cut out later), 'border' (filled up to a square) or
+            'squash' (stretched to one).
+        fill: Colour of the border.
+    """
+    side = max(image.size)
+    if crop_mode == 'center' or min(image.size) == side:
+        return image
+    if crop_mode == 'squash':
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    return ImageOps.pad(image, (side, side), color=fill if len(fill) > 1 else fill[0])

@@ -1,6 +1,6 @@
 """A labelled set of images that fits into memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ class ImageSet:
         img_size: The size that a model sees: smaller images are centred on a canvas of this size, in the mean colour.
     """
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
     classes: tuple[str, ...]
     img_size: int
 
@@ -31,7 +31,7 @@ class ImageSet:
         """Channels of the images."""
         return self.images.shape[1]
 
-    def read(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """An image, uint8 (C, H, W), and its label."""
         return self.images[index], int(self.labels[index])
 
@@ -54,7 +54,7 @@ class ImageSet:
         canvas[:, :, top : top + H, left : left + W] = self.images
         return ImageSet(canvas, self.labels, self.classes, size)
 
-    def data_config(self, crop_pct: float) -> dict[str, Any]:
+    def data_config(self, crop_pct: float, crop_mode: str = 'center') -> dict[str, Any]:
         """How timm reads such an image as training did: fitted into its part of the canvas, with a border around it."""
         side = max(self.images.shape[-2:])
         share = self.img_size / (side + 0.5) if side < self.img_size else 1.0  # timm rounds down

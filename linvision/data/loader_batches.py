@@ -15,13 +15,15 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from linvision.data.augmentation import TRANSFORMS, Augmentation, Transform
 from linvision.data.device_batches import DeviceBatches
-from linvision.data.image_set import ImageSet
+from linvision.data.image_file import squared
+from linvision.data.image_set import ImageSet, fill_colour
 from linvision.data.order import Order, key
 from linvision.data.preparation import Preparation
 
@@ -47,7 +49,7 @@ class KeyedImages(Dataset):
         complaint = ''
         for step in range(len(self.images)):
             try:
-                image, label = self.images.read((index + step) % len(self.images))
+                image, label = self.images[(index + step) % len(self.images)]
                 return self.transform(image, key(self.seed, epoch, index)), label, complaint
             except OSError as error:
                 complaint = complaint or str(error)
@@ -73,11 +75,12 @@ class LoaderBatches:
     """A set behind a `DataLoader`, cut into normalised batches.
 
     Args:
-        images: A set with `read(index)`, as `ImageFiles`.
+        images: A set of images and labels by index, as `ImageFiles`.
         order: Which image stands in which batch, and for which process.
         preparation: What happens to a batch on the device.
         augmentation: What is changed at random.
         crop_pct: Share of an image's shorter side that evaluation crops.
+        crop_mode: What becomes of images that are not square: timm's 'center', 'border' or 'squash'.
         workers: Worker processes; 0 reads in this one.
         on_bad_image: 'stop' or 'skip'.
     """
@@ -89,18 +92,20 @@ class LoaderBatches:
         preparation: Preparation,
         augmentation: Augmentation,
         crop_pct: float = 1.0,
+        crop_mode: str = 'center',
         workers: int = 0,
         on_bad_image: str = 'stop',
     ) -> None:
         self.images = images.on_canvas(preparation.mean) if isinstance(images, ImageSet) else images
         self.order, self.preparation, self.augmentation = order, preparation, augmentation
-        self.crop_pct, self.workers, self.bad_images = crop_pct, workers, BadImages(on_bad_image)
+        self.workers, self.bad_images = workers, BadImages(on_bad_image)
+        self.cropping = {'crop_pct': crop_pct, 'crop_mode': crop_mode}
         self.loaders: dict[int, DataLoader] = {}  # of evaluation, by size: their workers stay
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches without end; see `DeviceBatches.stream`."""
         size = self.images.img_size if isinstance(self.images, ImageSet) else img_size
-        transform = training_transform(self.preparation, self.augmentation, size)
+        transform = self.training_transform(size)
         places = self.order.shuffled(seed, step)
         pairs = Pairs(lambda: ((epoch, index) for epoch, _, index in self.order.shuffled(seed, step)))
         loader = create_loader(
@@ -110,6 +115,14 @@ class LoaderBatches:
             self.bad_images.note(complaints)
             images = self.preparation.augmented(images, img_size, size, seed, epoch, number)
             yield images, labels.to(images.device, non_blocking=True)
+
+    def training_transform(self, size: int) -> Transform:
+        """What happens to an image before it joins a batch: all changes, or what kornia needs to make them."""
+        mean, changes = self.preparation.mean, self.augmentation
+        if changes.library == 'kornia':
+            margin = MARGIN if changes.crops else 1
+            changes, size = Augmentation(), round(size * margin)
+        return Squared(self.cropping['crop_mode'], mean, TRANSFORMS[changes.library](changes, size, mean))
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented, for evaluation; a label of -1 does not count."""
@@ -121,7 +134,7 @@ class LoaderBatches:
             self.loaders.clear()  # the workers of another size go
             # not self in here: a loader in a cycle of references could not end its workers
             pairs = Pairs(lambda: ((0, index) for index, _ in order.in_order()))
-            change = evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
+            change = evaluation_transform(self.preparation.mean, img_size, **self.cropping)
             self.loaders[img_size] = create_loader(
                 KeyedImages(self.images, change),
                 self.workers,
@@ -156,10 +169,7 @@ class BadImages(set):
         """
         for complaint in filter(None, complaints):
             if self.on_bad_image == 'stop':
-                raise OSError(
-                    f'{complaint} Mend or remove it, or leave such images out with --on-bad-image skip; the same '
-                    'command then goes on from the last checkpoint.'
-                )
+                raise OSError(f'{complaint} Mend or remove it, or leave such images out with --on-bad-image skip.')
             if complaint not in self:
                 self.add(complaint)
                 _logger.warning(f'left out: {complaint}')
@@ -196,18 +206,31 @@ def create_loader(images: Any, workers: int, preparation: Preparation, seed: int
     )
 
 
-def training_transform(preparation: Preparation, augmentation: Augmentation, size: int) -> Transform:
-    """What happens to an image before it joins a batch: all changes, or what kornia wants to change on the device."""
-    if not preparation.augments:
-        return TRANSFORMS[augmentation.library](augmentation, size, preparation.mean)
-    margin = MARGIN if augmentation.crops else 1
-    return TRANSFORMS['torchvision'](Augmentation(), round(size * margin), preparation.mean)
+class Squared:
+    """A transform of images that are made square before.
+
+    Args:
+        crop_mode: See `squared`.
+        mean: Mean of each channel, on the scale 0..1: the colour of the border.
+        change: What happens to them then.
+    """
+
+    def __init__(self, crop_mode: str, mean: tuple[float, ...], change: Transform) -> None:
+        self.crop_mode, self.change = crop_mode, change
+        self.fill = tuple(fill_colour(mean).flatten().tolist())
+
+    def __call__(self, image: Any, seed: int) -> Tensor:
+        if isinstance(image, Image.Image):
+            image = squared(image, self.crop_mode, self.fill)
+        return self.change(image, seed)
 
 
-def evaluation_transform(in_chans: int, img_size: int, crop_pct: float) -> Transform:
+def evaluation_transform(
+    mean: tuple[float, ...], img_size: int, crop_pct: float, crop_mode: str = 'center'
+) -> Transform:
     """timm's own reading of an image, uint8, so that the exported model reads images as they are read here."""
-    shape = (in_chans, img_size, img_size)
-    return Unseeded(create_transform(shape, interpolation='bicubic', crop_pct=crop_pct, normalize=False))
+    cropping = {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
+    return Unseeded(create_transform((len(mean), img_size, img_size), mean=mean, normalize=False, **cropping))
 
 
 class Unseeded:

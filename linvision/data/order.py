@@ -25,8 +25,12 @@ class Order:
         self.n, self.batch_size, self.rank, self.count = n, batch_size, rank, count
 
     def __len__(self) -> int:
-        """Full batches in an epoch of training."""
+        """Full batches in an epoch's order; the images of the incomplete one, others in every epoch, are left out."""
         return self.n // self.batch_size
+
+    def steps(self, epochs: float) -> int:
+        """Batches that hold as many images as so many passes over the set; at least one."""
+        return max(1, round(epochs * self.n / self.batch_size))
 
     def epochs(self, step: int) -> Iterator[tuple[int, int]]:
         """Epochs without end from a step of the run on, each with its first batch."""

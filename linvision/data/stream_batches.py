@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from linvision.data.augmentation import Transform
-from linvision.data.loader_batches import LoaderBatches, create_loader, evaluation_transform, training_transform
+from linvision.data.loader_batches import LoaderBatches, create_loader, evaluation_transform
 from linvision.data.order import key
 
 
@@ -82,7 +82,7 @@ class StreamBatches(LoaderBatches):
             ValueError: There are fewer shards than workers.
         """
         order, share = self.order, self.order.batch_size // self.order.count
-        transform = training_transform(self.preparation, self.augmentation, img_size)
+        transform = self.training_transform(img_size)
         for epoch, start in order.epochs(step):
             stream = self.images.open(True, seed, epoch, share, self.workers, order.rank, order.count)
             changed = ChangedStream(stream, transform, seed, epoch, order.rank)
@@ -101,7 +101,7 @@ class StreamBatches(LoaderBatches):
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented; every process reads all. A label of -1 does not count."""
-        order, change = self.order, evaluation_transform(self.images.in_chans, img_size, self.crop_pct)
+        order, change = self.order, evaluation_transform(self.preparation.mean, img_size, **self.cropping)
         stream = self.images.open(False, 0, 0, order.batch_size, self.workers)
         changed = ChangedStream(stream, change, ends=True)
         for images, labels, complaints in create_loader(

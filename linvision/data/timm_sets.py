@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from linvision.data.image_file import UNREADABLE, centre_crop, read_image
+from linvision.data.image_file import UNREADABLE, read_image
 from linvision.data.order import key
 
 PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
@@ -85,9 +85,9 @@ class TimmSet:
         """ImageNet's mean and standard deviation."""
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    def data_config(self, crop_pct: float) -> dict[str, Any]:
+    def data_config(self, crop_pct: float, crop_mode: str = 'center') -> dict[str, Any]:
         """How timm reads such an image as evaluation did."""
-        return centre_crop(crop_pct)
+        return {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
 
 
 class TimmImages(TimmSet):
@@ -110,7 +110,7 @@ class TimmImages(TimmSet):
         """The images at the given positions."""
         return TimmImages(self.dataset, self.classes, self.index[index])
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """An image and its label.
 
         Raises:

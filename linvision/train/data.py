@@ -11,6 +11,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from linvision.data import Augmentation, Batches, Images, ImageSet, create_batches, create_dataset
+from linvision.data.folders import ImageFiles
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
 from linvision.train.setup import create_model, split_validation
@@ -31,7 +32,7 @@ class TrainingData:
         batches: Batches of the training set.
         validation: Batches of the slice, or None.
         test: Batches of the test set, or None.
-        crop_pct: Share of an image file that evaluation sees.
+        cropping: Share of an image file that evaluation sees, and what becomes of files that are not square.
         stages: Image sizes with their shares of the run.
         mixup: timm's Mixup and CutMix.
     """
@@ -41,35 +42,42 @@ class TrainingData:
         self.train_set, val_set = split_validation(self.open('train'), recipe.val_fraction, recipe.seed)
         self.mean, self.std = self.train_set.statistics()
         config = timm.get_pretrained_cfg(recipe.model)
-        self.crop_pct = config.crop_pct or 1.0
-        self.stages = recipe.stages or ((self.natural_size(config.input_size[-1]), 1.0),)
+        self.cropping = {'crop_pct': config.crop_pct or 1.0, 'crop_mode': recipe.crop_mode}
+        self.stages = recipe.stages or ((recipe.img_size or self.natural_size(config.input_size[-1]), 1.0),)
+        self.check_classes()
+        if len(self.train_set) < recipe.batch_size:
+            raise ValueError(
+                f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images: say '
+                f'--batch-size {len(self.train_set)} or less.'
+            )
         self.batches = self.cut(self.train_set, recipe.batch_size, recipe.changes)
         self.validation = self.cut(val_set, recipe.eval_batch_size) if len(val_set) else None
         # opened before training, so that what is wrong with it is said before
         self.test = self.cut(self.open('test'), recipe.eval_batch_size) if recipe.test else None
-        if not len(self.batches.order):
-            raise ValueError(
-                f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images.'
-            )
         classes = len(self.train_set.classes)
-        if classes < 2 and recipe.task == 'classify':
-            raise ValueError(
-                f'{recipe.dataset} in {recipe.data_dir} has one class only, {self.train_set.classes[0]!r}, and there '
-                'must be two to tell apart. Is it one folder too high?'
-            )
         self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+    def check_classes(self) -> None:
+        """Raise ValueError where there is nothing to tell apart."""
+        classes = self.train_set.classes
+        if len(classes) < 2 and self.recipe.task == 'classify':
+            raise ValueError(
+                f'{self.recipe.dataset} in {self.recipe.data_dir} has one class only, {classes[0]!r}, and there must '
+                'be two to tell apart. Is it one folder too high or too low?'
+            )
 
     def open(self, split: str) -> Images:
         """A split of the recipe's set: the first process fetches what is missing, then the others read it."""
         r = self.recipe
-        load = partial(create_dataset, r.dataset, r.data_dir, split, r.download, **r.dataset_args)
+        fetch = r.download and not r.dry_run  # which writes nothing
+        load = partial(create_dataset, r.dataset, r.data_dir, split, fetch, **r.dataset_args)
         loaded: list[Images] = []
         self.processes.first(lambda: loaded.append(load()))
         return loaded[0] if loaded else load()
 
     def cut(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
         """This process's share of the batches of a set."""
-        reading = {'workers': self.recipe.workers, 'on_bad_image': self.recipe.on_bad_image, 'crop_pct': self.crop_pct}
+        reading = {'workers': self.recipe.workers, 'on_bad_image': self.recipe.on_bad_image, **self.cropping}
         where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
         return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
 
@@ -89,6 +97,19 @@ class TrainingData:
         """What the images ask of a model."""
         return {'in_chans': self.train_set.in_chans, 'num_classes': len(self.train_set.classes)}
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user would want to know of the images, in words."""
+        if self.cropping['crop_mode'] != 'center' or not isinstance(self.train_set, ImageFiles):
+            return []
+        long = sum(max(size) > 1.1 * min(size) for size in self.train_set.sizes) / len(self.train_set.sizes)
+        if long < 0.1:
+            return []
+        return [
+            f'{100 * long:.0f} % of the images are not square: their middle is used. --crop-mode border or squash '
+            'takes them whole.'
+        ]
+
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""
         return self.batches.stream(self.recipe.seed, step, img_size)
@@ -99,4 +120,4 @@ class TrainingData:
 
     def data_config(self) -> dict[str, Any]:
         """How timm reads an image as evaluation did."""
-        return {'mean': self.mean, 'std': self.std, **self.train_set.data_config(self.crop_pct)}
+        return {'mean': self.mean, 'std': self.std, **self.train_set.data_config(**self.cropping)}

@@ -36,8 +36,8 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
         precision: Precision of the forward pass.
 
     Returns:
-        `top1` and `top5` as fractions, `loss` (cross-entropy, mean over images), `num_samples`, and `num_left_out`, how
-        many of the set could not be read.
+        `top1` and, with more than five classes, `top5` as fractions, `loss` (cross-entropy, mean over images),
+        `num_samples`, and `num_left_out`, how many of the set could not be read.
     """
     order, device = batches.order, batches.preparation.device
     evaluator = ClassificationEvaluator(device=device)
@@ -55,7 +55,7 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
         dist.all_reduce(counted)
     return {
         'top1': scores['top1'] / 100,
-        'top5': scores['top5'] / 100,
+        **({'top5': scores['top5'] / 100} if logits.shape[1] > 5 else {}),
         'loss': scores['loss'],
         'num_samples': int(counted),
         'num_left_out': order.n - int(counted),

@@ -97,6 +97,7 @@ class Position:
         tokens: Tokens seen.
         best_score: Best score on the validation slice.
         best_step: Where it was.
+        curve: Scores on the validation slice on the way, each with its step and minutes.
         bad_images: What could not be read in training, in words.
     """
 
@@ -106,6 +107,7 @@ class Position:
     tokens: int = 0
     best_score: float = 0.0
     best_step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
     bad_images: list[str] = field(default_factory=list)
 
 
@@ -131,8 +133,7 @@ class Run:
         self.finite, self.finite_until = torch.ones((), dtype=torch.bool, device=joined.device), self.at.step
         self.data = TrainingData(recipe, joined)
         self.data.batches.bad_images.update(self.at.bad_images)
-        by_epochs = max(1, round(recipe.epochs * len(self.data.batches.order)))
-        self.updates = CLOCK_UPDATES if recipe.max_minutes else by_epochs
+        self.updates = CLOCK_UPDATES if recipe.max_minutes else self.data.batches.order.steps(recipe.epochs)
         self.make_learner(found, path)
         self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
         self.board.say(
@@ -142,6 +143,8 @@ class Run:
             + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.at.step}' if found else '')
         )
+        for note in self.data.notes:
+            self.board.say(note)
 
     def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
         """The model and all that follows it, as new or as a checkpoint's state says, in a precision that suits it."""
@@ -225,11 +228,7 @@ class Run:
             if at.step % recipe.log_every == 0 or self.progress >= 1:
                 self.log(loss, grad_norm, logits, labels, waited)
                 waited = 0.0
-            if (
-                recipe.eval_every
-                and not stop
-                and at.step % max(1, round(recipe.eval_every * len(self.data.batches.order))) == 0
-            ):
+            if recipe.eval_every and not stop and at.step % self.data.batches.order.steps(recipe.eval_every) == 0:
                 self.validate()
             if at.step % recipe.checkpoint_every == 0:
                 self.save()
@@ -306,6 +305,7 @@ class Run:
         objective, at = self.learner.objective, self.at
         scores = self.score(self.data.validation, self.img_size, self.learner.precision)
         self.board.scores('val', at.step, scores)
+        at.curve.append({'step': at.step, 'minutes': at.minutes, **scores})
         if not at.best_step or objective.quality(scores) > objective.quality({objective.best: at.best_score}):
             at.best_score, at.best_step = scores[objective.best], at.step
             self.save()

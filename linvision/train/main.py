@@ -26,7 +26,8 @@ class Interrupt:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.number:
-            os.write(2, b'stopping after this step; Ctrl-C once more to stop at once\n')  # print is not reentrant
+            # print is not reentrant
+            os.write(2, b'noted: the run stops after its step; Ctrl-C once more stops at once\n')
         self.number = number
 
     def __call__(self) -> bool:

@@ -58,6 +58,7 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
     }
     if at.best_step:
         metrics |= {f'best_val_{run.learner.objective.best}': at.best_score, 'best_step': at.best_step}
+        metrics['val_curve'] = at.curve
     if run.processes.main:
         try:
             export_model(

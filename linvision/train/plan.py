@@ -40,7 +40,7 @@ def plan(run: 'Run') -> str:
     if recipe.max_minutes:
         lines.append(f'length       {recipe.max_minutes:g} minutes of training')
     else:
-        lines.append(f'length       {run.updates:,} steps, {len(run.data.batches.order):,} in an epoch')
+        lines.append(f'length       {run.updates:,} steps, {recipe.epochs:g} passes over the images')
     lines.append(f'learning rate {", ".join(rates(run))}')
     return '\n'.join(lines)
 

@@ -53,6 +53,10 @@ class Recipe:
     """Stop after this many steps, as if interrupted; the schedule stays that of the whole run (0: off)."""
     stages: tuple[tuple[int, float], ...] = ()
     """Coarse to fine: image sizes, each with its share of the run, as in `--stages 16 0.7 32 0.3`."""
+    img_size: int = 0
+    """Image size of a run without stages (0: the images' own, at most the model's)."""
+    crop_mode: Literal['center', 'border', 'squash'] = 'center'
+    """What becomes of files that are not square: their middle, a border around them, or stretched (timm's names)."""
     batch_size: int = 32
     """Images in a step, over all processes."""
     accumulate: int = 1
@@ -164,6 +168,11 @@ class Recipe:
             raise ValueError(
                 f'The image sizes of the stages must be at least 1, got {[size for size, _ in self.stages]}.'
             )
+        if self.img_size and self.stages:
+            raise ValueError(
+                f'img_size is for runs without stages, but there are {list(self.stages)}: say --stages '
+                f'{self.img_size} 1 instead.'
+            )
         shares = [share for _, share in self.stages]
         if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
             raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
@@ -176,6 +185,7 @@ class Recipe:
         for name, low in {
             'threads': 0,
             'workers': 0,
+            'img_size': 0,
             'batch_size': 1,
             'accumulate': 1,
             'keep_checkpoints': 1,

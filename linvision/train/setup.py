@@ -52,7 +52,8 @@ def load_backbone(model: nn.Module, name: str) -> None:
 
     Args:
         model: The model.
-        name: A folder with `config.json` and `model.safetensors`, or a name of timm's with pretrained weights.
+        name: A folder with `config.json` and `model.safetensors`, a run's output folder, or a name of timm's with
+            pretrained weights.
 
     Raises:
         ValueError: The other is of another kind or width.
@@ -85,7 +86,13 @@ def load_backbone(model: nn.Module, name: str) -> None:
 
 def source_of(name: str) -> str:
     """timm's name of a model: a folder that a run exported, or itself."""
-    return f'local-dir:{name}' if Path(name).is_dir() else name
+    return f'local-dir:{model_folder(Path(name))}' if Path(name).is_dir() else name
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder with the weights: itself, or `model/` of a run's output folder."""
+    inner = folder / 'model'
+    return inner if not (folder / 'config.json').is_file() and inner.is_dir() else folder
 
 
 def load_teacher(name: str, student: nn.Module, img_size: int, device: torch.device) -> nn.Module:
