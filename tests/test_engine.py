@@ -129,9 +129,28 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     assert train(dataclasses.replace(recipe, dry_run=True)) == {}
     out = capsys.readouterr().out
     assert not recipe.output_dir.exists()
-    for words in ('10 steps, 1.25 passes over the images', '64 tokens', '256 tokens', '32 images = 1 processes × 1 parts × 32'):
+    length, batch = '10 steps, 1.25 passes over the images', '32 images = 1 processes × 1 parts × 32'
+    for words in (length, batch, '64 tokens', '256 tokens'):
         assert words in out, out
     assert 'one step of 32 images taken' in out
+
+
+def test_a_dry_run_fetches_nothing(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, dataset='fashion_mnist', data_dir=tmp_path / 'data', dry_run=True)
+    with pytest.raises(FileNotFoundError, match='download is switched off, as in a dry run'):
+        train(recipe)
+    assert not (tmp_path / 'data').exists()
+
+
+def test_an_epoch_is_as_many_images_as_the_set_has(recipe):
+    metrics = train(dataclasses.replace(recipe, epochs=3, batch_size=100))  # of 256: two full batches in an order
+    assert metrics['steps'] == 8 and metrics['epochs'] == 8 * 100 / 256
+
+
+def test_a_run_without_stages_takes_the_size_that_is_asked_for(recipe):
+    assert train(dataclasses.replace(recipe, stages=(), img_size=12))['tokens'] == 144
+    with pytest.raises(ValueError, match=r'img_size is for runs without stages, .*--stages 12 1 instead'):
+        train(dataclasses.replace(recipe, img_size=12))
 
 
 # --------------------------------------------------------------------------------------------------------------- stages

@@ -68,8 +68,8 @@ def test_any_kind_of_image_is_read(model_folder, tmp_path, mode):
 
 
 def test_a_folder_gives_its_images_in_order_and_nothing_else(tmp_path):
-    (tmp_path / 'below').mkdir()
-    for name in ('b.png', 'a.JPG', 'below/c.png', 'notes.txt'):
+    for name in ('b.png', 'a.JPG', 'below/c.png', 'notes.txt', '.cache/d.png', '.e.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert predict.find_images([tmp_path]) == [tmp_path / name for name in ('a.JPG', 'b.png', 'below/c.png')]
 
@@ -116,8 +116,16 @@ def test_a_truncated_image_is_named(model_folder, tmp_path):
     path = tmp_path / 'half.png'
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(OSError, match='half.png cannot be read'):
+    with pytest.raises(OSError, match='half.png cannot be read.*--on-bad-image skip'):
         predict.predict(predict.load_model(model_folder), [path])
+
+
+def test_an_unreadable_image_is_left_out_where_that_is_wished(model_folder, tmp_path, caplog):
+    model, paths = predict.load_model(model_folder), save(create_dataset('fake', tmp_path, 'test'), tmp_path, 3)
+    expected = predict.predict(model, paths, batch_size=1)
+    paths[1].write_bytes(b'damaged')
+    assert predict.predict(model, paths, on_bad_image='skip', batch_size=1) == [expected[0], expected[2]]
+    assert [str(paths[1]) in message for message in caplog.messages] == [True]
 
 
 @pytest.mark.slow
