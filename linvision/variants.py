@@ -8,9 +8,13 @@ families:
   convolution, a separable E whose rows are normalised, and a local path beside each attention (`docs/choices.md`).
 - Patches of 8 and 16 pixels: timm's ViT with a linear E, so that the weights of a plain ViT of the same size load.
 
-`docs/models.md` lists tokens, K, parameters and multiply-adds of all names.
+`docs/models.md` lists tokens, K, parameters and multiply-adds of all names. A name with weights has a tag for each
+(`linformer_vit_pico_patch1_32.fashion_mnist`); as everywhere in timm, the first tag is the default, whose channels and
+classes a model has that is created without any.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -46,9 +50,21 @@ def _cfg(img_size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _trained(name: str) -> dict[str, Any]:
+    """The config of weights that come with the package, in `weights/NAME.TAG/`."""
+    folder = Path(__file__).parent / 'weights' / name
+    config = json.loads((folder / 'config.json').read_text())
+    return {
+        **config['pretrained_cfg'],
+        'label_names': tuple(config['label_names']),
+        'file': str(folder / 'model.safetensors'),
+    }
+
+
 default_cfgs = generate_default_cfgs(
     {
         'test_linformer_vit.untrained': _cfg(16),
+        'linformer_vit_pico_patch1_32.fashion_mnist': _trained('linformer_vit_pico_patch1_32.fashion_mnist'),
         'linformer_vit_pico_patch1_32.untrained': _cfg(32),
         'linformer_vit_pico_patch2_32.untrained': _cfg(32),
         'linformer_vit_pico_patch4_32.untrained': _cfg(32),

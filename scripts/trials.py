@@ -76,3 +76,18 @@ def mean_and_spread(values: list[float]) -> str:
     """The mean, and the standard deviation where there are several: '83.2 ± 1.1'."""
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.1f}{spread}'
+
+
+def write_table(name: str, table: str) -> None:
+    """Put a table between its marks in `docs/results.md`: `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Raises:
+        ValueError: The page has no such marks.
+    """
+    page = ROOT / 'docs' / 'results.md'
+    start, end = f'<!-- {name} -->', f'<!-- /{name} -->'
+    before, found, rest = page.read_text().partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f'{page} has no place for the table: {start} and {end} on lines of their own.')
+    page.write_text(f'{before}{start}\n{table}\n{end}{after}')

@@ -22,7 +22,8 @@ def export_model(model: nn.Module, folder: Path, images: Images, data_config: di
     save_for_hf(
         model,
         str(folder),
-        model_config={'label_names': list(images.classes)},
+        # a tag belongs to the weights that the model may have started from
+        model_config={'label_names': list(images.classes), 'pretrained_cfg': {'tag': None}},
         data_config=data_config,
         safe_serialization=True,
     )
