@@ -1,6 +1,6 @@
 """linvision: vision transformers over very long token sequences, in linear time and memory.
 
-Importing the package registers its models with timm: `timm.create_model('linformer_vit_pico_patch1_32')`.
+Importing the package registers its models with timm: `timm.create_model('linformer_vit_tiny_patch1_64')`.
 """
 
 from linvision import variants as variants

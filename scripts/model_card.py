@@ -2,9 +2,9 @@
 
     python scripts/model_card.py linformer_vit_pico_patch1_32.fashion_mnist
 
-Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. The baselines
-beside the score, softmax regression and a plain CNN of equal size, are trained once and kept in `baselines.json`: remove
-that to train them again.
+Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Beside the score
+stand softmax regression and a plain CNN of equal size, which are trained once and kept in `baselines.json`: remove that
+to train them again.
 """
 
 import json

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linvision  # noqa: F401  (registers the models)
 
+IMAGENET = {'in_chans': 3, 'num_classes': 1000}  # where there are weights, a name's own are those of their images
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 HEADER = """# Models
 
 Names end in patch and image size. *Trunk* leaves out the projection and the positions; multiply-adds are those of one
-image as registered (3 channels, 1,000 classes), counted by `torch.utils.flop_counter`, and beside them those of the
+image with 3 channels and 1,000 classes, counted by `torch.utils.flop_counter`, and beside them those of the
 same model with full attention (`projection='none'`). Written by
 
     python scripts/model_table.py
@@ -38,8 +39,7 @@ def multiply_adds(model: torch.nn.Module) -> int:
 def row(name: str) -> str:
     """The table's line of one model."""
     with torch.device('meta'):
-        model = timm.create_model(name)
-        full = timm.create_model(name, projection='none')
+        model, full = (timm.create_model(name, **IMAGENET, **change) for change in ({}, {'projection': 'none'}))
     count = {n: p.numel() for n, p in model.named_parameters()}
     trunk = sum(v for n, v in count.items() if not n.startswith(('projection.', 'position.', 'pos_embed')))
     heads = model.blocks[0].attn.num_heads

@@ -52,7 +52,7 @@ def test_every_registered_name_is_counted():
 @pytest.mark.parametrize('name', NAMES)
 def test_parameter_count_follows_the_closed_formula(name):
     with torch.device('meta'):
-        model = timm.create_model(name)
+        model = timm.create_model(name, in_chans=3, num_classes=1000)
     if name == 'test_linformer_vit':
         expected, K = parameters(1, 256, 16, 32, 3, mlp_ratio=2), 16
     else:
@@ -67,7 +67,7 @@ def test_parameter_count_follows_the_closed_formula(name):
 
 @pytest.mark.parametrize('name', [name for name in NAMES if tokens(name) <= 4096])
 def test_name_runs_forward_and_backward(name):
-    model = timm.create_model(name, num_classes=3)
+    model = timm.create_model(name, in_chans=3, num_classes=3)
     images = torch.randn(1, 3, *model.patch_embed.img_size)
     model(images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
