@@ -22,7 +22,7 @@ import tyro
 from linvision.train.metrics import machine
 from trials import ROOT, mean_and_spread, run_trials, write_table
 
-RATES = (0.005, 0.01, 0.02, 0.04)
+RATES = (0.005, 0.01, 0.02, 0.04)  # and twice the largest, while that is best
 STAGES = {256: ((16, 1.0),), 1024: ((16, 0.75), (32, 0.25))}  # by tokens at the end
 LENGTHS = {256: (16, 64), 1024: (16, 64, 256)}  # K by tokens at the end
 SHARINGS = ('key_value', 'headwise', 'none')  # layerwise is parity's own
@@ -67,15 +67,20 @@ class Comparison:
 
     def choose_rates(self, epochs: float) -> dict[str, dict[str, Any]]:
         """The best learning rate of each variant at 256 tokens on the validation slice, and what chose it."""
-        variants = variants_of(256)
-        tried = {
-            f'{name}, lr {lr:g}': settings(256, arguments, lr, epochs) | {'test': False}
-            for name, arguments in variants.items()
-            for lr in RATES
-        }
-        runs = self.run('rates', tried, 1)
-        scores = {name: {lr: runs[f'{name}, lr {lr:g}'][0]['val_top1'] for lr in RATES} for name in variants}
-        return {name: {'lr': max(found, key=found.get), 'val_top1': found} for name, found in scores.items()}
+        found = {name: {} for name in variants_of(256)}
+        asked = {name: list(RATES) for name in found}
+        while any(asked.values()):
+            tried = {
+                f'{name}, lr {lr:g}': settings(256, variants_of(256)[name], lr, epochs) | {'test': False}
+                for name, rates in asked.items()
+                for lr in rates
+            }
+            runs = self.run('rates', tried, 1)
+            for name, rates in asked.items():
+                found[name].update({lr: runs[f'{name}, lr {lr:g}'][0]['val_top1'] for lr in rates})
+            best = {name: max(scores, key=scores.get) for name, scores in found.items()}
+            asked = {name: [2 * lr] if lr == max(found[name]) else [] for name, lr in best.items()}
+        return {name: {'lr': best[name], 'val_top1': scores} for name, scores in found.items()}
 
 
 def settings(tokens: int, model_args: dict[str, Any], lr: float, epochs: float) -> dict[str, Any]:
