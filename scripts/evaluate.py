@@ -75,7 +75,7 @@ def main(
     Args:
         model: Output folder of a run, or a folder with `config.json` and `model.safetensors`.
         dataset: Name of the data set; by default the run's own.
-        data_dir: Folder that holds the data; by default the run's own, or `data` with another data set.
+        data_dir: Folder that holds the data; by default the run's own with its data set, `data` with another.
         split: 'train', 'test', or 'all' images of a folder.
         img_size: Image size, 0 for the model's own.
         limit: Score the first so many images, 0 for all.
@@ -97,7 +97,7 @@ def main(
     trained = data_of(model)
     if not dataset and not trained:
         raise ValueError(f'{model} lies beside no metrics.json that names its data: say --dataset and --data-dir.')
-    if not dataset:
+    if trained and dataset in ('', trained['dataset']):
         dataset, dataset_args = trained['dataset'], {**trained['dataset_args'], **(dataset_args or {})}
         data_dir = Path(trained['data_dir']) if data_dir == Path() else data_dir
     data_dir = Path('data') if data_dir == Path() else data_dir
