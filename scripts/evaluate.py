@@ -31,8 +31,11 @@ from predict import load_model
 
 def data_of(model: Path) -> dict[str, Any]:
     """Dataset, its folder and its arguments of the run that trained a model, as far as its folder says."""
-    metrics = model_folder(model).parent / 'metrics.json'
-    return json.loads(metrics.read_text())['recipe'] if metrics.is_file() else {}
+    folder = model_folder(model)
+    for metrics in (folder / 'metrics.json', folder.parent / 'metrics.json'):  # of the package's weights; of a run
+        if metrics.is_file():
+            return json.loads(metrics.read_text())['recipe']
+    return {}
 
 
 def with_classes_of(model: nn.Module, images: Images) -> Images:
@@ -96,9 +99,9 @@ def main(
     config = resolve_model_data_config(net)
     trained = data_of(model)
     if not dataset and not trained:
-        raise ValueError(f'{model} lies beside no metrics.json that names its data: say --dataset and --data-dir.')
+        raise ValueError(f'{model} has no metrics.json that names its data: say --dataset and --data-dir.')
     if trained and dataset in ('', trained['dataset']):
-        dataset, dataset_args = trained['dataset'], {**trained['dataset_args'], **(dataset_args or {})}
+        dataset, dataset_args = trained['dataset'], {**trained.get('dataset_args', {}), **(dataset_args or {})}
         data_dir = Path(trained['data_dir']) if data_dir == Path() else data_dir
     data_dir = Path('data') if data_dir == Path() else data_dir
     images = with_classes_of(net, create_dataset(dataset, data_dir, split, **(dataset_args or {})))

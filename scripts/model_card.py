@@ -82,7 +82,7 @@ The plain CNN (`scripts/plain_cnn.py`): {cnn['threads']} CPU thread(s) of anothe
 {cnn['versions']['torch']}; times on the two do not compare.
 
     python {file} --threads {metrics['threads']} --precision {metrics['precision']}
-    python scripts/evaluate.py linvision/weights/{name} --dataset {tag}
+    python scripts/evaluate.py linvision/weights/{name}
     python scripts/model_card.py {name}
 
 - **Recipe**: `{file}`: {recipe['epochs']:g} epochs; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},

@@ -103,7 +103,7 @@ def test_a_run_is_scored_on_its_own_images_and_on_others(recipe, tmp_path, capsy
     transform = create_transform(**resolve_model_data_config(model))
     logits = model(torch.stack([transform(Image.open(path)) for path in some.iterdir()]))
     assert others['top1'] == pytest.approx((logits.argmax(-1) == 1).float().mean().item())
-    with pytest.raises(ValueError, match='lies beside no metrics.json'):
+    with pytest.raises(ValueError, match='has no metrics.json'):
         evaluate.main(shutil.copytree(recipe.output_dir / 'model', tmp_path / 'alone/model'), device='cpu')
 
 
