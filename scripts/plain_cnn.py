@@ -36,7 +36,7 @@ def plain_cnn(in_chans: int, num_classes: int) -> nn.Sequential:
 
 
 def train_cnn(
-    dataset: str, data_dir: Path, minutes: float, val_fraction: float, lr: float, seed: int
+    dataset: str, data_dir: Path, minutes: float, val_fraction: float = 0.0, lr: float = LR, seed: int = 0
 ) -> dict[str, Any]:
     """Train for some minutes, then score.
 

@@ -1,0 +1,81 @@
+"""What the comparisons choose, count and write, on figures that are known."""
+
+from pathlib import Path
+
+import pytest
+
+import compare_attention
+import model_card
+import plain_cnn
+import trials
+
+
+def runs(*scores, minutes=2.0):
+    return [{'top1': score, 'train_minutes': minutes, 'num_parameters': 1234} for score in scores]
+
+
+def test_mean_and_spread_are_those_of_the_sample():
+    assert trials.mean_and_spread([80.0, 82.0, 87.0]) == '83.0 ± 3.6'  # √((9 + 1 + 16) / 2)
+    assert trials.mean_and_spread([80.04]) == '80.0'
+
+
+def test_the_smallest_rate_within_a_standard_error_is_chosen():
+    # the standard error of 75 % of 3,000 images is 0.79 points
+    assert compare_attention.smallest_of_the_best({0.01: 0.7420, 0.02: 0.7422, 0.04: 0.75}) == 0.02
+    assert compare_attention.smallest_of_the_best({0.01: 0.70, 0.02: 0.71, 0.04: 0.75}) == 0.04
+
+
+def test_rates_are_tried_upwards_until_the_largest_is_not_chosen(monkeypatch, tmp_path):
+    comparison = compare_attention.Comparison(tmp_path, tmp_path, 1, 'fp32')
+    asked = []
+
+    def run(name, variants, seeds):
+        asked.extend(variants)
+        rising = {v: 0.9 if changed['lr'] == 0.08 else changed['lr'] for v, changed in variants.items()}
+        return {v: [{'val_top1': score if 'N' in v else 0.5}] for v, score in rising.items()}
+
+    monkeypatch.setattr(comparison, 'run', run)
+    found = comparison.choose_rates(0.1)
+    assert found[compare_attention.FULL]['lr'] == 0.08 and found['K = 16']['lr'] == 0.005
+    assert f'{compare_attention.FULL}, lr 0.16' in asked and 'K = 16, lr 0.08' not in asked
+
+
+def test_tables_show_means_spreads_and_distances():
+    full = compare_attention.FULL
+    found = {
+        'rates': {full: {'lr': 0.04}, 'K = 16': {'lr': 0.02}},
+        'runs': {256: {full: runs(0.80, 0.82), 'K = 16': runs(0.83, 0.83, minutes=1.5)}},
+    }
+    lines = compare_attention.parity_table(found).splitlines()[2:]
+    assert lines == [
+        '| 256 | N, full attention | 0.04 | 81.0 ± 1.4 % |  | 2.0 | 2 |',
+        '| 256 | 16 | 0.02 | 83.0 ± 0.0 % | +2.0 | 1.5 | 2 |',
+    ]
+    (line,) = compare_attention.sharing_table({'headwise': runs(0.80)}).splitlines()[2:]
+    assert line == '| `headwise` | 80.0 % | 1,234 | 2.0 | 1 |'
+
+
+def test_a_table_goes_between_its_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, 'ROOT', tmp_path)
+    (tmp_path / 'docs').mkdir()
+    page = tmp_path / 'docs/results.md'
+    page.write_text('before\n<!-- a -->\nold\n<!-- /a -->\nafter\n')
+    for _ in range(2):
+        trials.write_table('a', '| new |')
+        assert page.read_text() == 'before\n<!-- a -->\n| new |\n<!-- /a -->\nafter\n'
+    with pytest.raises(ValueError, match='no place for the table: <!-- b -->'):
+        trials.write_table('b', '')
+
+
+def test_the_plain_network_is_as_large_as_pico_and_learns():
+    network = plain_cnn.plain_cnn(1, 10)
+    assert sum(p.numel() for p in network.parameters()) == 202_073
+    found = plain_cnn.train_cnn('fake', Path(), minutes=0.1)
+    assert found['top1'] > 0.9 and found['num_samples'] == 100
+
+
+def test_baselines_are_trained_once(tmp_path):
+    recipe = {'dataset': 'fake'}
+    found = model_card.baselines(tmp_path, recipe, Path(), minutes=0.01)
+    assert found == model_card.baselines(tmp_path, recipe, Path(), minutes=100.0)
+    assert found['softmax regression']['num_parameters'] == 2570
