@@ -8,7 +8,7 @@ import torch
 from runs import events
 
 from linvision.data import ImageSet, create_dataset, datasets
-from linvision.train import train
+from linvision.train import precision, train
 from linvision.train.checkpoint import newest_checkpoint, read_state
 from linvision.train.parallel import Processes
 from linvision.train.precision import choose_precision
@@ -61,10 +61,30 @@ def test_the_probe_leaves_weights_gradients_and_random_state_alone():
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, drop_rate=0.5)
     images = torch.randn(4, 1, 16, 16)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    precision, seconds = choose_precision('auto', model, images, Processes(torch.device('cpu')))
-    assert precision in seconds and set(seconds) == {'fp32', 'bf16'}
+    found, seconds = choose_precision('auto', model, images, Processes(torch.device('cpu')))
+    assert found in seconds and set(seconds) == {'fp32', 'bf16'}
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('slower, sizes', [(10, {1}), (1.2, {1, 4})])
+def test_the_probe_spares_the_batch_where_one_image_decides(monkeypatch, slower, sizes):
+    clock, seen = [0.0], set()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            seen.add(len(images))
+            clock[0] += len(images) * (slower if torch.is_autocast_enabled('cpu') else 1.0)
+            return images * self.weight
+
+    monkeypatch.setattr(precision.time, 'perf_counter', lambda: clock[0])
+    found, seconds = choose_precision('auto', Model(), torch.ones(4, 3), Processes(torch.device('cpu')))
+    n = max(sizes)
+    assert found == 'fp32' and seen == sizes and seconds == {'fp32': n, 'bf16': pytest.approx(n * slower)}
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(recipe, monkeypatch, capsys):
