@@ -10,6 +10,7 @@ some of the model's classes. Prints one line of JSON.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +63,7 @@ def with_classes_of(model: nn.Module, images: Images) -> Images:
 def main(
     model: tyro.conf.Positional[Path],
     dataset: str = '',
-    data_dir: Path = Path(),
+    data_dir: Path | None = None,
     split: str = 'test',
     img_size: int = 0,
     limit: int = 0,
@@ -79,7 +80,7 @@ def main(
         model: Output folder of a run, or a folder with `config.json` and `model.safetensors`.
         dataset: Name of the data set; by default the run's own.
         data_dir: Folder that holds the data; by default the run's own with its data set, `data` with another.
-        split: 'train', 'test', or 'all' images of a folder.
+        split: 'train', 'test' (of a folder without `val/`, every fifth image of a class), or 'all' images of a folder.
         img_size: Image size, 0 for the model's own.
         limit: Score the first so many images, 0 for all.
         batch_size: Images in a step.
@@ -102,9 +103,13 @@ def main(
         raise ValueError(f'{model} has no metrics.json that names its data: say --dataset and --data-dir.')
     if trained and dataset in ('', trained['dataset']):
         dataset, dataset_args = trained['dataset'], {**trained.get('dataset_args', {}), **(dataset_args or {})}
-        data_dir = Path(trained['data_dir']) if data_dir == Path() else data_dir
-    data_dir = Path('data') if data_dir == Path() else data_dir
-    images = with_classes_of(net, create_dataset(dataset, data_dir, split, **(dataset_args or {})))
+        data_dir = data_dir or Path(trained['data_dir'])
+    data_dir = data_dir or Path('data')
+    try:
+        images = create_dataset(dataset, data_dir, split, **(dataset_args or {}))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{error} (Looked for from {Path.cwd()}; --data-dir names another folder.)') from error
+    images = with_classes_of(net, images)
     if limit:
         images = images.subset(torch.arange(min(limit, len(images))))
     size = img_size or net.patch_embed.img_size[0]
@@ -113,10 +118,12 @@ def main(
     reading = {'workers': workers, 'on_bad_image': on_bad_image, **cropping}
     batches = create_batches(images, batch_size, config['mean'], config['std'], where, **reading)
     scores = evaluate(net, batches, size, precision)
-    print(json.dumps({'model': str(model), 'img_size': size, 'tokens': count_tokens(net), **scores}))
+    data = {'dataset': dataset, 'data_dir': str(data_dir), 'split': split}
+    print(json.dumps({'model': str(model), **data, 'img_size': size, 'tokens': count_tokens(net), **scores}))
 
 
 if __name__ == '__main__':
+    logging.basicConfig(format='%(levelname)s: %(message)s')
     try:
         tyro.cli(main, description=__doc__)
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Classify images with a model that a run exported.
 
-    python scripts/predict.py --model outputs/demo/model IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
+    python scripts/predict.py --model outputs/demo IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
 
 Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
 """
@@ -37,11 +37,6 @@ def load_model(folder: Path) -> nn.Module:
         ValueError: They cannot be loaded, or the model takes no ordinary images.
     """
     folder = model_folder(folder)
-    for name in ('config.json', 'model.safetensors'):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f'{folder} holds no model: {name} is missing. A run leaves one in OUTPUT_DIR/model.'
-            )
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     except Exception as error:  # whatever timm, json and safetensors make of a damaged file
@@ -135,6 +130,7 @@ def main(
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         as_json: Print JSON, not a table.
     """
+    logging.basicConfig(format='%(levelname)s: %(message)s')
     try:
         if topk < 1:
             raise ValueError(f'topk must be at least 1, got {topk}.')

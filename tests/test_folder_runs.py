@@ -99,10 +99,13 @@ def test_a_run_is_scored_on_its_own_images_and_on_others(recipe, tmp_path, capsy
     own, others = map(json.loads, capsys.readouterr().out.splitlines())
     assert own['top1'] == metrics['top1'] and own['num_samples'] == 9
     assert others['num_samples'] == 3  # one class of three
+    assert (own['split'], others['split'], own['data_dir']) == ('test', 'all', str(recipe.data_dir))
     model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
     logits = model(torch.stack([transform(Image.open(path)) for path in some.iterdir()]))
     assert others['top1'] == pytest.approx((logits.argmax(-1) == 1).float().mean().item())
+    with pytest.raises(FileNotFoundError, match=r'Looked for from .*; --data-dir names another folder'):
+        evaluate.main(recipe.output_dir, data_dir=tmp_path / 'nowhere', device='cpu')
     with pytest.raises(ValueError, match='has no metrics.json'):
         evaluate.main(shutil.copytree(recipe.output_dir / 'model', tmp_path / 'alone/model'), device='cpu')
 

@@ -92,11 +92,11 @@ def test_all_is_every_image_and_val_another_name_of_the_test(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['fashion_mnist', 'cifar10', 'imagenette'])
-@pytest.mark.parametrize('where', ['train/cat', 'cat'])
-def test_nothing_is_fetched_into_a_folder_of_images(tmp_path, name, where):
+@pytest.mark.parametrize('where, download', [('train/cat', True), ('cat', True), ('cat', False)])
+def test_nothing_is_fetched_into_a_folder_of_images(tmp_path, name, where, download):
     pictures(tmp_path / where, 'a.png')
     with pytest.raises(ValueError, match=f'holds folders of images, and {name} is not among them.*--dataset image_fo'):
-        create_dataset(name, tmp_path, 'train')
+        create_dataset(name, tmp_path, 'train', download=download)
     assert [path.name for path in tmp_path.rglob('*') if path.is_file()] == ['a.png']
 
 
@@ -116,6 +116,13 @@ def test_a_class_of_files_that_are_no_images_is_refused(tmp_path):
         ValueError, match=r"dog holds no image that can be read, but files with the endings \['.heic'\]"
     ):
         create_dataset('image_folder', tmp_path, 'train')
+
+
+def test_a_class_without_an_image_for_the_test_is_named(tmp_path, caplog):
+    pictures(tmp_path, *(f'many/{i}.png' for i in range(5)), 'few/0.png')
+    for split in ('train', 'test'):
+        create_dataset('image_folder', tmp_path, split)
+    assert caplog.messages == ['no image for the test, since there are fewer than five: few']
 
 
 def test_a_class_may_be_called_train(tmp_path):

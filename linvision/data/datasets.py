@@ -61,7 +61,7 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
         raise ValueError(nearest('split', split, SPLITS))
     if split == 'all' and name != 'image_folder':
         raise ValueError(f"Only an image_folder has a split 'all', not {name}: take 'train' or 'test'.")
-    if download and name in PLACES and not (Path(root) / PLACES[name]).exists() and holds_images(Path(root)):
+    if name in PLACES and not (Path(root) / PLACES[name]).exists() and holds_images(Path(root)):
         raise ValueError(
             f'{root} holds folders of images, and {name} is not among them. For your own images say --dataset '
             f'image_folder; to fetch {name}, name another folder with --data-dir.'

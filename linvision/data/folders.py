@@ -144,6 +144,9 @@ def image_folder(root: Path, split: str) -> ImageFiles:
     modes = [mode for mode, _ in look([path for paths in images.values() for path in paths])]
     in_chans = 1 if all(map(is_grey, modes)) else 3
     if test is None and split != 'all':  # every fifth image of a class, by name, is for the test
+        small = [name for name, paths in images.items() if len(paths) < 5]
+        if small and split == 'test':
+            _logger.warning(f'no image for the test, since there are fewer than five: {", ".join(small[:20])}')
         images = {
             c: [p for i, p in enumerate(paths) if (i % 5 == 4) == (split == 'test')] for c, paths in images.items()
         }

@@ -42,6 +42,8 @@ from linvision.train.precision import choose_precision
 from linvision.train.recipe import Recipe
 from linvision.train.setup import count_tokens
 
+LOG_MINUTES = 0.5  # of training without a line, at most
+
 
 def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Train, score and export a model; under `torchrun`, every process calls this.
@@ -143,7 +145,7 @@ class Run:
             + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.at.step}' if found else '')
         )
-        for note in self.data.notes:
+        for note in [*self.data.notes, *([f'weights from {recipe.init}'] if recipe.init and not found else [])]:
             self.board.say(note)
 
     def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
@@ -225,7 +227,8 @@ class Run:
             stop = bool(stop) or at.step == recipe.max_steps and self.progress < 1
 
             # log, evaluate, save
-            if at.step % recipe.log_every == 0 or self.progress >= 1:
+            silent = at.minutes - self.last_log[1]
+            if at.step % recipe.log_every == 0 or silent > LOG_MINUTES or self.progress >= 1:
                 self.log(loss, grad_norm, logits, labels, waited)
                 waited = 0.0
             if recipe.eval_every and not stop and at.step % self.data.batches.order.steps(recipe.eval_every) == 0:

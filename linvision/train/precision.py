@@ -45,10 +45,11 @@ def probe_precision(model: nn.Module, images: Tensor, steps: int = 5) -> dict[st
                     loss.backward()
                     float(loss.detach())  # waits for the device
                     times.append(time.perf_counter() - start)
-                if i and time.perf_counter() - began > LONG:
+                fastest = {precision: min(times[1:], default=0.0) for precision, times in seconds.items()}
+                clear = max(fastest.values()) > CLEAR * min(fastest.values())
+                if clear or i and time.perf_counter() - began > LONG:
                     break
-            fastest = {precision: min(times[1:]) for precision, times in seconds.items()}
-            if max(fastest.values()) > CLEAR * min(fastest.values()):
+            if clear:
                 break
     return fastest
 

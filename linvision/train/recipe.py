@@ -39,7 +39,7 @@ class Recipe:
     dataset_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Arguments of the dataset, as in `--dataset-args num_classes 1000` for shards."""
     data_dir: Path = Path('data')
-    """Folder that holds the data; what is missing is fetched into it."""
+    """Folder that holds the data; a set that is fetched goes there."""
     download: bool = True
     """Fetch data that is missing."""
     output_dir: Path = Path('outputs/run')
@@ -116,7 +116,7 @@ class Recipe:
     eval_every: float = 0.0
     """Epochs between evaluations on the way (0: only at the end)."""
     log_every: int = 50
-    """Steps between two lines of log and two points in TensorBoard."""
+    """Steps between two lines of log and two points in TensorBoard; slow steps have one every half a minute."""
     checkpoint_every: int = 500
     """Steps between checkpoints: what a run that dies can lose."""
     keep_checkpoints: int = 2

@@ -58,6 +58,8 @@ def load_backbone(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: The other is of another kind or width.
     """
+    if not Path(name).is_dir() and ':' not in name and not timm.is_model(name):
+        raise ValueError(f"No weights to start from in {name!r}: it is neither a folder nor a name of timm's.")
     try:
         other = timm.create_model(source_of(name), pretrained=True, in_chans=model.patch_embed.proj.in_channels)
     except (RuntimeError, OSError, ValueError) as error:
@@ -90,9 +92,20 @@ def source_of(name: str) -> str:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder with the weights: itself, or `model/` of a run's output folder."""
+    """The folder with the weights: itself, or `model/` of a run's output folder.
+
+    Raises:
+        FileNotFoundError: It lacks `config.json` or `model.safetensors`.
+    """
     inner = folder / 'model'
-    return inner if not (folder / 'config.json').is_file() and inner.is_dir() else folder
+    folder = inner if not (folder / 'config.json').is_file() and inner.is_dir() else folder
+    for name in ('config.json', 'model.safetensors'):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f'{folder} holds no model: {name} is missing. A run leaves one in OUTPUT_DIR/model at its end, and '
+                'goes on by the same command.'
+            )
+    return folder
 
 
 def load_teacher(name: str, student: nn.Module, img_size: int, device: torch.device) -> nn.Module:
