@@ -76,10 +76,10 @@ names = model.pretrained_cfg['label_names']
 | --- | --- | --- | --- | --- |
 {rows}
 
-One seed each. The model: {metrics['threads']} CPU thread(s) in {metrics['precision']}, torch
+One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precision']}. The plain CNN
+(`scripts/plain_cnn.py`): {cnn['threads']} CPU thread(s) of another machine, fp32, with other jobs beside it; it saw
+{cnn['images_seen'] / metrics['images_seen']:.0%} of the model's images, so that this is no comparison at equal time. torch
 {metrics['versions']['torch']}.
-The plain CNN (`scripts/plain_cnn.py`): {cnn['threads']} CPU thread(s) of another machine in fp32, torch
-{cnn['versions']['torch']}; times on the two do not compare.
 
     python {file} --threads {metrics['threads']} --precision {metrics['precision']}
     python scripts/evaluate.py linvision/weights/{name}
