@@ -78,8 +78,8 @@ names = model.pretrained_cfg['label_names']
 
 One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precision']}. The plain CNN
 (`scripts/plain_cnn.py`): {cnn['threads']} CPU thread(s) of another machine, fp32, with other jobs beside it; it saw
-{cnn['images_seen'] / metrics['images_seen']:.0%} of the model's images, so that this is no comparison at equal time. torch
-{metrics['versions']['torch']}.
+{cnn['images_seen'] / metrics['images_seen']:.0%} of the model's images, so that this is no comparison at equal time.
+torch {metrics['versions']['torch']}.
 
     python {file} --threads {metrics['threads']} --precision {metrics['precision']}
     python scripts/evaluate.py linvision/weights/{name}
