@@ -5,7 +5,7 @@
 
 Trains `recipes/fashion_mnist_pixels.py` with one thing changed. Parity: full attention (K = N) against K of 16, 64 and
 256, on 16×16 images (256 tokens), and in the recipe's stages, three quarters of the steps at 16×16 and the rest at
-32×32 (1,024 tokens). The learning rate of each is chosen by short runs at 256 tokens on 5 % of the training images.
+32×32 (1,024 tokens). The learning rate of each is chosen at 256 tokens on 5 % of the training images.
 Sharing: a projection for each head, for keys and for values, for each layer, or one for all, at 256 tokens with K = 64
 and the learning rate that parity chose for it. The test set is for the scores alone. Writes `docs/results/parity.json`
 or `sharing.json`, its picture, and its table in `docs/results.md`.
@@ -126,7 +126,7 @@ def sharing(comparison: Comparison, seeds: int, epochs: float, search: float) ->
 def main(
     table: tyro.conf.Positional[Literal['parity', 'sharing']],
     epochs: float = 0.5,
-    search: float = 0.2,
+    search: float = 1.0,
     seeds: int = 3,
     seeds_1024: int = 1,
     workers: int = 2,
@@ -139,7 +139,8 @@ def main(
     Args:
         table: Which.
         epochs: Epochs of each run.
-        search: Length of the runs that choose a learning rate, as a share of those.
+        search: Length of the runs that choose a learning rate, as a share of those: short ones prefer rates that are too
+            high in the end.
         seeds: Runs of each variant with 256 tokens.
         seeds_1024: Runs of each variant with 1,024 tokens.
         workers: Runs at a time, one thread each.
