@@ -5,10 +5,10 @@
 
 Trains `recipes/fashion_mnist_pixels.py` with one thing changed. Parity: full attention (K = N) against K of 16, 64 and
 256, on 16×16 images (256 tokens), and in the recipe's stages, three quarters of the steps at 16×16 and the rest at
-32×32 (1,024 tokens). The learning rate of each is chosen at 256 tokens on 5 % of the training images.
-Sharing: a projection for each head, for keys and for values, for each layer, or one for all, at 256 tokens with K = 64
-and the learning rate that parity chose for it. The test set is for the scores alone. Writes `docs/results/parity.json`
-or `sharing.json`, its picture, and its table in `docs/results.md`.
+32×32 (1,024 tokens). The learning rate of each is chosen at 256 tokens on 5 % of the training images. Sharing: a
+projection for each head, for keys and for values, for each layer, or one for all, at 256 tokens with K = 64 and the
+learning rate that parity chose for it. The test set is for the scores alone. Writes `docs/results/parity.json` or
+`sharing.json`, its picture, and its table in `docs/results.md`.
 """
 
 import json
@@ -139,8 +139,8 @@ def main(
     Args:
         table: Which.
         epochs: Epochs of each run.
-        search: Length of the runs that choose a learning rate, as a share of those: short ones prefer rates that are too
-            high in the end.
+        search: Length of the runs that choose a learning rate, as a share of those (short ones prefer rates that
+            are too high in the end).
         seeds: Runs of each variant with 256 tokens.
         seeds_1024: Runs of each variant with 1,024 tokens.
         workers: Runs at a time, one thread each.
