@@ -148,6 +148,7 @@ def main(
         data_dir: Folder that holds the data.
         output_dir: Folder for the runs; finished ones are not repeated.
     """
+    (ROOT / 'docs' / 'results').mkdir(exist_ok=True)
     comparison = Comparison(data_dir, output_dir, workers, precision)
     if table == 'parity':
         found = parity(comparison, {256: seeds, 1024: seeds_1024}, epochs, search)
