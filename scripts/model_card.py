@@ -4,7 +4,7 @@
 
 Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Beside the score
 stand softmax regression and a plain CNN of equal size, which are trained once and kept in `baselines.json`: remove that
-to train them again.
+to train them again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
@@ -26,7 +26,7 @@ LIMITS = {
 }
 
 
-def baselines(folder: Path, recipe: dict[str, Any], data_dir: Path, minutes: float) -> dict[str, dict[str, Any]]:
+def baselines(folder: Path, recipe: dict[str, Any], data_dir: Path, minutes: float) -> dict[str, Any]:
     """Scores of softmax regression and of the plain CNN on the same data, trained unless they are kept."""
     kept = folder / 'baselines.json'
     if not kept.is_file():
@@ -46,12 +46,14 @@ def row(title: str, scores: dict[str, Any]) -> str:
     )
 
 
-def card(name: str, config: dict[str, Any], metrics: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
+def card(name: str, config: dict[str, Any], metrics: dict[str, Any], others: dict[str, Any]) -> str:
     """The card as Markdown, with the front matter of the Hugging Face Hub."""
     recipe, cfg, cnn, tag = metrics['recipe'], config['pretrained_cfg'], others['plain CNN'], name.partition('.')[2]
     file = f'recipes/{Path(recipe["output_dir"]).name}.py'
     channels, height, width = cfg['input_size']
     stages = ', then '.join(f'{100 * share:.0f} % of the steps at {size}×{size}' for size, share in recipe['stages'])
+    note = others.pop('note', '')
+    time, seen = (cnn[field] / metrics[field] for field in ('train_minutes', 'images_seen'))
     rows = '\n'.join(row(title, scores) for title, scores in {f'**{name}**': metrics, **others}.items())
     return f"""---
 license: {cfg['license']}
@@ -76,14 +78,13 @@ names = model.pretrained_cfg['label_names']
 | --- | --- | --- | --- | --- |
 {rows}
 
-One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precision']}. The plain CNN
-(`scripts/plain_cnn.py`): {cnn['threads']} CPU thread(s) of another machine, fp32, with other jobs beside it; it saw
-{cnn['images_seen'] / metrics['images_seen']:.0%} of the model's images, so that this is no comparison at equal time.
-torch {metrics['versions']['torch']}.
+One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precision']}, torch
+{metrics['versions']['torch']}. The plain CNN (`scripts/plain_cnn.py`): {cnn['threads']} CPU thread(s), fp32, torch
+{cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw {seen:.0%} of its images. {note}
 
     python {file} --threads {metrics['threads']} --precision {metrics['precision']}
     python scripts/evaluate.py linvision/weights/{name}
-    python scripts/model_card.py {name}
+    python scripts/model_card.py {name} --minutes {cnn['train_minutes']:.0f}
 
 - **Recipe**: `{file}`: {recipe['epochs']:g} epochs; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
   learning rate {recipe['lr']:g}, flips.

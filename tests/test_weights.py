@@ -115,7 +115,7 @@ def test_the_score_on_a_slice_of_the_test_set_ours_and_timms(model):
     try:
         images = create_dataset(dataset, os.environ.get('LINVISION_DATA', ROOT / 'data'), 'test', download=False)
     except FileNotFoundError:
-        pytest.skip(f'{dataset} is in neither LINVISION_DATA nor {ROOT}/data')
+        pytest.skip(reason=f'{dataset} is in neither LINVISION_DATA nor {ROOT}/data')
     images = images.subset(torch.arange(n))
     config = resolve_model_data_config(model)
     batches = create_batches(images, 100, config['mean'], config['std'], CPU)

@@ -71,6 +71,7 @@ def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center') -> Imag
     size = img_size or images.img_size
     if not size:
         raise ValueError('The images have no size of their own: name one.')
-    change = evaluation_transform(images.statistics()[0], size, 1.0, crop_mode)
+    mean = images.statistics()[0] if crop_mode == 'border' else (0.0,) * images.in_chans  # the border's colour
+    change = evaluation_transform(mean, size, 1.0, crop_mode)
     pixels, labels = zip(*((change(image), label) for image, label in images), strict=True)
     return ImageSet(torch.stack(pixels), torch.tensor(labels), images.classes, size)

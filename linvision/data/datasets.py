@@ -27,7 +27,7 @@ from linvision.nearest import nearest
 SPLITS = ('train', 'test', 'all')
 ALIASES = {'val': 'test', 'valid': 'test', 'validation': 'test'}
 PLACES = {  # of what is fetched, below its root
-    'fashion_mnist': 'FashionMNIST',
+    'fashion_mnist': fashion_mnist.FOLDER,
     'cifar10': CIFAR10.base_folder,
     'cifar100': CIFAR100.base_folder,
     'imagenette': IMAGENETTE,

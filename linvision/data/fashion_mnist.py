@@ -16,6 +16,7 @@ from torchvision.datasets import FashionMNIST
 
 from linvision.data.debian import unpacked
 
+FOLDER = FashionMNIST.__name__  # below the root, as torchvision names it
 PACKAGE = 'dataset-fashion-mnist'
 PACKAGE_FOLDER = Path('/usr/share/datasets/fashion-mnist')
 FILES = tuple(f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1'))
@@ -27,7 +28,7 @@ def load(root: Path, split: str, download: bool) -> tuple[Tensor, Tensor, tuple[
     Raises:
         FileNotFoundError: The files are missing and no source could give them.
     """
-    raw = root / 'FashionMNIST' / 'raw'
+    raw = root / FOLDER / 'raw'
     tried = [] if _complete(raw) else fetch(root) if download else ['download is switched off, as in a dry run']
     if not _complete(raw):
         raise FileNotFoundError(
@@ -41,7 +42,7 @@ def load(root: Path, split: str, download: bool) -> tuple[Tensor, Tensor, tuple[
 
 def fetch(root: Path) -> list[str]:
     """Try each source until the files are there; what went wrong with each, in words."""
-    raw = root / 'FashionMNIST' / 'raw'
+    raw = root / FOLDER / 'raw'
     failures = []
     for name, source in {
         'the .gz files': _unpack_present,

@@ -1,6 +1,5 @@
 """The data of a run: the training set, its validation slice and the test set, cut into this process's batches."""
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,8 +14,6 @@ from linvision.data.folders import ImageFiles
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
 from linvision.train.setup import create_model, split_validation
-
-_logger = logging.getLogger(__name__)
 
 
 class TrainingData:
