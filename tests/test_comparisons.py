@@ -25,31 +25,39 @@ def test_the_smallest_rate_within_a_standard_error_is_chosen():
     assert compare_attention.smallest_of_the_best({0.01: 0.70, 0.02: 0.71, 0.04: 0.75}) == 0.04
 
 
-def test_rates_are_tried_upwards_until_the_largest_is_not_chosen(monkeypatch, tmp_path):
+def test_rates_are_tried_outwards_until_none_at_the_end_is_chosen(monkeypatch, tmp_path):
     comparison = compare_attention.Comparison(tmp_path, tmp_path, 1, 'fp32')
     asked = []
 
     def run(name, variants, seeds):
         asked.extend(variants)
-        rising = {v: 0.9 if changed['lr'] == 0.08 else changed['lr'] for v, changed in variants.items()}
-        return {v: [{'val_top1': score if 'N' in v else 0.5}] for v, score in rising.items()}
+        best = {v: 0.08 if 'N' in v else 0.02 if '16' in v else 0.005 for v in variants}
+        return {v: [{'val_top1': 0.9 - 5 * abs(changed['lr'] - best[v])}] for v, changed in variants.items()}
 
     monkeypatch.setattr(comparison, 'run', run)
     found = comparison.choose_rates(0.1)
-    assert found[compare_attention.FULL]['lr'] == 0.08 and found['K = 16']['lr'] == 0.005
-    assert f'{compare_attention.FULL}, lr 0.16' in asked and 'K = 16, lr 0.08' not in asked
+    assert [found[name]['lr'] for name in (compare_attention.FULL, 'K = 16', 'K = 64')] == [0.08, 0.02, 0.005]
+    assert {name.split('lr ')[1] for name in asked if name.startswith(compare_attention.FULL)} == {
+        '0.01',
+        '0.02',
+        '0.04',
+        '0.08',
+        '0.16',
+    }
+    assert {name.split('lr ')[1] for name in asked if '64' in name} == {'0.0025', '0.005', '0.01', '0.02', '0.04'}
+    assert 'K = 16, lr 0.08' not in asked and 'K = 16, lr 0.005' not in asked
 
 
 def test_tables_show_means_spreads_and_distances():
     full = compare_attention.FULL
     found = {
         'rates': {full: {'lr': 0.04}, 'K = 16': {'lr': 0.02}},
-        'runs': {256: {full: runs(0.80, 0.82), 'K = 16': runs(0.83, 0.83, minutes=1.5)}},
+        'runs': {256: {full: runs(0.80, 0.82), 'K = 16': runs(0.83, 0.83, minutes=1.5) + runs(0.83, minutes=9.0)}},
     }
     lines = compare_attention.parity_table(found).splitlines()[2:]
     assert lines == [
         '| 256 | N, full attention | 0.04 | 81.0 ± 1.4 % |  | 2.0 | 2 |',
-        '| 256 | 16 | 0.02 | 83.0 ± 0.0 % | +2.0 | 1.5 | 2 |',
+        '| 256 | 16 | 0.02 | 83.0 ± 0.0 % | +2.0 | 1.5 | 3 |',
     ]
     (line,) = compare_attention.sharing_table({'headwise': runs(0.80)}).splitlines()[2:]
     assert line == '| `headwise` | 80.0 % | 1,234 | 2.0 | 1 |'
