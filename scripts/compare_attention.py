@@ -64,7 +64,7 @@ class Comparison:
     def run(self, name: str, variants: dict[str, dict[str, Any]], seeds: int) -> dict[str, list[dict[str, Any]]]:
         """Metrics of each variant's seeds; variants are fields of the recipe."""
         fields = {variant: {**self.common, **changed} for variant, changed in variants.items()}
-        runs = run_trials('fashion_mnist_pixels', fields, seeds, self.workers, self.output_dir / name)
+        runs = run_trials('fashion_mnist_pixels', fields, range(seeds), self.workers, self.output_dir / name)
         return {variant: [{k: run[k] for k in FIELDS if k in run} for run in found] for variant, found in runs.items()}
 
     def choose_rates(self, epochs: float) -> dict[str, dict[str, Any]]:

@@ -88,7 +88,7 @@ def main(
     result = {'minutes': minutes, 'stage_minutes': stage_minutes, 'seeds': seeds, 'torch': torch.__version__}
     for table, variants in tables.items():
         before = {'E starts as block means': block_means}
-        runs = run_trials('fashion_mnist_pixels', variants, seeds, workers, output_dir, before)
+        runs = run_trials('fashion_mnist_pixels', variants, range(seeds), workers, output_dir, before)
         result[table] = {name: [{k: run[k] for k in FIELDS} for run in found] for name, found in runs.items()}
     (ROOT / 'docs' / 'choices.json').write_text(json.dumps(result, indent=2) + '\n')
     (ROOT / 'docs' / 'choices.md').write_text(page(result))

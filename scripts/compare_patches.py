@@ -44,7 +44,7 @@ def main(
     result: dict[str, Any] = {'settings': settings, 'torch': torch.__version__}
     for kind, length in kinds.items():
         variants = {f'patch {p}': {**common, **length, 'model': f'linformer_vit_pico_patch{p}_32'} for p in PATCHES}
-        runs = run_trials('fashion_mnist_pixels', variants, seeds, workers, output_dir / kind)
+        runs = run_trials('fashion_mnist_pixels', variants, range(seeds), workers, output_dir / kind)
         result[kind] = {name: [{k: run[k] for k in FIELDS} for run in found] for name, found in runs.items()}
     (ROOT / 'docs' / 'patches.json').write_text(json.dumps(result, indent=2) + '\n')
     (ROOT / 'docs' / 'patches.md').write_text(page(result))

@@ -5,7 +5,7 @@ import dataclasses
 import multiprocessing
 import runpy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,15 @@ def trial(
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
         metrics = train(changed)
-    top1 = metrics.get('top1', metrics.get('val_top1'))
-    print(f'{name}, seed {seed}: {100 * top1:.2f} %, {metrics["images_seen"]:,} images', flush=True)
+    field = next(field for field in ('top1', 'val_top1', 'loss', 'val_loss') if field in metrics)
+    print(f'{name}, seed {seed}: {field} {metrics[field]:.4f}, {metrics["images_seen"]:,} images', flush=True)
     return metrics
 
 
 def run_trials(
     recipe: str,
     variants: dict[str, dict[str, Any]],
-    seeds: int,
+    seeds: Iterable[int],
     workers: int,
     folder: Path,
     before: dict[str, Callable[[], None]] | None = None,
@@ -54,7 +54,7 @@ def run_trials(
     Args:
         recipe: Name of the file in `recipes/`.
         variants: Settings by name.
-        seeds: Runs of each.
+        seeds: Of the runs of each.
         workers: Runs at a time.
         folder: Where output folders go.
         before: What is called first in a variant's process, by name.
@@ -62,7 +62,7 @@ def run_trials(
     Returns:
         Metrics by name, one of each seed.
     """
-    jobs = [(name, seed) for seed in range(seeds) for name in variants]
+    jobs = [(name, seed) for seed in seeds for name in variants]
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         runs = [
