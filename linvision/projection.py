@@ -112,6 +112,15 @@ class Projection(nn.Module):
         for weight in self.weights:
             nn.init.normal_(weight, std=math.prod(weight.shape[-self.kind.summed :]) ** -0.5)
 
+    @torch.no_grad()
+    def pool(self) -> None:
+        """Let every row be the mean of a cell of the token grid, by area (where K = N: every row one token)."""
+        for i, rows in enumerate(self.row_grids):
+            for j in range(i * self.matrices, (i + 1) * self.matrices):
+                own = [self.weights[j * self.num_weights + n] for n in range(self.num_weights)]
+                for weight, values in zip(own, self.kind.pooling(self.grid, rows, own[0]) if own else [], strict=True):
+                    weight.copy_(values)
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
         """The tensors of every layer: the factors of E and its row sums E 1, then those of F unless E = F.
 

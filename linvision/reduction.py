@@ -55,6 +55,11 @@ class Kind:
         """The parameters on another token grid or for other rows; row sums stay."""
         return weights
 
+    @staticmethod
+    def pooling(grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        """The parameters that make each row the mean of a cell of the token grid."""
+        return []
+
 
 class Linear(Kind):
     """E is a learned K×N matrix, without structure (the paper's), stored as (K, h, w)."""
@@ -80,6 +85,10 @@ class Linear(Kind):
         E = weights[0]  # (..., K, h, w)
         E = area_matrix(E.shape[-2], grid[0], E) @ E @ area_matrix(E.shape[-1], grid[1], E).T
         return [resize_rows(E.flatten(-2), rows[0] * rows[1]).unflatten(-1, grid)]
+
+    @staticmethod
+    def pooling(grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return [torch.kron(*Separable.pooling(grid, rows, like)).unflatten(-1, grid)]
 
 
 class Separable(Kind):
@@ -113,6 +122,10 @@ class Separable(Kind):
         return [
             resize_rows(E @ area_matrix(E.shape[-1], n, E).T, k) for E, n, k in zip(weights, grid, rows, strict=True)
         ]
+
+    @staticmethod
+    def pooling(grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        return [area_matrix(n, k, like) * (k / n) for n, k in zip(grid, rows, strict=True)]
 
 
 class MeanPool(Kind):
@@ -169,6 +182,11 @@ class Conv(Kind):
         kernel, size = weights[0], cell_size(grid, rows)
         rows_, columns = kernel.shape[-2:]
         return [area_matrix(rows_, size[0], kernel) @ kernel @ area_matrix(columns, size[1], kernel).T]
+
+    @staticmethod
+    def pooling(grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        size = cell_size(grid, rows)
+        return [like.new_full((1, 1, *size), 1 / (size[0] * size[1]))]
 
 
 PROJECTIONS = {'linear': Linear, 'separable': Separable, 'conv': Conv, 'mean_pool': MeanPool, 'max_pool': MaxPool}

@@ -1,0 +1,282 @@
+"""From a plain ViT to a Linformer ViT with the same weights.
+
+Notable here:
+
+- Only the attention changes: its N keys and values become K rows. Every weight of the original has the same name and
+  meaning in a Linformer ViT, so that with `projection='none'` the two are equal; E is all that is new.
+- E starts as pooling by area: each row is the mean of a cell of the token grid. `fit_projection` then moves E alone,
+  by gradient descent on the squared error of every layer's attention output, on images without labels.
+- The architecture is read from the model itself, not from its name. What a Linformer ViT has no part for is refused
+  with its reason: nothing is converted to something that is nearly the same.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import timm
+import torch
+from timm.layers import (
+    Attention,
+    GELUTanh,
+    GluMlp,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    QuickGELU,
+    SwiGLU,
+    to_2tuple,
+)
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from linvision.network import LinformerVisionTransformer
+from linvision.variants import SIZES, default_cfgs
+
+ACTIVATIONS = {QuickGELU: 'quick_gelu', GELUTanh: 'gelu_tanh', nn.SiLU: 'silu'}  # as timm spells them
+DATA = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'label_names', 'license')
+
+
+def from_vit(
+    model: str | VisionTransformer,
+    proj_len: int = 64,
+    projection: str = 'linear',
+    sharing: str = 'layerwise',
+    **kwargs: Any,
+) -> LinformerVisionTransformer:
+    """A Linformer ViT with the weights of a plain ViT, and with an E that pools by area.
+
+    It loads what timm's models load, reads images as the original does (`resolve_model_data_config`), and can be saved
+    by `timm.models.save_for_hf`.
+
+    Args:
+        model: A timm `VisionTransformer` (augreg, DeiT, DINO, CLIP, SigLIP and the like), or the name of one with
+            pretrained weights, `local-dir:` and `hf-hub:` included. For a file of weights, give
+            `timm.create_model(name, checkpoint_path=file)`.
+        proj_len: K, or one K a layer where `sharing` allows.
+        projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool', or 'none' for full attention.
+        sharing: 'layerwise', 'key_value', 'headwise' or 'none'.
+        kwargs: Other arguments of `LinformerVisionTransformer` that the original has no say in: `img_size`,
+            `local_size` (starts at zero), `row_norm`, `chunk_size`, drop rates.
+
+    Raises:
+        ValueError: A part of the model has no counterpart, or an argument contradicts the original.
+    """
+    if isinstance(model, str):
+        model = timm.create_model(model, pretrained=True)
+    arguments = architecture(model)
+    for name, value in kwargs.items():
+        if name in arguments and name not in ('img_size', 'dynamic_img_size'):
+            raise ValueError(f'{name} is {arguments[name]!r} in the original, and cannot become {value!r}.')
+    own = {'proj_len': proj_len, 'projection': projection, 'sharing': sharing, 'local_size': 0, 'row_norm': False}
+    arguments |= own | kwargs
+    ours = timm.create_model(entry_point(arguments), **arguments)
+    refuse_difference(ours, model)
+    result = ours.load_state_dict(model.state_dict(), strict=False)
+    missing = [name for name in result.missing_keys if not name.startswith('projection.') and '.local.' not in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f'The weights do not match: {missing[:3]} are missing, {result.unexpected_keys[:3]} left over.'
+        )
+    if ours.projection is not None:
+        ours.projection.pool()
+    cfg = model.pretrained_cfg or {}
+    kept = {k: cfg[k] for k in DATA if cfg.get(k) is not None}
+    ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': model.num_classes, **kept}
+    weight = model.patch_embed.proj.weight
+    return ours.to(weight.device, weight.dtype).train(model.training)
+
+
+def architecture(model: VisionTransformer) -> dict[str, Any]:
+    """The arguments that make a Linformer ViT of the shape of a plain ViT.
+
+    Raises:
+        ValueError: It has a part that a Linformer ViT does not have.
+    """
+    if isinstance(model, LinformerVisionTransformer):
+        raise ValueError('The model is a Linformer ViT already.')
+    refuse_type(model, VisionTransformer, 'the model')
+    refuse_type(model.patch_embed, PatchEmbed, 'its patch embedding')
+    for block in model.blocks:
+        refuse_type(block, Block, 'a block')
+        refuse_type(block.attn, Attention, 'an attention')
+    block = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
+    if attn.gate is not None:
+        raise ValueError('The attention cannot be converted: its output is gated, for which a Linformer has no part.')
+    if attn.attn_dim != model.embed_dim:
+        raise ValueError(
+            f'The attention cannot be converted: its {attn.num_heads} heads of {attn.head_dim} are not as wide as the '
+            f'tokens, {model.embed_dim}.'
+        )
+    arguments = {
+        'img_size': tuple(model.patch_embed.img_size),
+        'patch_size': tuple(model.patch_embed.patch_size),
+        'in_chans': model.in_chans,
+        'num_classes': model.num_classes,
+        'global_pool': model.global_pool,
+        'embed_dim': model.embed_dim,
+        'depth': len(model.blocks),
+        'num_heads': attn.num_heads,
+        'qkv_bias': attn.qkv.bias is not None,
+        'qk_norm': there(attn.q_norm),
+        'scale_attn_norm': there(attn.norm),
+        'scale_mlp_norm': there(mlp.norm),
+        'proj_bias': attn.proj.bias is not None,
+        'class_token': model.has_class_token,
+        'reg_tokens': model.num_reg_tokens,
+        'pos_embed': 'none' if model.pos_embed is None else 'learn',
+        'no_embed_class': model.no_embed_class,
+        'pool_include_prefix': model.pool_include_prefix,
+        'dynamic_img_size': model.dynamic_img_size,
+        'pre_norm': there(model.norm_pre),
+        'final_norm': there(model.norm) or there(model.fc_norm),
+        'fc_norm': there(model.fc_norm),
+        **mlp_arguments(mlp, model.embed_dim),
+    }
+    if isinstance(block.ls1, LayerScale):
+        arguments['init_values'] = 1.0  # the weights come from the original
+    if type(block.norm1) is not LayerNorm or block.norm1.eps != 1e-6:
+        eps = {'eps': block.norm1.eps} if hasattr(block.norm1, 'eps') else {}
+        arguments['norm_layer'] = partial(type(block.norm1), **eps)
+    return arguments
+
+
+def mlp_arguments(mlp: nn.Module, dim: int) -> dict[str, Any]:
+    """Those of the arguments that are about the MLP."""
+    arguments: dict[str, Any] = {}
+    if isinstance(mlp, GluMlp):
+        hidden, arguments['mlp_layer'] = mlp.fc1.out_features, partial(GluMlp, gate_last=mlp.gate_last)
+    elif isinstance(mlp, SwiGLU):
+        hidden, arguments['mlp_layer'] = mlp.fc1_g.out_features, SwiGLU
+    else:
+        refuse_type(mlp, Mlp, 'an MLP')
+        hidden = mlp.fc1.out_features
+    if type(mlp.act) is not nn.GELU:
+        arguments['act_layer'] = ACTIVATIONS.get(type(mlp.act), type(mlp.act))
+    ratio = hidden / dim
+    return arguments | {'mlp_ratio': ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim}
+
+
+def there(module: nn.Module) -> bool:
+    """Whether an optional part is there."""
+    return not isinstance(module, nn.Identity)
+
+
+def refuse_type(module: nn.Module, wanted: type[nn.Module], what: str) -> None:
+    """Raise ValueError for a module that is not of this very type: a subclass computes something else."""
+    if type(module) is not wanted:
+        raise ValueError(
+            f"Only plain ViTs can be converted: {what} must be timm's {wanted.__name__}, got {type(module).__name__}."
+        )
+
+
+def refuse_difference(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raise ValueError where a layer of the original has no equal: another epsilon, activation or shape."""
+    own = dict(ours.named_modules())
+    for name, module in theirs.named_modules():
+        leaf = not any(module.children()) and not type(module).__name__.startswith(('Drop', 'PatchDrop'))
+        if leaf and there(module) and repr(own.get(name)) != repr(module):
+            raise ValueError(f'{name} cannot be converted: it is {module}, and a Linformer ViT has {own.get(name)}.')
+
+
+def entry_point(arguments: dict[str, Any]) -> str:
+    """The registered name of this width, patch and image size, or else another: all arguments are given anyhow."""
+    size = next((k for k, v in SIZES.items() if v['embed_dim'] == arguments['embed_dim']), '')
+    patch_size, img_size = (to_2tuple(arguments[k])[0] for k in ('patch_size', 'img_size'))
+    name = f'linformer_vit_{size}_patch{patch_size}_{img_size}'
+    return name if name in default_cfgs else 'linformer_vit_base_patch16_224'
+
+
+def fit_projection(
+    model: LinformerVisionTransformer,
+    original: VisionTransformer,
+    batches: Iterable[Tensor],
+    steps: int = 200,
+    lr: float = 3e-3,
+) -> list[float]:
+    """Move E so that every layer's attention puts out what the original's does; nothing else changes.
+
+    The loss is the squared error of the attention's output over the original's square, mean over layers, each layer
+    on the input that it has in the original; Adam takes one step a batch.
+
+    Args:
+        model: What `from_vit` made of the original, on the same device.
+        original: The plain ViT.
+        batches: Images as the original reads them, (B, C, height, width); labels are not needed.
+        steps: Steps, at most as many as there are batches.
+        lr: Learning rate at the start; it falls to zero as a cosine.
+
+    Returns:
+        The relative error (the root of the loss) at each step.
+
+    Raises:
+        ValueError: There is no E to fit: the projection has no parameters, or K is not below N.
+    """
+    grid = model.patch_embed.grid_size
+    weights = [] if model.projection is None else list(model.projection.parameters())
+    if not weights:
+        raise ValueError('There is nothing to fit: this projection has no parameters.')
+    if any(block.attn.is_full(grid) for block in model.blocks):
+        raise ValueError(f'There is nothing to fit: with K not below {grid[0] * grid[1]} tokens attention is full.')
+    optimizer = torch.optim.Adam(weights, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    errors = []
+    for images in islice(batches, steps):
+        seen = attention_of(original, images)
+        tensors = model.projection_tensors(images, grid)
+        terms = []
+        for block, own, (x, wanted) in zip(model.blocks, tensors, seen, strict=True):
+            terms.append((block.attn(x, own, grid) - wanted).square().sum() / wanted.square().sum())
+        loss = torch.stack(terms).mean()
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.grad = gradient
+        optimizer.step()
+        schedule.step()
+        errors.append(loss.item() ** 0.5)
+    for weight in weights:
+        weight.grad = None
+    return errors
+
+
+@torch.no_grad()
+def attention_of(model: VisionTransformer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Input and output of every layer's attention, in eval mode: each (B, P + N, D)."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [b.attn.register_forward_hook(lambda _, x, out: seen.append((x[0], out))) for b in model.blocks]
+    training = model.training
+    try:
+        model.eval().forward_features(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, original: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """How near the outputs of two models are, in eval mode.
+
+    Args:
+        model: One.
+        original: The other, on the same device.
+        batches: Images as both read them, (B, C, height, width).
+
+    Returns:
+        `relative_error`, the norm of the difference of the logits (of the pooled features, where there is no
+        classifier) over that of the original's; `same_top1`, the share of images of which both say the same class, and
+        `num_samples`.
+    """
+    error = norm = same = count = 0.0
+    modes = model.training, original.training
+    model.eval(), original.eval()
+    for images in batches:
+        ours, theirs = model(images).double(), original(images).double()
+        error, norm = error + (ours - theirs).square().sum().item(), norm + theirs.square().sum().item()
+        same, count = same + (ours.argmax(1) == theirs.argmax(1)).sum().item(), count + len(images)
+    model.train(modes[0]), original.train(modes[1])
+    result = {'relative_error': (error / norm) ** 0.5, 'num_samples': int(count)}
+    return result | ({'same_top1': same / count} if original.num_classes else {})
