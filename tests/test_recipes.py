@@ -20,9 +20,10 @@ NAMES = {
     'imagenet_pixels',
     'imagenet_patch4_1024',
     'image_folder',
+    'finetune',
     'masked_pixels',
 }
-SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit']
+SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit', '--init', '']
 SMALL += ['--precision', 'fp32', '--device', 'cpu', '--workers', '0', '--threads', '1']
 SHORT = ['--stages', '8', '0.5', '16', '0.5', '--max-minutes', '0', '--epochs', '0.25']
 SHORT += ['--batch-size', '32', '--accumulate', '1']

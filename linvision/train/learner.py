@@ -24,7 +24,7 @@ from linvision.train.optimizer import carry_state, create_optimizer, create_sche
 from linvision.train.parallel import Processes
 from linvision.train.precision import autocast
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, load_backbone, set_size
+from linvision.train.setup import create_model, freeze, load_backbone, set_size
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True)
 
@@ -40,6 +40,7 @@ class Learner:
         updates: Updates in the whole run, over which the schedule extends.
         mean, std: How images are normalised, for a teacher that wants them otherwise.
         processes: The processes of the run.
+        classes: What the images show, for a head that comes with the weights.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class Learner:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         processes: Processes,
+        classes: tuple[str, ...] = (),
     ) -> None:
         self.recipe, self.shape, self.last_img_size = recipe, shape, last_img_size
         self.updates, self.processes = updates, processes
         self.fsdp = recipe.parallel == 'fsdp'
         model = self.create(img_size)
         if recipe.init:
-            load_backbone(model, recipe.init)
+            load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
         if self.fsdp and not hasattr(model, 'blocks'):
             raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')
         model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
@@ -73,6 +75,7 @@ class Learner:
         """A new model, initialised for the last stage and then given another image size."""
         model = create_model(self.recipe, self.shape, self.last_img_size).to(self.processes.device)
         set_size(model, img_size)
+        freeze(model, self.recipe.freeze)
         if self.recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return model
@@ -168,6 +171,7 @@ class Learner:
         for model in (self.model, self.ema):
             if model is not None:
                 set_size(model, img_size)
+        freeze(self.model, self.recipe.freeze)
         previous = self.optimizer
         self.arrange()
         carry_state(previous, old, self.optimizer, dict(self.model.named_parameters()))

@@ -40,7 +40,7 @@ from linvision.train.parallel import Processes, processes
 from linvision.train.plan import plan
 from linvision.train.precision import choose_precision
 from linvision.train.recipe import Recipe
-from linvision.train.setup import count_tokens
+from linvision.train.setup import count_tokens, resolved
 
 LOG_MINUTES = 0.5  # of training without a line, at most
 
@@ -63,6 +63,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
         FloatingPointError: The loss is not finite; the last checkpoint is kept.
         MemoryError: Memory does not suffice; the message says what to change.
     """
+    recipe = resolved(recipe)
     recipe.validate()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -153,8 +154,10 @@ class Run:
         recipe, joined, data = self.recipe, self.processes, self.data
         if found:
             recipe = replace(recipe, init='')  # what it started from may be gone
-        last = data.stages[-1][0]
-        self.learner = Learner(recipe, data.shape, self.img_size, last, self.updates, data.mean, data.std, joined)
+        sizes = (self.img_size, data.stages[-1][0])
+        self.learner = Learner(
+            recipe, data.shape, *sizes, self.updates, data.mean, data.std, joined, data.train_set.classes
+        )
         if found:
             precision, self.probe = found['precision'], found['probe']
         else:

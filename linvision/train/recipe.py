@@ -23,11 +23,13 @@ class Recipe:
     """A training run. The defaults train nothing in particular: a file in `recipes/` fills them in."""
 
     model: str = 'linformer_vit_pico_patch1_32'
-    """Name of a timm model."""
+    """Name of a timm model; '' for that of `init`, at its image size unless another is named."""
     model_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Arguments of the model, as in `--model-args projection linear proj_len 32`."""
     init: str = ''
-    """Weights to start from, but for the head: a folder with `model.safetensors`, or a name of timm's."""
+    """Weights to start from: a folder with a model, `hf-hub:…`, or a timm name. The head only for the same classes."""
+    freeze: int = 0
+    """Blocks that are not trained, from the first, with what stands before them (-1: all but the head)."""
     task: Literal['classify', 'masked_pixels'] = 'classify'
     """What is learnt: classes, or hidden pixels from the rest (then the labels are not looked at)."""
     mask_ratio: float = 0.5
@@ -190,6 +192,7 @@ class Recipe:
             'accumulate': 1,
             'keep_checkpoints': 1,
             'mask_size': 1,
+            'freeze': -1,
             'eval_batch_size': 1,
             'log_every': 1,
             'checkpoint_every': 1,

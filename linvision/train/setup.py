@@ -1,9 +1,11 @@
 """What a run needs before its first step: a validation slice, a model, weights to start from, a teacher."""
 
+import dataclasses
 from pathlib import Path
 
 import timm
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from linvision.data import Images
@@ -47,19 +49,66 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Mod
     return model
 
 
-def load_backbone(model: nn.Module, name: str) -> None:
-    """Give a model the weights of another, but for the head; sizes and K are changed as in any checkpoint.
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with its model by name: where it names none, that of the weights it starts from, and their size.
+
+    Raises:
+        ValueError: It names neither.
+    """
+    if recipe.model:
+        return recipe
+    if not recipe.init:
+        raise ValueError('The recipe names no model: say --init, for that of the weights there, or --model.')
+    check_source(recipe.init)
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(source_of(recipe.init), pretrained=False)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f'No model in {recipe.init!r}: {first_line(error)}') from error
+    kept = {k: v for k, v in get_model_args(model).items() if k not in ('img_size', 'in_chans', 'num_classes')}
+    size = recipe.img_size if recipe.img_size or recipe.stages else model.patch_embed.img_size[0]
+    name = model.pretrained_cfg['architecture']
+    return dataclasses.replace(recipe, model=name, model_args=kept | recipe.model_args, img_size=size)
+
+
+def check_source(name: str) -> None:
+    """Raise ValueError for what can hold no weights."""
+    if not Path(name).is_dir() and ':' not in name and not timm.is_model(name):
+        raise ValueError(f"No weights to start from in {name!r}: it is neither a folder nor a name of timm's.")
+
+
+def freeze(model: nn.Module, blocks: int) -> None:
+    """Let the first blocks, and all that stands before them, not learn; -1 leaves nothing but the head.
+
+    Raises:
+        ValueError: There are not so many blocks.
+    """
+    if blocks > len(model.blocks):
+        raise ValueError(f'freeze must be at most the {len(model.blocks)} blocks that there are, got {blocks}.')
+    if not blocks:
+        return
+    model.requires_grad_(False)
+    learning = [model.get_classifier()]
+    if blocks > 0:
+        after = ('norm', 'fc_norm', 'attn_pool')
+        learning += [*model.blocks[blocks:], *(m for m in (getattr(model, name, None) for name in after) if m)]
+    for module in learning:
+        module.requires_grad_(True)
+
+
+def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) -> None:
+    """Give a model the weights of another; sizes and K are changed as in any checkpoint.
 
     Args:
         model: The model.
-        name: A folder with `config.json` and `model.safetensors`, a run's output folder, or a name of timm's with
-            pretrained weights.
+        name: A folder with `config.json` and `model.safetensors`, a run's output folder, `hf-hub:…`, or a name of
+            timm's with pretrained weights.
+        classes: What the model is to tell apart: the other's head comes too where it tells apart the same.
 
     Raises:
         ValueError: The other is of another kind or width.
     """
-    if not Path(name).is_dir() and ':' not in name and not timm.is_model(name):
-        raise ValueError(f"No weights to start from in {name!r}: it is neither a folder nor a name of timm's.")
+    check_source(name)
     try:
         other = timm.create_model(source_of(name), pretrained=True, in_chans=model.patch_embed.proj.in_channels)
     except (RuntimeError, OSError, ValueError) as error:
@@ -74,7 +123,9 @@ def load_backbone(model: nn.Module, name: str) -> None:
         )
     try:
         state = checkpoint_filter_fn(other.state_dict(), model)
-        result = model.load_state_dict({k: v for k, v in state.items() if not k.startswith('head.')}, strict=False)
+        same = classes and tuple(other.pretrained_cfg.get('label_names') or ()) == tuple(classes)
+        state = {k: v for k, v in state.items() if same or not k.startswith('head.')}
+        result = model.load_state_dict(state, strict=False)
         missing = [k for k in result.missing_keys if not k.startswith('head.')]
         wrong = f'lacks {missing[:3]}' if missing else f'has {result.unexpected_keys[:3]} besides'
         fits = not missing and not result.unexpected_keys

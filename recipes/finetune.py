@@ -1,0 +1,35 @@
+"""A pretrained backbone on a dataset of your own: the whole model, its last blocks, or a linear probe.
+
+    python recipes/finetune.py --data-dir MY_IMAGES --output-dir outputs/finetuned
+    python recipes/finetune.py --init outputs/masked_pixels --data-dir MY_IMAGES
+    python recipes/finetune.py --init hf-hub:OWNER/MODEL --img-size 64 --data-dir MY_IMAGES
+    python recipes/finetune.py --freeze -1 --lr 0.01 --data-dir MY_IMAGES
+
+`--init` is a tag of timm's (here the package's own), `hf-hub:OWNER/MODEL`, or the folder of a run or of any ViT.
+Channels, classes and image size may differ: the first layer is summed or repeated, the head is new, positions and
+projection are resized. `--freeze 2` leaves the first two blocks and what stands before them as they are, `--freeze -1`
+trains the head alone. `--layer-decay` slows the layers the more, the nearer they are to the image.
+
+Not yet run on a GPU.
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='',  # that of `init`
+    init='linformer_vit_pico_patch1_32.fashion_mnist',
+    dataset='image_folder',
+    output_dir=Path('outputs/finetuned'),
+    epochs=20,
+    batch_size=32,
+    opt='adamw',
+    lr=1e-3,
+    layer_decay=0.75,
+    hflip=0.5,
+    checkpoint_every=100,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)

@@ -1,0 +1,102 @@
+"""Starting from other weights: whose model it is, what is kept, what does not learn."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+from runs import small, weights
+
+from linvision.train import train
+from linvision.train.recipe import Recipe
+from linvision.train.setup import resolved
+
+
+def finetuned(model_folder, folder, **changes):
+    """A run from the weights in a folder; those, and those that it left."""
+    settings = {'model': '', 'init': str(model_folder), 'epochs': 0.5, 'lr': 0.01, 'stages': (), **changes}
+    train(small(folder, **settings))
+    before = timm.create_model(f'local-dir:{model_folder}', pretrained=True).state_dict()
+    return before, weights(folder)
+
+
+def changed(before, after):
+    return {k for k in after if not torch.equal(before[k], after[k])}
+
+
+def test_a_recipe_without_a_model_takes_that_of_its_weights(model_folder):
+    recipe = resolved(Recipe(model='', init=str(model_folder), model_args={'local_size': 3}))
+    assert recipe.model == 'test_linformer_vit' and recipe.img_size == 16
+    assert recipe.model_args == {'global_pool': 'avg', 'local_size': 3}
+    recipe = resolved(Recipe(model='', init='linformer_vit_pico_patch1_32.fashion_mnist', stages=((16, 1.0),)))
+    assert recipe.model == 'linformer_vit_pico_patch1_32' and not recipe.img_size
+    with pytest.raises(ValueError, match='names no model: say --init'):
+        resolved(Recipe(model=''))
+    with pytest.raises(ValueError, match="'nowhere': it is neither a folder"):
+        resolved(Recipe(model='', init='nowhere'))
+
+
+def test_arguments_of_the_weights_model_come_with_it(tmp_path):
+    train(small(tmp_path / 'first', epochs=0.2, model_args={'proj_len': 9, 'projection': 'separable'}))
+    recipe = resolved(Recipe(model='', init=str(tmp_path / 'first')))
+    assert recipe.model_args['proj_len'] == 9 and recipe.model_args['projection'] == 'separable'
+    assert not {'img_size', 'in_chans', 'num_classes'} & set(recipe.model_args)
+
+
+@pytest.mark.parametrize('stages', [(), ((8, 0.5), (16, 0.5))])
+def test_a_linear_probe_changes_nothing_but_the_head(model_folder, tmp_path, stages):
+    before, after = finetuned(model_folder, tmp_path / 'run', freeze=-1, stages=stages, ema_decay=0.9)
+    resized = {'projection.weights.0', 'projection.weights.1'} if stages else set()
+    assert changed(before, after) - resized == {'head.weight', 'head.bias'}
+    if stages:  # what was resized, twice, did not learn either: it is what resizing alone makes of it
+        model = timm.create_model(f'local-dir:{model_folder}', pretrained=True)
+        for size in (8, 16):
+            model.set_input_size((size, size))
+        assert all(torch.allclose(after[k], model.state_dict()[k], atol=1e-6) for k in resized)
+
+
+def test_frozen_blocks_and_what_stands_before_them_stay(model_folder, tmp_path):
+    before, after = finetuned(model_folder, tmp_path / 'run', freeze=1)
+    parts = {k.partition('.')[0] + ('.' + k.split('.')[1] if k.startswith('blocks') else '') for k in before}
+    assert {'patch_embed', 'position', 'projection', 'blocks.0', 'blocks.1'} <= parts
+    learnt = changed(before, after)
+    assert all(k.startswith(('blocks.1', 'blocks.2', 'norm', 'fc_norm', 'head')) for k in learnt)
+    assert {'blocks.1.attn.qkv.weight', 'blocks.1.mlp.fc1.weight', 'head.weight'} <= learnt
+
+
+def test_as_many_frozen_blocks_as_there_are_and_no_more(model_folder, tmp_path):
+    with pytest.raises(ValueError, match='freeze must be at most the 3 blocks that there are, got 4'):
+        finetuned(model_folder, tmp_path / 'run', freeze=4)
+    with pytest.raises(ValueError, match='freeze must be at least -1, got -2'):
+        small(tmp_path, freeze=-2).validate()
+
+
+def test_the_head_comes_where_the_classes_are_the_same(model_folder, tmp_path):
+    before, after = finetuned(model_folder, tmp_path / 'same', lr=0.0)
+    assert not changed(before, after)
+    before, after = finetuned(model_folder, tmp_path / 'other', lr=0.0, dataset_args={'num_classes': 7})
+    assert after['head.weight'].shape[0] == 7
+    after = {k: v for k, v in after.items() if not k.startswith('head.')}
+    assert not changed(before, after)
+
+
+def test_a_resumed_run_leaves_frozen_what_was(model_folder, tmp_path):
+    settings = {'freeze': 1, 'epochs': 1}
+    before, straight = finetuned(model_folder, tmp_path / 'straight', **settings)
+    recipe = small(tmp_path / 'run', model='', init=str(model_folder), lr=0.01, stages=(), **settings)
+    assert train(dataclasses.replace(recipe, max_steps=3)) == {}
+    train(recipe)
+    assert not changed(straight, weights(tmp_path / 'run'))
+
+
+def test_a_plain_vit_can_be_finetuned(tmp_path):
+    small_vit = {'patch_size': 4, 'embed_dim': 32, 'depth': 2, 'num_heads': 2}
+    train(small(tmp_path / 'vit', model='vit_tiny_patch16_224', model_args=small_vit, stages=(), epochs=0.2))
+    before, after = finetuned(tmp_path / 'vit' / 'model', tmp_path / 'run', freeze=-1)
+    assert changed(before, after) == {'head.weight', 'head.bias'}
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert (
+        metrics['recipe']['model'] == 'vit_tiny_patch16_224'
+        and small_vit.items() <= metrics['recipe']['model_args'].items()
+    )
