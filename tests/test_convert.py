@@ -1,7 +1,10 @@
 """Conversion: what it must not change, what it must refuse, and what fitting E is worth."""
 
+import dataclasses
 import json
+import runpy
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 import timm
@@ -200,3 +203,20 @@ def test_the_command_refuses_unknown_models_and_other_channels(vit_folder, tmp_p
     with pytest.raises(ValueError, match='takes 3 channels, but the images of fake have 1'):
         save_for_hf(timm.create_model('test_vit'), str(tmp_path / 'rgb'), safe_serialization=True)
         convert_vit.main(str(tmp_path / 'rgb'), tmp_path / 'out', dataset='fake', device='cpu')
+
+
+def test_distillation_from_the_original_brings_a_conversion_back_to_it(vit_folder, tmp_path, capsys):
+    convert_vit.main(str(vit_folder), tmp_path / 'converted', proj_len=4, dataset='fake', steps=0, device='cpu')
+    before = json.loads(capsys.readouterr().out.splitlines()[-1])['pooled']
+    recipe = runpy.run_path(str(Path(__file__).parents[1] / 'recipes/distill_from_vit.py'))['RECIPE']
+    changes = {'dataset': 'fake', 'epochs': 8, 'augmentation': 'torchvision', 'hflip': 0.0, 'device': 'cpu'}
+    changes |= {'init': str(tmp_path / 'converted'), 'teacher': str(vit_folder), 'output_dir': tmp_path / 'run'}
+    train(dataclasses.replace(recipe, **changes))
+    original, student = (
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+        for folder in (vit_folder / 'model', tmp_path / 'run/model')
+    )
+    images = convert_vit.ImagesOf(original, 'fake', tmp_path, 32, torch.device('cpu'))
+    after = agreement(student, original, images.test(0))
+    assert student.blocks[0].attn.rows == (2, 2)
+    assert after['relative_error'] < 0.7 * before['relative_error'] and after['same_top1'] > before['same_top1']

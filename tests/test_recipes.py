@@ -21,9 +21,11 @@ NAMES = {
     'imagenet_patch4_1024',
     'image_folder',
     'finetune',
+    'distill_from_vit',
     'masked_pixels',
 }
-SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit', '--init', '']
+SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit']
+SMALL += ['--init', '', '--teacher', '']
 SMALL += ['--precision', 'fp32', '--device', 'cpu', '--workers', '0', '--threads', '1']
 SHORT = ['--stages', '8', '0.5', '16', '0.5', '--max-minutes', '0', '--epochs', '0.25']
 SHORT += ['--batch-size', '32', '--accumulate', '1']

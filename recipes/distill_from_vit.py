@@ -1,0 +1,33 @@
+"""A plain ViT's conversion learns from the ViT itself: classes and the teacher's logits, on the teacher's own data.
+
+    python scripts/convert_vit.py outputs/vit --dataset fashion_mnist --proj-len 64 --output-dir outputs/converted
+    python recipes/distill_from_vit.py --init outputs/converted --teacher outputs/vit --output-dir outputs/distilled
+
+Teacher and student share every weight at the start but E, and the head where the classes are the data's own; so a short
+run with a small learning rate is enough to mend what the projection has cost (timm's logit distillation).
+
+Not yet run beyond a test.
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='',  # that of `init`
+    init='outputs/converted',
+    teacher='outputs/vit',
+    teacher_weight=0.9,
+    teacher_temperature=2.0,
+    dataset='fashion_mnist',
+    output_dir=Path('outputs/distilled'),
+    epochs=1,
+    batch_size=32,
+    opt='adamw',
+    lr=5e-4,
+    hflip=0.5,
+    augmentation='kornia',
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)
