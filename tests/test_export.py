@@ -1,0 +1,46 @@
+"""What is exported computes what the model does, for any number of images; what does not is removed."""
+
+import pytest
+import timm
+import torch
+
+import export
+from linvision.convert import from_vit
+
+
+def class_token_model():
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)
+    return from_vit(vit, 4, 'separable')
+
+
+@pytest.mark.parametrize('suffix', ['.pt2', '.onnx'])
+@pytest.mark.filterwarnings('ignore')  # what onnxscript and torch.export deprecate among themselves
+def test_an_exported_file_gives_the_models_outputs_on_other_images_and_batches(suffix, tmp_path):
+    pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
+    torch.manual_seed(0)
+    for name, model in {
+        'pixels': timm.create_model('test_linformer_vit'),
+        'features': timm.create_model('test_linformer_vit', num_classes=0, in_chans=1),
+        'class_token': class_token_model(),
+    }.items():
+        report = export.export(model, tmp_path / (name + suffix))
+        images = torch.randn(3, model.in_chans, *model.patch_embed.img_size)
+        found = export.FORMATS[suffix][1](tmp_path / (name + suffix))(images)
+        torch.testing.assert_close(found, model(images).detach(), rtol=1e-3, atol=1e-4)
+        assert report['input'] == ['batch', *images.shape[1:]] and report['largest_relative_difference'] < 1e-4
+
+
+def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
+    write, read = export.FORMATS['.pt2']
+    wrong = {'.pt2': (write, lambda file: lambda images: read(file)(images) * 1.001)}
+    monkeypatch.setattr(export, 'FORMATS', wrong)
+    with pytest.raises(ValueError, match='from the model: removed'):
+        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.pt2')
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_or_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in .pt2 or .onnx, got 'model.tflite'"):
+        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.tflite')
+    with pytest.raises(ValueError, match="'nowhere': it is neither a folder"):
+        export.main('nowhere', tmp_path / 'model.onnx')
