@@ -14,17 +14,33 @@ from linvision.reduction import Conv, MaxPool, MeanPool
 
 
 @torch.no_grad()
-def attention_maps(model: LinformerVisionTransformer, images: Tensor, block: int = -1) -> Tensor:
-    """Attention of one block on the token grid, the mean over heads and queries.
+def attention_maps(
+    model: LinformerVisionTransformer,
+    images: Tensor,
+    block: int = -1,
+    query: tuple[int, int] | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """Attention of one block on the token grid, of one token or the mean over all, of each head or the mean over all.
 
     Args:
         model: The model.
         images: Normalised images, (B, C, height, width).
         block: Which block; negative numbers count from the last.
+        query: The token that asks, by its place (row, column) on the token grid; by default the mean over all tokens.
+        per_head: Keep the heads apart.
 
     Returns:
-        The weight of the value of each token in the mean output, (B, h, w); signed.
+        The weight of the value of each token in the output, (B, h, w), or (B, H, h, w) by head; signed.
+
+    Raises:
+        IndexError: There is no such block, or no such token.
     """
+    grid = model.patch_embed.grid_size
+    if query is not None and not (0 <= query[0] < grid[0] and 0 <= query[1] < grid[1]):
+        raise IndexError(f'query must lie on the token grid of {grid[0]}×{grid[1]}, got {query}.')
+    if not -len(model.blocks) <= block < len(model.blocks):
+        raise IndexError(f'block must be one of the {len(model.blocks)} there are, got {block}.')
     attention = model.blocks[block].attn
     captured: list[Tensor] = []
     hook = attention.attn_drop.register_forward_hook(lambda module, args, output: captured.append(output))
@@ -37,13 +53,16 @@ def attention_maps(model: LinformerVisionTransformer, images: Tensor, block: int
         attention.fused_attn = fused
         model.train(training)
     weights = captured[0]  # (B, H, P + N, P + K)
-    P, grid = model.num_prefix_tokens, model.patch_embed.grid_size
-    mean = weights[..., P:].mean(dim=2)  # (B, H, K)
-    if attention.is_full(grid):
-        return mean.mean(dim=1).unflatten(-1, grid)
-    matrix = value_matrix(model, block)  # (K, N) or (H, K, N)
-    lifted = mean.unsqueeze(-2) @ matrix  # (B, H, 1, N)
-    return lifted.squeeze(-2).mean(dim=1).unflatten(-1, grid)
+    P = model.num_prefix_tokens
+    if query is None:
+        maps = weights[..., P:].mean(dim=2)  # (B, H, K)
+    else:
+        maps = weights[:, :, P + query[0] * grid[1] + query[1], P:]  # (B, H, K)
+    if not attention.is_full(grid):
+        matrix = value_matrix(model, block)  # (K, N) or (H, K, N)
+        maps = (maps.unsqueeze(-2) @ matrix).squeeze(-2)  # (B, H, N)
+    maps = maps.unflatten(-1, grid)
+    return maps if per_head else maps.mean(dim=1)
 
 
 def value_matrix(model: LinformerVisionTransformer, block: int) -> Tensor:

@@ -1,0 +1,85 @@
+"""Pictures of a model: the lifted attention is what the block computes with, and the files are there."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models import save_for_hf
+
+import visualize
+from linvision.attention_map import attention_maps
+
+
+def model_of(**arguments):
+    torch.manual_seed(0)
+    settings = {'local_size': 0, 'row_norm': False, 'proj_len': 9, 'img_size': (8, 12), 'qkv_bias': True}
+    model = timm.create_model('test_linformer_vit', **{**settings, **arguments}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize('sharing', ['layerwise', 'headwise', 'none'])
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'mean_pool', 'none'])
+@torch.no_grad()
+def test_lifted_attention_times_the_tokens_values_is_what_attention_puts_out(kind, sharing):
+    model = model_of(projection=kind, sharing=sharing)
+    images, attention, seen = torch.randn(2, 3, 8, 12), model.blocks[1].attn, []
+    hooks = [attention.register_forward_hook(lambda _, x, y: seen.append(x[0]))]
+    hooks += [attention.proj.register_forward_hook(lambda _, x, y: seen.append(x[0]))]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    heads, tokens = seen  # what enters the output projection comes first
+    D = tokens.shape[-1]
+    values = F.linear(tokens, attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :])
+    values = values.unflatten(-1, (2, -1)).transpose(1, 2)  # (B, H, N, D/H)
+    one = attention_maps(model, images, 1, (3, 7), per_head=True).flatten(2)  # (B, H, N)
+    wanted = (one.unsqueeze(2) @ values).squeeze(2).flatten(1)
+    torch.testing.assert_close(wanted, heads[:, 3 * 12 + 7], rtol=1e-4, atol=1e-4)
+    every = attention_maps(model, images, 1, per_head=True)
+    wanted = (every.flatten(2).unsqueeze(2) @ values).squeeze(2).flatten(1)
+    torch.testing.assert_close(wanted, heads.mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attention_maps(model, images, 1), every.mean(1))
+
+
+def test_no_such_block_or_token():
+    model = model_of()
+    with pytest.raises(IndexError, match='one of the 3 there are, got 3'):
+        attention_maps(model, torch.randn(1, 3, 8, 12), 3)
+    with pytest.raises(IndexError, match=r'token grid of 8×12, got \(8, 0\)'):
+        attention_maps(model, torch.randn(1, 3, 8, 12), query=(8, 0))
+
+
+@torch.no_grad()
+def test_positions_are_those_that_are_added_to_the_tokens():
+    for positions in ('learn', 'separable'):
+        model = model_of(pos_embed=positions, class_token=True, global_pool='token')
+        table, blank = visualize.position_table(model), torch.zeros(1, 3, 8, 12)
+        tokens = model.embed(blank)[0][0, 1:]
+        bare = model.patch_embed(blank)[0]
+        torch.testing.assert_close(tokens - bare, table, rtol=1e-4, atol=1e-5)
+    assert visualize.position_table(model_of()) is None  # by convolution
+
+
+def test_pictures_are_written_and_logged(tmp_path):
+    save_for_hf(model_of(pos_embed='separable', img_size=16), str(tmp_path / 'model'), safe_serialization=True)
+    for i in range(3):
+        Image.new('RGB', (20, 16), (80 * i, 10, 10)).save(tmp_path / f'{i}.png')
+    visualize.main(tmp_path / 'model', [tmp_path], tmp_path / 'out', block=0, limit=2)
+    names = {'attention_blocks', 'attention_heads', 'projection', 'positions'}
+    assert {path.stem for path in (tmp_path / 'out').glob('*.png')} == names
+    for name in names:
+        with Image.open(tmp_path / 'out' / f'{name}.png') as image:
+            low, high = image.convert('L').getextrema()
+        assert high - low > 100
+    log = EventAccumulator(str(tmp_path / 'out'), size_guidance={'images': 0}).Reload()
+    assert set(log.Tags()['images']) == names
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    save_for_hf(timm.create_model('test_vit'), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ValueError, match="got VisionTransformer: see timm's AttentionExtract"):
+        visualize.main(tmp_path, [tmp_path])
