@@ -1,0 +1,84 @@
+"""Scenes of overlapping items: what they are made of, how they are scored, and that a run of both networks learns."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import segment_pixels
+from linvision.data import ImageSet
+from segment_pixels import Settings, UNet, intersection_over_union, network, scene, scenes
+
+
+@pytest.fixture
+def items():
+    """Ten flat items of 28×28, item i of class i and of its own brightness."""
+    images = (60 + 15 * torch.arange(10, dtype=torch.uint8)).view(-1, 1, 1, 1).expand(10, 1, 28, 28)
+    return ImageSet(images.contiguous(), torch.arange(10), tuple(f'item {i}' for i in range(10)), 32)
+
+
+def test_the_class_of_a_pixel_is_that_of_the_item_on_top(items):
+    brightness = torch.cat([torch.zeros(1), (60 + 15 * torch.arange(10)) / 255])
+    for i in range(20):
+        pixels, classes = scene(items, i, 7, 64)
+        torch.testing.assert_close(pixels[0], brightness[classes])
+        assert 1 <= len(classes[classes > 0].unique()) <= 5
+
+
+def test_dark_pixels_of_an_item_are_not_its_own(items):
+    items.images[:, :, :, 14:] = 25  # its right half
+    _, classes = scene(items, 0, 7, 64)
+    bright = ImageSet(items.images.clone().fill_(200), items.labels, items.classes, 32)
+    _, whole = scene(bright, 0, 7, 64)
+    assert 0.3 < ((classes > 0).sum() / (whole > 0).sum()).item() < 0.8
+
+
+def test_a_scene_depends_on_its_number_and_seed_alone(items):
+    pixels, classes = scenes(items, 3, 4, 5, 64)
+    for i in range(4):
+        assert torch.equal(pixels[i], scene(items, 3 + i, 5, 64)[0])
+        assert torch.equal(classes[i], scene(items, 3 + i, 5, 64)[1])
+    assert len({tuple(scene(items, i, seed, 64)[1].flatten().tolist()) for i in range(5) for seed in (0, 1)}) == 10
+
+
+def test_intersection_over_union_by_hand():
+    truth, said = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0, 1])
+    confusion = torch.bincount(truth * 3 + said, minlength=9).view(3, 3).double()
+    torch.testing.assert_close(intersection_over_union(confusion), torch.tensor([1 / 3, 2 / 5, 0.0]).double())
+
+
+def test_both_networks_are_of_one_size_and_see_whole_scenes():
+    sizes = [sum(p.numel() for p in network(Settings(network=n), 11).parameters()) for n in ('linformer', 'unet')]
+    assert sizes == [204_811, 203_690]
+    model = UNet(11).eval()
+    x = torch.randn(1, 1, 64, 64)
+    changed = x.clone()
+    changed[..., 63, 63] += 1
+    difference = (model(changed) - model(x)).abs().sum((0, 1))
+    assert difference[63, 63] > 0 and difference[0, 0] == 0  # convolutions reach only so far
+
+
+@pytest.mark.parametrize('kind', ['linformer', 'unet'])
+def test_a_run_is_scored_drawn_and_goes_on_where_it_was_stopped(kind, items, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(segment_pixels, 'create_dataset', lambda *_: items)
+    settings = Settings(kind, 'test_linformer_vit', False, 0.05, canvas=32, test_scenes=30, device='cpu')
+    settings.output_dir = tmp_path
+    metrics = segment_pixels.main(settings)
+    assert metrics == json.loads((tmp_path / 'metrics.json').read_text())
+    assert set(metrics['iou']) == set(items.classes) and 0 <= metrics['mean_iou'] <= 1
+    assert metrics['mean_iou'] == pytest.approx(sum(metrics['iou'].values()) / 10)
+    assert (tmp_path / 'scenes.png').stat().st_size > 10_000
+    assert segment_pixels.main(settings) == metrics and 'finished' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='other settings'):
+        segment_pixels.main(dataclasses.replace(settings, lr=1.0))
+
+
+def test_training_goes_on_from_its_checkpoint(items, tmp_path):
+    settings = Settings('unet', minutes=0.05, canvas=32, output_dir=tmp_path, device='cpu')
+    model, device = UNet(11), torch.device('cpu')
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr)
+    at = {'step': 1234, 'seconds': 2.9}
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'at': at}, tmp_path / 'checkpoint.pt')
+    found = segment_pixels.train(UNet(11), items, settings, device)
+    assert found['scenes_seen'] > 1234 * 8 and found['train_minutes'] >= 0.05
