@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import compare_attention
+import compare_pretraining
+import compare_transfer
+import digits_folder
 import model_card
 import plain_cnn
 import trials
+from linvision.data import create_dataset
 
 
 def runs(*scores, minutes=2.0):
@@ -87,3 +92,36 @@ def test_baselines_are_trained_once(tmp_path):
     found = model_card.baselines(tmp_path, recipe, Path(), minutes=0.01)
     assert found == model_card.baselines(tmp_path, recipe, Path(), minutes=100.0)
     assert found['softmax regression']['num_parameters'] == 2570
+
+
+def test_transfer_shows_the_distance_from_scratch_seed_by_seed():
+    found = {'5': {'from scratch': runs(0.80, 0.82, 0.81), 'fine-tuned': runs(0.83, 0.83, 0.87)}}
+    rates = {'5': {'from scratch': 0.01, 'fine-tuned': 0.003}}
+    assert compare_transfer.table(found, rates).splitlines()[2:] == [
+        '| 5 | from scratch | 0.01 | 81.0 ± 1.0 % |  | 2.0 | 3 |',
+        '| 5 | fine-tuned | 0.003 | 84.3 ± 2.3 % | +3.3 (s.e. 1.5) | 2.0 | 3 |',  # of 3, 1 and 6: 2.52 / √3
+    ]
+
+
+def test_pretraining_shows_the_difference_seed_by_seed():
+    seen = {'images_seen': 1000}
+    found = {
+        'from scratch': [run | seen for run in runs(0.80, 0.82)],
+        'masked pixels first': [run | seen for run in runs(0.79, 0.79)],
+    }
+    lines = compare_pretraining.table(found, {'from scratch': 0.02, 'masked pixels first': 0.01}).splitlines()
+    assert lines[2] == '| from scratch | 0.02 | 81.0 ± 1.4 % | 1,000 | 2.0 | 2 |'
+    assert lines[-1] == 'Masked pixels first: -2.0 points, standard error 1.0.'
+
+
+def test_the_digits_folder_holds_every_image_once_and_a_fifth_of_each_class_apart(tmp_path):
+    sklearn = pytest.importorskip('sklearn.datasets', reason='needs the [digits] extra')
+    digits_folder.main(tmp_path / 'digits')
+    train, val = (create_dataset('image_folder', tmp_path / 'digits', split) for split in ('train', 'test'))
+    assert len(train) + len(val) == 1797 and train.classes == tuple('0123456789') and train.in_chans == 1
+    counts = torch.bincount(torch.tensor(sklearn.load_digits().target))
+    assert torch.equal(torch.bincount(torch.tensor([label for _, label in val])), counts // 5)
+    image, label = val[0]
+    assert label == 0 and image.size == (8, 8)
+    with pytest.raises(SystemExit, match='exists'):
+        digits_folder.main(tmp_path / 'digits')

@@ -1,0 +1,63 @@
+"""The pages of docs/ that promise to run do: every block of Python and of commands, from top to bottom."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```$', re.M | re.S)
+
+
+def run(page, folder, monkeypatch):
+    """Run a page as if `folder` were the repository; the names that its Python leaves, and what its commands print."""
+    for name in ('linvision', 'scripts', 'recipes'):
+        (folder / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(folder)
+    environment = {**os.environ, 'PYTHONPATH': str(folder), 'OMP_NUM_THREADS': '1'}
+    environment['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{environment["PATH"]}'
+    names, printed = {}, []
+    blocks = BLOCK.findall((ROOT / 'docs' / page).read_text())
+    assert blocks
+    for kind, code in blocks:
+        if kind == 'python':
+            exec(compile(code, page, 'exec'), names)
+        else:
+            done = subprocess.run(['bash', '-ec', code], env=environment, capture_output=True, text=True, timeout=400)
+            assert done.returncode == 0, f'{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+            printed.append(done.stdout)
+    return names, printed
+
+
+def test_classify(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
+    _, printed = run('classify.md', tmp_path, monkeypatch)
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r'T-shirt/top +99\.\d %', said[0]) and '4096 tokens' in said[-1]
+    assert 'T-shirt/top' in printed[0] and '"largest_relative_difference"' in printed[1]
+    assert (tmp_path / 'outputs/pico.onnx').is_file()
+
+
+def test_finetune(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('sklearn', reason='needs the [digits] extra')
+    names, printed = run('finetune.md', tmp_path, monkeypatch)
+    assert list(names['model'].pretrained_cfg['label_names']) == list('0123456789')
+    assert names['model'].patch_embed.grid_size == (16, 16)
+    assert '"num_samples": 355' in printed[2]
+
+
+def test_pixel_features(tmp_path, monkeypatch):
+    names, _ = run('pixel_features.md', tmp_path, monkeypatch)
+    assert names['last'].shape == (1, 64, 32, 32) and names['maps'].shape == (1, 2, 32, 32)
+    alike = np.asarray(Image.open(tmp_path / 'alike.png'))
+    assert alike[128, 128] == alike.max() >= 254  # itself
+    assert alike[100:220, 100:160].mean() > alike[:, :20].mean() + 20  # the shirt; the ground
+    weights = names['weights']['blocks.0.attn.attn_drop']
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1024))
+    assert names['cam'].min() >= 0 and names['cam'].max() > 0
