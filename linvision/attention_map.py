@@ -59,22 +59,24 @@ def attention_maps(
     else:
         maps = weights[:, :, P + query[0] * grid[1] + query[1], P:]  # (B, H, K)
     if not attention.is_full(grid):
-        matrix = value_matrix(model, block)  # (K, N) or (H, K, N)
+        _, matrix = projection_matrices(model, block)  # (K, N) or (H, K, N)
         maps = (maps.unsqueeze(-2) @ matrix).squeeze(-2)  # (B, H, N)
     maps = maps.unflatten(-1, grid)
     return maps if per_head else maps.mean(dim=1)
 
 
-def value_matrix(model: LinformerVisionTransformer, block: int) -> Tensor:
-    """The matrix that projects a block's values, written out: (K, N), or (H, K, N) where every head has its own.
+def projection_matrices(model: LinformerVisionTransformer, block: int) -> tuple[Tensor, Tensor]:
+    """The matrices that project a block's keys and values, written out: (K, N) each, (H, K, N) with one for each head.
 
-    `conv` and `max_pool` have no such matrix; the mean of each cell stands in for it.
+    `conv` and `max_pool` have no such matrices; the mean of each cell stands in for them.
     """
     attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
     like = model.patch_embed.proj.weight
     identity = torch.eye(grid[0] * grid[1], device=like.device, dtype=like.dtype)
     if attention.reduce in (Conv.reduce, MaxPool.reduce):
-        return MeanPool.reduce(identity, MeanPool.factors([], grid, attention.rows, like), grid, attention.rows)
+        means = MeanPool.reduce(identity, MeanPool.factors([], grid, attention.rows, like), grid, attention.rows)
+        return means, means
     tensors = model.projection_tensors(like, grid)[block]
-    factors = tensors[-(len(tensors) // attention.matrices) :][:-1]
-    return attention.reduce(identity, factors, grid, attention.rows)
+    n = len(tensors) // attention.matrices
+    key, value = (attention.reduce(identity, part[:-1], grid, attention.rows) for part in (tensors[:n], tensors[-n:]))
+    return key, value

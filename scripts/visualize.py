@@ -24,7 +24,7 @@ import tyro
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from linvision.attention_map import attention_maps, value_matrix
+from linvision.attention_map import attention_maps, projection_matrices
 from linvision.data.image_file import read_image
 from linvision.network import LinformerVisionTransformer
 from linvision.position import SeparablePosition
@@ -91,7 +91,7 @@ def projection_rows(model: LinformerVisionTransformer, block: int, count: int = 
     attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
     if attention.is_full(grid):
         return None
-    matrix = value_matrix(model, block)
+    _, matrix = projection_matrices(model, block)
     matrix = matrix[0] if matrix.ndim == 3 else matrix  # of the first head
     rows = [(row.detach().unflatten(-1, grid), f'row {k}', True) for k, row in enumerate(matrix[:count])]
     title = (
