@@ -128,3 +128,9 @@ def test_smaller_images_are_centred_in_the_mean_colour():
     assert (found.images[:, :, 0, :] == 128).all() and (found.images[:, :, :, -1] == 128).all()
     assert torch.equal(found.images[:, :, 1:-1, 1:-1], image_set().images)
     assert Image.fromarray(found.images[0, 0].numpy()).getpixel((1, 1)) == 200
+
+
+def test_a_mean_of_other_channels_is_refused():
+    images = create_dataset('fake', '', 'train')
+    with pytest.raises(ValueError, match=r'each of the 1 channels, got \(0.5, 0.5, 0.5\)'):
+        create_batches(images, 4, (0.5,) * 3, (0.5,) * 3, torch.device('cpu'))

@@ -1,13 +1,22 @@
 """How low-rank attention is, against brute force in float64."""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
+from convert_vit import ImagesOf
 from linvision.attention_map import projection_matrices
 from linvision.convert import from_vit
 from linvision.spectrum import Spectrum, attention_spectrum, own_projection, pooling
 
+SPEC = importlib.util.spec_from_file_location('command', Path(__file__).parents[1] / 'scripts/spectrum.py')
+command = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(command)
 SMALL = {'img_size': 32, 'patch_size': 4, 'embed_dim': 48, 'depth': 2, 'num_heads': 3, 'num_classes': 5}
 
 
@@ -110,3 +119,30 @@ def test_models_without_such_attention_are_refused():
     for name in ('resnet18', 'eva02_tiny_patch14_224'):
         with pytest.raises(ValueError, match='no attention that can be looked into'):
             attention_spectrum(timm.create_model(name), [])
+
+
+def test_the_command_writes_what_the_function_finds(tmp_path, capsys):
+    save_for_hf(vit(in_chans=1, img_size=16, patch_size=2), str(tmp_path / 'vit'), safe_serialization=True)
+    original = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True)
+    flags = {'dataset': 'fake', 'limit': 6, 'batch_size': 4, 'device': 'cpu', 'proj_len': 16, 'recommend': 0.2}
+    command.main(str(tmp_path / 'vit'), tmp_path / 'out', **flags)
+    report = json.loads((tmp_path / 'out/spectrum.json').read_text())
+    images = ImagesOf(original, 'fake', tmp_path, 4, torch.device('cpu'))
+    found = attention_spectrum(original, images.test(6), projection=pooling(original, 16))
+    torch.testing.assert_close(torch.tensor(report['energy']), found.energy.mean(1).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(report['projected']), found.projected.float(), rtol=1e-2, atol=1e-3)
+    assert report['recommended']['proj_len'] == found.lengths(0.2) and report['num_samples'] == 6
+    said = capsys.readouterr().out
+    assert f'proj_len={found.lengths(0.2)}' in said and 'pooling to 16 rows' in said
+    lengths = report['recommended']['proj_len']
+    assert [b.attn.rows[0] * b.attn.rows[1] for b in from_vit(original, lengths, sharing='key_value').blocks] == lengths
+    assert (tmp_path / 'out/spectrum.png').stat().st_size > 10_000 and list((tmp_path / 'out').glob('events*'))
+
+
+def test_the_command_refuses_a_k_that_cannot_be(tmp_path):
+    save_for_hf(vit(in_chans=1), str(tmp_path / 'vit'), safe_serialization=True)
+    with pytest.raises(ValueError, match='between 1 and the 64 tokens, got 65'):
+        command.main(str(tmp_path / 'vit'), tmp_path, proj_len=65, device='cpu')
+    save_for_hf(from_vit(vit(in_chans=1), 16), str(tmp_path / 'ours'), safe_serialization=True)
+    with pytest.raises(ValueError, match='projects to 16 rows, and not to 8'):
+        command.main(str(tmp_path / 'ours'), tmp_path, proj_len=8, device='cpu')

@@ -42,8 +42,12 @@ def create_batches(
             `LoaderBatches`.
 
     Raises:
-        ValueError: What the augmentation's library cannot do to such images.
+        ValueError: What the augmentation's library cannot do to such images, or a mean of other channels.
     """
+    if not len(mean) == len(std) == images.in_chans:
+        raise ValueError(
+            f'mean and std need a number for each of the {images.in_chans} channels, got {mean} and {std}.'
+        )
     augmentation = augmentation or Augmentation()
     augmentation.check(images.in_chans)
     order = Order(len(images), batch_size, rank, count)
