@@ -8,7 +8,9 @@ Trains `recipes/fashion_mnist_pixels.py` with one thing changed. Parity: full at
 32×32 (1,024 tokens). The learning rate of each is chosen at 256 tokens on 5 % of the training images. Sharing: a
 projection for each head, for keys and for values, for each layer, or one for all, at 256 tokens with K = 64 and the
 learning rate that parity chose for it. The test set is for the scores alone. Writes `docs/results/parity.json` or
-`sharing.json`, its picture, and its table in `docs/results.md`.
+`sharing.json`, its picture, and its table in `docs/results.md`. Validation scores of learning rates are kept in
+`docs/results/rates.json`, and what stands there, for the same epochs and precision, is not trained again
+(`--search-again` does).
 """
 
 import json
@@ -67,17 +69,22 @@ class Comparison:
         runs = run_trials('fashion_mnist_pixels', fields, range(seeds), self.workers, self.output_dir / name)
         return {variant: [{k: run[k] for k in FIELDS if k in run} for run in found] for variant, found in runs.items()}
 
-    def choose_rates(self, epochs: float) -> dict[str, dict[str, Any]]:
-        """The best learning rate of each variant at 256 tokens on the validation slice, and what chose it."""
-        found = {name: {} for name in variants_of(256)}
-        asked = {name: list(RATES) for name in found}
-        while any(asked.values()):
+    def choose_rates(self, epochs: float, known: dict[str, dict[float, float]]) -> dict[str, dict[str, Any]]:
+        """The best learning rate of each variant at 256 tokens on the validation slice, and what chose it.
+
+        Args:
+            epochs: Length of a run.
+            known: Validation scores by variant and learning rate, which need no run.
+        """
+        found = {name: dict(known.get(name, {})) for name in variants_of(256)}
+        asked = {name: [lr for lr in RATES if lr not in scores] for name, scores in found.items()}
+        while True:
             tried = {
                 f'{name}, lr {lr:g}': settings(256, variants_of(256)[name], lr, epochs) | {'test': False}
                 for name, rates in asked.items()
                 for lr in rates
             }
-            runs = self.run('rates', tried, 1)
+            runs = self.run('rates', tried, 1) if tried else {}
             for name, rates in asked.items():
                 found[name].update({lr: runs[f'{name}, lr {lr:g}'][0]['val_top1'] for lr in rates})
             best = {name: smallest_of_the_best(scores) for name, scores in found.items()}
@@ -85,7 +92,35 @@ class Comparison:
                 name: [2 * lr] * (lr == max(found[name])) + [lr / 2] * (lr == min(found[name]))
                 for name, lr in best.items()
             }
+            if not any(asked.values()):
+                break
         return {name: {'lr': best[name], 'val_top1': scores} for name, scores in found.items()}
+
+
+class Known:
+    """Validation scores by variant and learning rate, in a file that is kept.
+
+    Args:
+        path: The file.
+        run: What a score depends on besides.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        self.path, self.run = path, run
+
+    def read(self) -> dict[str, dict[float, float]]:
+        """The scores; none where there is no file, or one of other runs."""
+        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        if any(kept.get(name) != value for name, value in self.run.items()):
+            return {}
+        return {name: {float(lr): score for lr, score in scores.items()} for name, scores in kept['val_top1'].items()}
+
+    def write(self, rates: dict[str, dict[str, Any]]) -> None:
+        """Keep the scores that chose `rates`."""
+        scores = {name: dict(sorted(found['val_top1'].items())) for name, found in rates.items()}
+        if scores != self.read():
+            kept = {**self.run, **machine(torch.device('cpu')), 'val_top1': scores}
+            self.path.write_text(json.dumps(kept, indent=2) + '\n')
 
 
 def smallest_of_the_best(scores: dict[float, float]) -> float:
@@ -105,9 +140,10 @@ def rate_of(rates: dict[str, dict[str, Any]], name: str) -> float:
     return rates.get(name, rates[FULL])['lr']
 
 
-def parity(comparison: Comparison, seeds: dict[int, int], epochs: float, search: float) -> dict[str, Any]:
+def parity(
+    comparison: Comparison, seeds: dict[int, int], epochs: float, rates: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Full attention against each K, by tokens at the end."""
-    rates = comparison.choose_rates(search * epochs)
     tables = {}
     for tokens in (tokens for tokens in STAGES if seeds[tokens]):
         variants = {
@@ -118,9 +154,8 @@ def parity(comparison: Comparison, seeds: dict[int, int], epochs: float, search:
     return {'rates': rates, 'runs': tables}
 
 
-def sharing(comparison: Comparison, seeds: int, epochs: float, search: float) -> dict[str, Any]:
+def sharing(comparison: Comparison, seeds: int, epochs: float, lr: float) -> dict[str, Any]:
     """Each kind of sharing at 256 tokens; one projection for all is parity's run with K = 64."""
-    lr = comparison.choose_rates(search * epochs)['K = 64']['lr']
     shared = comparison.run('parity_256', {'K = 64': settings(256, {'proj_len': 64}, lr, epochs)}, seeds)
     variants = {name: settings(256, {'proj_len': 64, 'sharing': name}, lr, epochs) for name in SHARINGS}
     return {'lr': lr, 'runs': {'layerwise': shared['K = 64'], **comparison.run('sharing', variants, seeds)}}
@@ -134,6 +169,7 @@ def main(
     seeds_1024: int = 1,
     workers: int = 2,
     precision: Literal['fp32', 'bf16'] = 'fp32',
+    search_again: bool = False,
     data_dir: Path = Path('data'),
     output_dir: Path = Path('outputs/attention'),
 ) -> None:
@@ -148,17 +184,21 @@ def main(
         seeds_1024: Runs of each variant with 1,024 tokens.
         workers: Runs at a time, one thread each.
         precision: Of every run.
+        search_again: Train for every learning rate, whatever scores are known.
         data_dir: Folder that holds the data.
         output_dir: Folder for the runs; finished ones are not repeated.
     """
     (ROOT / 'docs' / 'results').mkdir(exist_ok=True)
     comparison = Comparison(data_dir, output_dir, workers, precision)
+    known = Known(ROOT / 'docs' / 'results' / 'rates.json', {'epochs': search * epochs, 'precision': precision})
+    rates = comparison.choose_rates(search * epochs, {} if search_again else known.read())
+    known.write(rates)
     if table == 'parity':
-        found = parity(comparison, {256: seeds, 1024: seeds_1024}, epochs, search)
+        found = parity(comparison, {256: seeds, 1024: seeds_1024}, epochs, rates)
         draw(found['runs'], ROOT / 'docs' / 'results' / 'parity.png')
         lines = parity_table(found)
     else:
-        found = sharing(comparison, seeds, epochs, search)
+        found = sharing(comparison, seeds, epochs, rates['K = 64']['lr'])
         lines = sharing_table(found['runs'])
     result = {'epochs': epochs, 'search': search, 'precision': precision, **machine(torch.device('cpu')), **found}
     (ROOT / 'docs' / 'results' / f'{table}.json').write_text(json.dumps(result, indent=2) + '\n')

@@ -40,7 +40,7 @@ def test_rates_are_tried_outwards_until_none_at_the_end_is_chosen(monkeypatch, t
         return {v: [{'val_top1': 0.9 - 5 * abs(changed['lr'] - best[v])}] for v, changed in variants.items()}
 
     monkeypatch.setattr(comparison, 'run', run)
-    found = comparison.choose_rates(0.1)
+    found = comparison.choose_rates(0.1, {'K = 16': {0.01: 0.85}})
     assert [found[name]['lr'] for name in (compare_attention.FULL, 'K = 16', 'K = 64')] == [0.08, 0.02, 0.005]
     assert {name.split('lr ')[1] for name in asked if name.startswith(compare_attention.FULL)} == {
         '0.01',
@@ -50,7 +50,15 @@ def test_rates_are_tried_outwards_until_none_at_the_end_is_chosen(monkeypatch, t
         '0.16',
     }
     assert {name.split('lr ')[1] for name in asked if '64' in name} == {'0.0025', '0.005', '0.01', '0.02', '0.04'}
-    assert 'K = 16, lr 0.08' not in asked and 'K = 16, lr 0.005' not in asked
+    assert not {f'K = 16, lr {lr}' for lr in ('0.005', '0.01', '0.08')} & set(asked)  # 0.01 was known
+
+
+def test_scores_of_rates_are_kept_for_runs_of_the_same_length(tmp_path):
+    scores = {0.01: 0.8, 0.02: 0.7}
+    short, long = (compare_attention.Known(tmp_path / 'rates.json', {'epochs': epochs}) for epochs in (0.5, 1.0))
+    short.write({'K = 16': {'lr': 0.01, 'val_top1': scores}})
+    assert short.read() == {'K = 16': scores}
+    assert long.read() == {}
 
 
 def test_tables_show_means_spreads_and_distances():
