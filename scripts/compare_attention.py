@@ -8,9 +8,9 @@ Trains `recipes/fashion_mnist_pixels.py` with one thing changed. Parity: full at
 32×32 (1,024 tokens). The learning rate of each is chosen at 256 tokens on 5 % of the training images. Sharing: a
 projection for each head, for keys and for values, for each layer, or one for all, at 256 tokens with K = 64 and the
 learning rate that parity chose for it. The test set is for the scores alone. Writes `docs/results/parity.json` or
-`sharing.json`, its picture, and its table in `docs/results.md`. Validation scores of learning rates are kept in
-`docs/results/rates.json`, and what stands there, for the same epochs and precision, is not trained again
-(`--search-again` does).
+`sharing.json`, its picture, and its table in `docs/results.md`. What runs gave is kept in
+`docs/results/attention_runs.json`, and validation scores of learning rates in `rates.json` beside it: what stands
+there is not trained again, unless with `--again`, and a table can be added to on another day.
 """
 
 import json
@@ -23,12 +23,12 @@ import torch
 import tyro
 
 from linvision.train.metrics import machine
-from trials import ROOT, mean_and_spread, run_trials, write_table
+from trials import ROOT, Record, mean_and_spread, run_trials, write_table
 
 RATES = (0.01, 0.02, 0.04)  # and on either side, while the outermost is chosen
 VALIDATION = 3000  # images: 5 % of the training set
 STAGES = {256: ((16, 1.0),), 1024: ((16, 0.75), (32, 0.25))}  # by tokens at the end
-LENGTHS = {256: (16, 64), 1024: (16, 64, 256)}  # K by tokens at the end
+LENGTHS = {256: (64, 16), 1024: (256, 64, 16)}  # K by tokens at the end
 SHARINGS = ('key_value', 'headwise', 'none')  # layerwise is parity's own
 FULL = 'K = N, full attention'
 FIELDS = (
@@ -57,16 +57,21 @@ class Comparison:
         output_dir: Folder for the runs; finished ones are not repeated.
         workers: Runs at a time, one thread each.
         precision: Of every run.
+        record: Runs that need not be made again.
     """
 
-    def __init__(self, data_dir: Path, output_dir: Path, workers: int, precision: str) -> None:
+    def __init__(
+        self, data_dir: Path, output_dir: Path, workers: int, precision: str, record: Record | None = None
+    ) -> None:
+        self.record = record
         self.output_dir, self.workers = output_dir, workers
         self.common = {'data_dir': data_dir.resolve(), 'threads': 1, 'precision': precision, 'val_fraction': 0.05}
 
     def run(self, name: str, variants: dict[str, dict[str, Any]], seeds: int) -> dict[str, list[dict[str, Any]]]:
         """Metrics of each variant's seeds; variants are fields of the recipe."""
         fields = {variant: {**self.common, **changed} for variant, changed in variants.items()}
-        runs = run_trials('fashion_mnist_pixels', fields, range(seeds), self.workers, self.output_dir / name)
+        where = (self.workers, self.output_dir / name)
+        runs = run_trials('fashion_mnist_pixels', fields, range(seeds), *where, record=self.record)
         return {variant: [{k: run[k] for k in FIELDS if k in run} for run in found] for variant, found in runs.items()}
 
     def choose_rates(self, epochs: float, known: dict[str, dict[float, float]]) -> dict[str, dict[str, Any]]:
@@ -169,7 +174,7 @@ def main(
     seeds_1024: int = 1,
     workers: int = 2,
     precision: Literal['fp32', 'bf16'] = 'fp32',
-    search_again: bool = False,
+    again: bool = False,
     data_dir: Path = Path('data'),
     output_dir: Path = Path('outputs/attention'),
 ) -> None:
@@ -184,14 +189,15 @@ def main(
         seeds_1024: Runs of each variant with 1,024 tokens.
         workers: Runs at a time, one thread each.
         precision: Of every run.
-        search_again: Train for every learning rate, whatever scores are known.
+        again: Make every run anew, whatever figures are kept.
         data_dir: Folder that holds the data.
         output_dir: Folder for the runs; finished ones are not repeated.
     """
     (ROOT / 'docs' / 'results').mkdir(exist_ok=True)
-    comparison = Comparison(data_dir, output_dir, workers, precision)
+    record = None if again else Record(ROOT / 'docs' / 'results' / 'attention_runs.json', FIELDS)
+    comparison = Comparison(data_dir, output_dir, workers, precision, record)
     known = Known(ROOT / 'docs' / 'results' / 'rates.json', {'epochs': search * epochs, 'precision': precision})
-    rates = comparison.choose_rates(search * epochs, {} if search_again else known.read())
+    rates = comparison.choose_rates(search * epochs, {} if again else known.read())
     known.write(rates)
     if table == 'parity':
         found = parity(comparison, {256: seeds, 1024: seeds_1024}, epochs, rates)
@@ -213,7 +219,7 @@ def mean(runs: list[dict[str, Any]], field: str) -> float:
 
 def minutes_of(runs: list[dict[str, Any]], field: str = 'train_minutes') -> float:
     """Minutes of the seed that was disturbed least by what else the machine did."""
-    return min(run[field] for run in runs)
+    return min(run[field] for run in runs if field in run)
 
 
 def scores(runs: list[dict[str, Any]]) -> str:
@@ -255,7 +261,7 @@ def draw(tables: dict[int, dict[str, list[dict[str, Any]]]], path: Path) -> None
     figure = Figure(figsize=(10, 4), layout='constrained')
     for axis, (tokens, variants) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         for name, runs in variants.items():
-            points = list(zip(*(run['val_curve'] for run in runs), strict=True))
+            points = list(zip(*(run['val_curve'] for run in runs if 'val_curve' in run), strict=True))
             minutes = [minutes_of(seeds, 'minutes') for seeds in points]
             axis.plot(minutes, [100 * mean(seeds, 'top1') for seeds in points], 'o-', label=name)
         axis.set(title=f'{tokens:,} tokens at the end', xlabel='minutes of training', ylabel='validation top-1, %')

@@ -1,12 +1,18 @@
-"""Runs of one recipe with one thing changed, over seeds, in processes of their own: what comparisons are made of."""
+"""Runs of one recipe with one thing changed, over seeds, in processes of their own: what comparisons are made of.
+
+What a run gave can be kept in a file of the repository (`Record`), so that a comparison goes on where it was left, on
+another machine too, and nobody has to repeat hours of training to add a seed.
+"""
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
+import os
 import runpy
 import statistics
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,38 @@ def trial(
     return metrics
 
 
+class Record:
+    """Figures of finished runs by what was asked for, in a JSON file.
+
+    Args:
+        path: The file.
+        fields: Names of the metrics that are kept.
+    """
+
+    PLACES = ('data_dir', 'output_dir')  # where a run lay changes nothing
+
+    def __init__(self, path: Path, fields: Iterable[str]) -> None:
+        self.path, self.fields = path, (*fields, 'threads', 'versions', 'device')
+        self.runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+
+    def asked(self, recipe: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """What says which run it is."""
+        own = {k: v for k, v in sorted(settings.items()) if k not in self.PLACES}
+        return json.loads(json.dumps({'recipe': recipe, 'seed': seed, **own}))
+
+    def find(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """The figures of a run, if it was made."""
+        return next((run['found'] for run in self.runs if run['asked'] == asked), None)
+
+    def keep(self, asked: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Add a run; the file is whole at any moment."""
+        self.runs.append({'asked': asked, 'found': {k: metrics[k] for k in self.fields if k in metrics}})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix('.part')
+        part.write_text('[\n' + ',\n'.join(json.dumps(run) for run in self.runs) + '\n]\n')
+        os.replace(part, self.path)
+
+
 def run_trials(
     recipe: str,
     variants: dict[str, dict[str, Any]],
@@ -48,6 +86,7 @@ def run_trials(
     workers: int,
     folder: Path,
     before: dict[str, Callable[[], None]] | None = None,
+    record: Record | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """All variants with all seeds, by seed, so that all variants meet the same conditions.
 
@@ -58,18 +97,30 @@ def run_trials(
         workers: Runs at a time.
         folder: Where output folders go.
         before: What is called first in a variant's process, by name.
+        record: Runs that stand there are not repeated; others are added once they are finished.
 
     Returns:
         Metrics by name, one of each seed.
     """
     jobs = [(name, seed) for seed in seeds for name in variants]
+    asked = {(name, seed): record.asked(recipe, seed, variants[name]) for name, seed in jobs} if record else {}
+    found = {job: run for job, what in asked.items() if (run := record.find(what)) is not None}
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        runs = [
-            pool.submit(trial, recipe, name, seed, variants[name], folder.resolve(), (before or {}).get(name))
+        runs = {
+            pool.submit(trial, recipe, name, seed, variants[name], folder.resolve(), (before or {}).get(name)): (
+                name,
+                seed,
+            )
             for name, seed in jobs
-        ]
-    return {name: [run.result() for job, run in zip(jobs, runs, strict=True) if job[0] == name] for name in variants}
+            if (name, seed) not in found
+        }
+        for run in as_completed(runs):
+            job = runs[run]
+            found[job] = run.result()
+            if record:
+                record.keep(asked[job], found[job])
+    return {name: [found[job] for job in jobs if job[0] == name] for name in variants}
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -78,13 +129,13 @@ def mean_and_spread(values: list[float]) -> str:
     return f'{statistics.mean(values):.1f}{spread}'
 
 
-def write_table(name: str, table: str) -> None:
-    """Put a table between its marks in `docs/results.md`: `<!-- NAME -->` and `<!-- /NAME -->`.
+def write_table(name: str, table: str, page: Path | None = None) -> None:
+    """Put a table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, in a page (`docs/results.md` by default).
 
     Raises:
         ValueError: The page has no such marks.
     """
-    page = ROOT / 'docs' / 'results.md'
+    page = page or ROOT / 'docs' / 'results.md'
     start, end = f'<!-- {name} -->', f'<!-- /{name} -->'
     before, found, rest = page.read_text().partition(start)
     _, closed, after = rest.partition(end)

@@ -61,6 +61,21 @@ def test_scores_of_rates_are_kept_for_runs_of_the_same_length(tmp_path):
     assert long.read() == {}
 
 
+def test_runs_that_are_recorded_are_not_repeated(tmp_path):
+    small = {'dataset': 'fake', 'model': 'test_linformer_vit', 'precision': 'fp32', 'epochs': 0.25}
+    variants = {'one': {**small, 'stages': ((16, 1.0),), 'data_dir': tmp_path / 'here'}}
+    record = trials.Record(tmp_path / 'runs.json', ('top1', 'seed'))
+    first = trials.run_trials('fashion_mnist_pixels', variants, [3], 1, tmp_path / 'a', record=record)
+    variants['one']['data_dir'] = tmp_path / 'there'
+    again = trials.Record(tmp_path / 'runs.json', ())
+    second = trials.run_trials('fashion_mnist_pixels', variants, [3], 1, tmp_path / 'b', record=again)
+    assert not (tmp_path / 'b').exists() and second['one'][0]['seed'] == 3
+    assert second['one'][0]['top1'] == first['one'][0]['top1']
+    assert again.find(again.asked('fashion_mnist_pixels', 4, variants['one'])) is None
+    other = {**variants['one'], 'epochs': 0.5}
+    assert again.find(again.asked('fashion_mnist_pixels', 3, other)) is None
+
+
 def test_tables_show_means_spreads_and_distances():
     full = compare_attention.FULL
     found = {

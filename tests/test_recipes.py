@@ -24,6 +24,10 @@ NAMES = {
     'finetune',
     'distill_from_vit',
     'masked_pixels',
+    'pathfinder_1k',
+    'pathfinder_4k',
+    'pathfinder_16k',
+    'pathfinder_65k',
 }
 SMALL = ['--dataset', 'fake', '--dataset-args', 'in_chans', '3', '--model', 'test_linformer_vit']
 SMALL += ['--init', '', '--teacher', '']

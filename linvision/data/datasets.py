@@ -7,6 +7,7 @@
 | imagenette | imagenette2-320; fetched by torchvision |
 | imagenet | train/ and val/ with a folder for each WordNet id, or imagenet/train and imagenet/val |
 | image_folder | train/CLASS/ and val/CLASS/, or CLASS/, which is then split |
+| pathfinder | nothing: made on the spot (`pathfinder.py`), 32 to 256 pixels square |
 | fake | nothing: made up, of any size, for tests and throughput |
 | wds/…, hfds/…, hfids/…, tfds/…, torch/… | what timm reads (`timm_sets.py`) |
 """
@@ -21,6 +22,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from linvision.data import fashion_mnist
 from linvision.data.folders import IMAGENETTE, ImageFiles, holds_images, image_folder, imagenet, imagenette
 from linvision.data.image_set import ImageSet
+from linvision.data.pathfinder import Pathfinder, pathfinder
 from linvision.data.timm_sets import PREFIXES, TimmImages, TimmStream, open_timm_set
 from linvision.nearest import nearest
 
@@ -32,7 +34,7 @@ PLACES = {  # of what is fetched, below its root
     'cifar100': CIFAR100.base_folder,
     'imagenette': IMAGENETTE,
 }
-Images = ImageSet | ImageFiles | TimmImages | TimmStream
+Images = ImageSet | ImageFiles | Pathfinder | TimmImages | TimmStream
 
 
 def create_dataset(name: str, root: str | Path, split: str, download: bool = True, **arguments: Any) -> Images:
@@ -44,7 +46,7 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
         split: 'train' or 'test'; where a set has no labelled test images, its validation images are the test ('val' is
             another name for it). 'all' is every image of an `image_folder`.
         download: Fetch what is missing.
-        arguments: Further ones of a dataset: those of `fake`, and those of timm's.
+        arguments: Further ones of a dataset: those of `fake`, of `pathfinder`, and timm's.
 
     Returns:
         An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. `images[i]` is an
@@ -132,5 +134,6 @@ DATASETS = {
     'imagenette': imagenette,
     'imagenet': lambda root, split, download: imagenet(root, split),
     'image_folder': lambda root, split, download: image_folder(root, split),
+    'pathfinder': pathfinder,
     'fake': _fake,
 }

@@ -1,0 +1,28 @@
+"""Pathfinder at 64×64 pixels, 4,096 tokens, from the weights of half the size.
+
+    python recipes/pathfinder_4k.py --init outputs/pathfinder_1k --output-dir outputs/pathfinder_4k --workers 2
+
+Projection and positions are resized to the larger grid; `--init ''` starts from scratch, `--task masked_pixels`
+pretrains as in `pathfinder_1k`. There is no figure of LRA for this size.
+
+Result: not yet run beyond one step, nor on a GPU.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from linvision.train import main
+from pathfinder_1k import RECIPE as PATHFINDER_1K
+
+RECIPE = dataclasses.replace(
+    PATHFINDER_1K,
+    model='linformer_vit_tiny_patch1_64',
+    init='outputs/pathfinder_1k',
+    dataset_args={'img_size': 64},
+    output_dir=Path('outputs/pathfinder_4k'),
+    epochs=30,
+    batch_size=128,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)

@@ -1,0 +1,29 @@
+"""Pathfinder at 256×256 pixels, 65,536 tokens, from the weights of half the size.
+
+    python recipes/pathfinder_65k.py --init outputs/pathfinder_16k --output-dir outputs/pathfinder_65k --workers 2
+
+Projection and positions are resized to the larger grid; `--init ''` starts from scratch, `--task masked_pixels`
+pretrains as in `pathfinder_1k`. Path-256: block-sparse attention without self-pretraining has 63.1
+(FlashAttention, arXiv 2205.14135).
+
+Result: not yet run beyond one step, nor on a GPU.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from linvision.train import main
+from pathfinder_16k import RECIPE as PATHFINDER_16K
+
+RECIPE = dataclasses.replace(
+    PATHFINDER_16K,
+    model='linformer_vit_tiny_patch1_256',
+    init='outputs/pathfinder_16k',
+    dataset_args={'img_size': 256},
+    output_dir=Path('outputs/pathfinder_65k'),
+    epochs=10,
+    batch_size=32,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)

@@ -1,0 +1,180 @@
+"""What Pathfinder images look like, how fast they are made, and what of the label leaks past the paths.
+
+    python scripts/pathfinder_report.py
+
+For paths of 14 dashes: a picture of each size; images/s on one core; and, on test images that no classifier was trained
+on, how often the label is found (1) from statistics of the pixels, (2) from the distance between the markers, which is
+part of the published stimulus, and (3) by a small CNN on images without markers, at 32 pixels. Writes
+`docs/results/pathfinder.json`, `docs/pathfinder.png` and the table in `docs/pathfinder.md`.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from linvision.data import ImageSet, create_dataset
+from linvision.data.pathfinder import SIZES, Pathfinder
+from linvision.train.metrics import machine
+from plain_cnn import plain_cnn
+from trials import ROOT, write_table
+
+BINS = 16  # of a histogram of brightness
+LENGTH = 14
+
+
+def features(images: Tensor) -> Tensor:
+    """Statistics of images (n, H, W), uint8: mean, spread, histogram, centre and extent of what is lit. (n, F)."""
+    x = images.float() / 255
+    grid = torch.linspace(-1, 1, images.shape[-1])
+    mass = x.sum((1, 2)).clamp(min=1e-6)
+    across, down = x.sum(1) / mass[:, None], x.sum(2) / mass[:, None]
+    moments = [moment for side in (across, down) for moment in (side @ grid, side @ grid.square(), side @ grid.pow(4))]
+    levels = (images.flatten(1) // (256 // BINS)).long()
+    histogram = torch.zeros(len(images), BINS).scatter_add_(1, levels, torch.ones(levels.shape))
+    return torch.cat([torch.stack([x.mean((1, 2)), x.std((1, 2)), *moments], 1), histogram], 1)
+
+
+def linear_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
+    """Accuracy on test features of logistic regression on features and their squares."""
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (torch.cat([x, x.square()], 1) for x in ((train - mean) / std, (test - mean) / std))
+    weights = torch.zeros(train.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn='strong_wolfe')
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(train @ weights[1:] + weights[0], labels.float())
+        value = value + 1e-3 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        return ((test @ weights[1:] + weights[0] > 0) == truth.bool()).float().mean().item()
+
+
+def histogram_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, bins: int = 20) -> float:
+    """Accuracy of the likelier label in each of the bins, by quantiles, of one number."""
+    edges = torch.quantile(train, torch.linspace(0, 1, bins + 1)[1:-1])
+    votes = torch.zeros(bins).scatter_add_(0, torch.bucketize(train, edges), 2 * labels.float() - 1)
+    return ((votes[torch.bucketize(test, edges)] > 0) == truth.bool()).float().mean().item()
+
+
+def cnn_score(train: ImageSet, test: ImageSet, epochs: int) -> float:
+    """Test accuracy of a small CNN."""
+    torch.manual_seed(0)
+    model = plain_cnn(1, 2)
+    steps = epochs * len(train) // 128
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])
+    for index in order[: steps * 128].split(128):
+        optimizer.zero_grad()
+        F.cross_entropy(model(train.images[index].float() / 255), train.labels[index]).backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        found = torch.cat([model(part.float() / 255).argmax(1) for part in test.images.split(500)])
+    return (found == test.labels).float().mean().item()
+
+
+def looked_at(images: Pathfinder, count: int) -> tuple[ImageSet, Tensor, float]:
+    """The first images, the distance between their markers, and images/s of making them."""
+    start = time.process_time()
+    pictures = [images[i] for i in range(count)]
+    rate = count / (time.process_time() - start)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in pictures]))
+    labels = torch.tensor([label for _, label in pictures])
+    distances = torch.tensor([math.dist(*images.scene(i).marked(label)) for i, (_, label) in enumerate(pictures)])
+    return ImageSet(pixels.unsqueeze(1), labels, images.classes, images.img_size), distances, rate
+
+
+def leaks(size: int, count: int, cnn_epochs: int) -> dict[str, Any]:
+    """What is found out about one size from `count` training and as many test images."""
+    arguments = {'img_size': size, 'contour_length': LENGTH}
+    train, test = (create_dataset('pathfinder', '', split, **arguments) for split in ('train', 'test'))
+    (seen, far, rate), (unseen, far_test, _) = (looked_at(images, count) for images in (train, test))
+    found = {
+        'images_per_s': rate,
+        'num_samples': count,
+        'statistics': linear_score(
+            features(seen.images[:, 0]), seen.labels, features(unseen.images[:, 0]), unseen.labels
+        ),
+        'marker_distance': histogram_score(far, seen.labels, far_test, unseen.labels),
+    }
+    if cnn_epochs and size == 32:
+        plain = [
+            looked_at(create_dataset('pathfinder', '', split, markers=False, **arguments), count)[0]
+            for split in ('train', 'test')
+        ]
+        found['cnn_without_markers'] = cnn_score(*plain, cnn_epochs)
+    return found
+
+
+def draw(path: Path, columns: int = 6) -> None:
+    """Samples of each size, with their labels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 * columns, 8.6), layout='constrained')
+    for row, size in zip(figure.subplots(len(SIZES), columns), SIZES, strict=True):
+        images = create_dataset('pathfinder', '', 'train', img_size=size, contour_length=LENGTH)
+        row[0].set_ylabel(f'{size}×{size}')
+        for axis, i in zip(row, range(columns), strict=True):
+            image, label = images[i]
+            axis.imshow(image, cmap='gray', interpolation='nearest')
+            axis.set_title(images.classes[label], fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.savefig(path, dpi=110)
+
+
+def table(found: dict[int, dict[str, Any]]) -> str:
+    """A line for each size."""
+    lines = [
+        '| size | tokens | images/s, one core | statistics of the pixels | distance of the markers | CNN without '
+        'markers | test images |',
+        '| --- ' * 7 + '|',
+    ]
+    for size, of in found.items():
+        cnn = f'{100 * of["cnn_without_markers"]:.1f} %' if 'cnn_without_markers' in of else ''
+        lines.append(
+            f'| {size} | {size**2:,} | {of["images_per_s"]:.0f} | {100 * of["statistics"]:.1f} % | '
+            f'{100 * of["marker_distance"]:.1f} % | {cnn} | {of["num_samples"]:,} |'
+        )
+    return '\n'.join(lines)
+
+
+def main(
+    counts: tuple[int, int, int, int] = (20_000, 4_000, 2_000, 1_000),
+    cnn_epochs: int = 4,
+    output: Path = ROOT / 'docs',
+) -> None:
+    """Look into the images.
+
+    Args:
+        counts: Training images, and as many test images, of 32, 64, 128 and 256 pixels.
+        cnn_epochs: Epochs of the CNN (0: none).
+        output: Folder for the picture and `results/pathfinder.json`; the table goes into `docs/pathfinder.md` of the
+            repository.
+    """
+    torch.set_num_threads(1)
+    (output / 'results').mkdir(parents=True, exist_ok=True)
+    draw(output / 'pathfinder.png')
+    found = {size: leaks(size, count, cnn_epochs) for size, count in zip(SIZES, counts, strict=True)}
+    result = {'contour_length': LENGTH, 'cnn_epochs': cnn_epochs, **machine(torch.device('cpu')), 'sizes': found}
+    (output / 'results' / 'pathfinder.json').write_text(json.dumps(result, indent=2) + '\n')
+    write_table('images', table(found), ROOT / 'docs' / 'pathfinder.md')
+    print(table(found))
+
+
+if __name__ == '__main__':
+    tyro.cli(main, description=__doc__)
