@@ -6,7 +6,7 @@ Projection and positions are resized to the larger grid; `--init ''` starts from
 pretrains as in `pathfinder_1k`. LRA's Path-X, where its models fail; attention without self-pretraining has 61.4
 (FlashAttention, arXiv 2205.14135).
 
-Result: not yet run beyond one step, nor on a GPU.
+Result: not yet run.
 """
 
 import dataclasses

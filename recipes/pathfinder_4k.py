@@ -5,7 +5,7 @@
 Projection and positions are resized to the larger grid; `--init ''` starts from scratch, `--task masked_pixels`
 pretrains as in `pathfinder_1k`. There is no figure of LRA for this size.
 
-Result: not yet run beyond one step, nor on a GPU.
+Result: not yet run.
 """
 
 import dataclasses

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
-from linvision.data import ImageSet, create_dataset
-from linvision.data.pathfinder import SIZES, Pathfinder
+from linvision.data import create_dataset
+from linvision.data.pathfinder import SIZES, Pathfinder, draw
 from linvision.train.metrics import machine
-from plain_cnn import plain_cnn
 from trials import ROOT, write_table
 
 BINS = 16  # of a histogram of brightness
@@ -68,59 +67,71 @@ def histogram_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, 
     return ((votes[torch.bucketize(test, edges)] > 0) == truth.bool()).float().mean().item()
 
 
-def cnn_score(train: ImageSet, test: ImageSet, epochs: int) -> float:
-    """Test accuracy of a small CNN."""
+def small_cnn() -> nn.Sequential:
+    """Three convolutions, each halving the image, a mean, and a linear layer: 23,538 parameters."""
+    layers: list[nn.Module] = []
+    for before, after in ((1, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+
+
+def cnn_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, epochs: int) -> float:
+    """Accuracy on test images (n, H, W), uint8, of a small CNN."""
     torch.manual_seed(0)
-    model = plain_cnn(1, 2)
-    steps = epochs * len(train) // 128
+    model = small_cnn()
+    steps = epochs * (len(train) // 100)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])
-    for index in order[: steps * 128].split(128):
+    order = torch.cat([torch.randperm(len(train))[: len(train) // 100 * 100] for _ in range(epochs)])
+    for index in order.split(100):
         optimizer.zero_grad()
-        F.cross_entropy(model(train.images[index].float() / 255), train.labels[index]).backward()
+        F.cross_entropy(model(train[index].unsqueeze(1) / 255), labels[index]).backward()
         optimizer.step()
         schedule.step()
     model.eval()
     with torch.no_grad():
-        found = torch.cat([model(part.float() / 255).argmax(1) for part in test.images.split(500)])
-    return (found == test.labels).float().mean().item()
+        found = torch.cat([model(part.unsqueeze(1) / 255).argmax(1) for part in test.split(500)])
+    return (found == truth).float().mean().item()
 
 
-def looked_at(images: Pathfinder, count: int) -> tuple[ImageSet, Tensor, float]:
-    """The first images, the distance between their markers, and images/s of making them."""
-    start = time.process_time()
-    pictures = [images[i] for i in range(count)]
-    rate = count / (time.process_time() - start)
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in pictures]))
-    labels = torch.tensor([label for _, label in pictures])
-    distances = torch.tensor([math.dist(*images.scene(i).marked(label)) for i, (_, label) in enumerate(pictures)])
-    return ImageSet(pixels.unsqueeze(1), labels, images.classes, images.img_size), distances, rate
+class Looked:
+    """The first images of a split, with and without markers, (n, H, W), and how far apart the markers are.
+
+    Args:
+        images: The set.
+        count: How many.
+    """
+
+    def __init__(self, images: Pathfinder, count: int) -> None:
+        self.labels = torch.tensor([images.label(i) for i in range(count)])
+        start = time.process_time()
+        made = [(images.scene(i), label) for i, label in enumerate(self.labels.tolist())]
+        marked = [np.asarray(draw(scene, label, images.img_size)) for scene, label in made]
+        self.images_per_s = count / (time.process_time() - start)
+        plain = [np.asarray(draw(scene, label, images.img_size, markers=False)) for scene, label in made]
+        self.marked, self.plain = (torch.from_numpy(np.stack(pictures)) for pictures in (marked, plain))
+        self.distances = torch.tensor([math.dist(*scene.marked(label)) for scene, label in made])
 
 
 def leaks(size: int, count: int, cnn_epochs: int) -> dict[str, Any]:
     """What is found out about one size from `count` training and as many test images."""
-    arguments = {'img_size': size, 'contour_length': LENGTH}
-    train, test = (create_dataset('pathfinder', '', split, **arguments) for split in ('train', 'test'))
-    (seen, far, rate), (unseen, far_test, _) = (looked_at(images, count) for images in (train, test))
+    train, test = (
+        Looked(create_dataset('pathfinder', '', split, img_size=size, contour_length=LENGTH), count)
+        for split in ('train', 'test')
+    )
+    labels = {'labels': train.labels, 'truth': test.labels}
     found = {
-        'images_per_s': rate,
+        'images_per_s': train.images_per_s,
         'num_samples': count,
-        'statistics': linear_score(
-            features(seen.images[:, 0]), seen.labels, features(unseen.images[:, 0]), unseen.labels
-        ),
-        'marker_distance': histogram_score(far, seen.labels, far_test, unseen.labels),
+        'statistics': linear_score(train=features(train.marked), test=features(test.marked), **labels),
+        'marker_distance': histogram_score(train=train.distances, test=test.distances, **labels),
     }
     if cnn_epochs and size == 32:
-        plain = [
-            looked_at(create_dataset('pathfinder', '', split, markers=False, **arguments), count)[0]
-            for split in ('train', 'test')
-        ]
-        found['cnn_without_markers'] = cnn_score(*plain, cnn_epochs)
+        found['cnn_without_markers'] = cnn_score(train=train.plain, test=test.plain, epochs=cnn_epochs, **labels)
     return found
 
 
-def draw(path: Path, columns: int = 6) -> None:
+def draw_samples(path: Path, columns: int = 6) -> None:
     """Samples of each size, with their labels."""
     from matplotlib.figure import Figure
 
@@ -168,7 +179,7 @@ def main(
     """
     torch.set_num_threads(1)
     (output / 'results').mkdir(parents=True, exist_ok=True)
-    draw(output / 'pathfinder.png')
+    draw_samples(output / 'pathfinder.png')
     found = {size: leaks(size, count, cnn_epochs) for size, count in zip(SIZES, counts, strict=True)}
     result = {'contour_length': LENGTH, 'cnn_epochs': cnn_epochs, **machine(torch.device('cpu')), 'sizes': found}
     (output / 'results' / 'pathfinder.json').write_text(json.dumps(result, indent=2) + '\n')
