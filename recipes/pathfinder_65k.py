@@ -6,8 +6,8 @@ Projection and positions are resized to the larger grid; `--init ''` starts from
 pretrains as in `pathfinder_1k`. Path-256: block-sparse attention without self-pretraining has 63.1
 (FlashAttention, arXiv 2205.14135).
 
-Result: not yet run beyond one step (of one image: 171 s and 1.56 GiB on one busy CPU thread, see docs/pathfinder.md), nor
-on a GPU.
+Result: not yet run beyond one step of one image, 171 s and 1.56 GiB on one busy CPU thread (docs/pathfinder.md), nor on
+a GPU.
 """
 
 import dataclasses

@@ -61,3 +61,8 @@ def test_pixel_features(tmp_path, monkeypatch):
     weights = names['weights']['blocks.0.attn.attn_drop']
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1024))
     assert names['cam'].min() >= 0 and names['cam'].max() > 0
+
+
+def test_pathfinder(tmp_path, monkeypatch, capsys):
+    names, _ = run('pathfinder.md', tmp_path, monkeypatch)
+    assert names['image'].size == (32, 32) and names['images'].classes[names['label']] in capsys.readouterr().out
