@@ -5,7 +5,8 @@
 
 `recipes/finetune.py` on another real set, for few and for many epochs, with as many seeds as asked for. The learning
 rate is chosen for each number of epochs and each start on a fifth of the training images, kept apart; the test images
-are for the scores alone. Writes `docs/results/transfer.json`, and its table in `docs/results.md`.
+are for the scores alone. Writes `docs/results/transfer.json`, and its table in `docs/results.md`; what runs gave is kept
+in `docs/results/transfer_runs.json`, and they are not repeated.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 import tyro
 
 from linvision.train.metrics import machine
-from trials import ROOT, mean_and_spread, run_trials, write_table
+from trials import ROOT, Record, mean_and_spread, run_trials, write_table
 
 STARTS: dict[str, dict[str, Any]] = {
     'from scratch': {'model': 'linformer_vit_pico_patch1_32', 'init': '', 'layer_decay': 1.0},
@@ -25,7 +26,7 @@ STARTS: dict[str, dict[str, Any]] = {
     'fine-tuned': {},
 }
 RATES = {'from scratch': (1e-3, 3e-3, 1e-2), 'linear probe': (3e-3, 1e-2, 3e-2), 'fine-tuned': (1e-3, 3e-3, 1e-2)}
-FIELDS = ('top1', 'num_samples', 'images_seen', 'train_minutes', 'seed')
+FIELDS = ('top1', 'val_top1', 'num_samples', 'images_seen', 'train_minutes', 'seed')
 
 
 def settings(start: str, epochs: float, lr: float, common: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def main(
     img_size: int = 16,
     workers: int = 2,
     precision: Literal['fp32', 'bf16'] = 'fp32',
+    again: bool = False,
     data_dir: Path = Path('data/digits'),
     output_dir: Path = Path('outputs/transfer'),
 ) -> None:
@@ -68,11 +70,13 @@ def main(
         img_size: Image size of all runs; the backbone was trained at 16 and 32.
         workers: Runs at a time, one thread each.
         precision: Of every run.
+        again: Make every run anew, whatever figures are kept.
         data_dir: Folder of images.
         output_dir: Folder for the runs; finished ones are not repeated.
     """
     common = {'data_dir': data_dir.resolve(), 'img_size': img_size, 'threads': 1, 'precision': precision}
     held_out = {**common, 'val_fraction': 0.2, 'test': False}
+    record = None if again else Record(ROOT / 'docs' / 'results' / 'transfer_runs.json', FIELDS)
     validation: dict[str, dict[str, dict[float, float]]] = {}
     rates: dict[str, dict[str, float]] = {}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -82,16 +86,17 @@ def main(
             for start in STARTS
             for lr in RATES[start]
         }
-        runs = run_trials('finetune', tried, range(1), workers, output_dir / 'rates')
+        runs = run_trials('finetune', tried, range(1), workers, output_dir / 'rates', record=record)
         validation[str(n)] = {
             start: {lr: runs[f'{start}, {n} epochs, lr {lr:g}'][0]['val_top1'] for lr in RATES[start]}
             for start in STARTS
         }
         rates[str(n)] = {start: max(scores, key=scores.get) for start, scores in validation[str(n)].items()}
         variants = {f'{start}, {n} epochs': settings(start, n, rates[str(n)][start], common) for start in STARTS}
-        scored = run_trials('finetune', variants, range(seeds), workers, output_dir / 'scores')
+        scored = run_trials('finetune', variants, range(seeds), workers, output_dir / 'scores', record=record)
         found[str(n)] = {
-            start: [{k: run[k] for k in FIELDS} for run in scored[f'{start}, {n} epochs']] for start in STARTS
+            start: [{k: run[k] for k in FIELDS if k in run} for run in scored[f'{start}, {n} epochs']]
+            for start in STARTS
         }
     result = {'img_size': img_size, 'precision': precision, 'rates': validation, **machine(torch.device('cpu'))}
     (ROOT / 'docs' / 'results').mkdir(exist_ok=True)

@@ -94,27 +94,31 @@ class Canvas:
 
     def __init__(self, img_size: int, size: Size, margin: int) -> None:
         self.img_size, self.size, self.margin = img_size, size, margin
-        self.taken: set[tuple[int, int]] = set()
+        self.taken: set[int] = set()  # y * stride + x
+        self.stride = img_size + 2 * margin  # what lies over the edge is no other row's
         reach = range(-margin, margin + 1)
-        self.near = [(dx, dy) for dx in reach for dy in reach if math.hypot(dx, dy) <= margin]
+        self.near = [dy * self.stride + dx for dx in reach for dy in reach if math.hypot(dx, dy) <= margin]
+        n = math.ceil(2 * size.dash)
+        self.shares = [i / n for i in range(n + 1)]
 
-    def cells(self, dash: Dash) -> list[tuple[int, int]]:
+    def cells(self, dash: Dash) -> set[int]:
         """Pixels under a dash."""
         (x0, y0), (x1, y1) = dash
-        n = math.ceil(2 * self.size.dash)
-        return [(int(x0 + (x1 - x0) * i / n), int(y0 + (y1 - y0) * i / n)) for i in range(n + 1)]
+        width, height, stride = x1 - x0, y1 - y0, self.stride
+        return {int(y0 + height * t) * stride + int(x0 + width * t) for t in self.shares}
 
     def fits(self, dash: Dash, border: float) -> bool:
         """Whether a dash lies inside, and far enough from all others."""
+        (x0, y0), (x1, y1) = dash
         high = self.img_size - border
-        inside = all(border <= v < high for point in dash for v in point)
+        inside = border <= x0 < high and border <= y0 < high and border <= x1 < high and border <= y1 < high
         return inside and self.taken.isdisjoint(self.cells(dash))
 
     def take(self, dashes: Sequence[Dash]) -> None:
         """Keep others away from these."""
         for dash in dashes:
-            for x, y in self.cells(dash):
-                self.taken.update((x + dx, y + dy) for dx, dy in self.near)
+            for cell in self.cells(dash):
+                self.taken.update([cell + step for step in self.near])
 
     def grow(self, rng: random.Random, start: Point, dashes: int, border: float) -> list[Dash]:
         """A path from a point on; empty where it does not fit. What it takes is kept only if it does."""
