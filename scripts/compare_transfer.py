@@ -5,8 +5,8 @@
 
 `recipes/finetune.py` on another real set, for few and for many epochs, with as many seeds as asked for. The learning
 rate is chosen for each number of epochs and each start on a fifth of the training images, kept apart; the test images
-are for the scores alone. Writes `docs/results/transfer.json`, and its table in `docs/results.md`; what runs gave is kept
-in `docs/results/transfer_runs.json`, and they are not repeated.
+are for the scores alone. Writes `docs/results/transfer.json`, and its table in `docs/results.md`; what runs gave is
+kept in `docs/results/transfer_runs.json`, and they are not repeated.
 """
 
 import json
