@@ -1,9 +1,13 @@
 """Pathfinder at 128×128 pixels, 16,384 tokens, from the weights of half the size.
 
-    python recipes/pathfinder_16k.py --init outputs/pathfinder_4k --output-dir outputs/pathfinder_16k --workers 2
+    python recipes/pathfinder_16k.py --init outputs/pathfinder_4k --output-dir outputs/pathfinder_16k
 
-Projection and positions are resized to the larger grid; `--init ''` starts from scratch, `--task masked_pixels`
-pretrains as in `pathfinder_1k`. LRA's Path-X, where its models fail; attention without self-pretraining has 61.4
+Projection and positions are resized to the larger grid; `--init ''` starts from scratch. Or with masked pixels first:
+
+    python recipes/pathfinder_16k.py --init '' --task masked_pixels --output-dir outputs/pathfinder_16k_pixels
+    python recipes/pathfinder_16k.py --init outputs/pathfinder_16k_pixels
+
+LRA's Path-X, where its models fail; attention without self-pretraining has 61.4
 (FlashAttention, arXiv 2205.14135).
 
 Result: not yet run.
@@ -19,7 +23,7 @@ RECIPE = dataclasses.replace(
     PATHFINDER_4K,
     model='linformer_vit_tiny_patch1_128',
     init='outputs/pathfinder_4k',
-    dataset_args={'img_size': 128},
+    dataset_args={**PATHFINDER_4K.dataset_args, 'img_size': 128},
     output_dir=Path('outputs/pathfinder_16k'),
     epochs=20,
     batch_size=64,

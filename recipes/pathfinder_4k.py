@@ -1,9 +1,13 @@
 """Pathfinder at 64×64 pixels, 4,096 tokens, from the weights of half the size.
 
-    python recipes/pathfinder_4k.py --init outputs/pathfinder_1k --output-dir outputs/pathfinder_4k --workers 2
+    python recipes/pathfinder_4k.py --init outputs/pathfinder_1k --output-dir outputs/pathfinder_4k
 
-Projection and positions are resized to the larger grid; `--init ''` starts from scratch, `--task masked_pixels`
-pretrains as in `pathfinder_1k`. There is no figure of LRA for this size.
+Projection and positions are resized to the larger grid; `--init ''` starts from scratch. Or with masked pixels first:
+
+    python recipes/pathfinder_4k.py --init '' --task masked_pixels --output-dir outputs/pathfinder_4k_pixels
+    python recipes/pathfinder_4k.py --init outputs/pathfinder_4k_pixels
+
+There is no figure of LRA for this size.
 
 Result: not yet run.
 """
@@ -18,7 +22,7 @@ RECIPE = dataclasses.replace(
     PATHFINDER_1K,
     model='linformer_vit_tiny_patch1_64',
     init='outputs/pathfinder_1k',
-    dataset_args={'img_size': 64},
+    dataset_args={**PATHFINDER_1K.dataset_args, 'img_size': 64},
     output_dir=Path('outputs/pathfinder_4k'),
     epochs=30,
     batch_size=128,

@@ -1,9 +1,13 @@
 """Pathfinder at 256×256 pixels, 65,536 tokens, from the weights of half the size.
 
-    python recipes/pathfinder_65k.py --init outputs/pathfinder_16k --output-dir outputs/pathfinder_65k --workers 2
+    python recipes/pathfinder_65k.py --init outputs/pathfinder_16k --output-dir outputs/pathfinder_65k
 
-Projection and positions are resized to the larger grid; `--init ''` starts from scratch, `--task masked_pixels`
-pretrains as in `pathfinder_1k`. Path-256: block-sparse attention without self-pretraining has 63.1
+Projection and positions are resized to the larger grid; `--init ''` starts from scratch. Or with masked pixels first:
+
+    python recipes/pathfinder_65k.py --init '' --task masked_pixels --output-dir outputs/pathfinder_65k_pixels
+    python recipes/pathfinder_65k.py --init outputs/pathfinder_65k_pixels
+
+Path-256: block-sparse attention without self-pretraining has 63.1
 (FlashAttention, arXiv 2205.14135).
 
 Result: not yet run beyond one step of one image, 171 s and 1.56 GiB on one busy CPU thread (docs/pathfinder.md), nor on
@@ -20,7 +24,7 @@ RECIPE = dataclasses.replace(
     PATHFINDER_16K,
     model='linformer_vit_tiny_patch1_256',
     init='outputs/pathfinder_16k',
-    dataset_args={'img_size': 256},
+    dataset_args={**PATHFINDER_16K.dataset_args, 'img_size': 256},
     output_dir=Path('outputs/pathfinder_65k'),
     epochs=10,
     batch_size=32,

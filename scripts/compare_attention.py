@@ -194,7 +194,7 @@ def main(
         output_dir: Folder for the runs; finished ones are not repeated.
     """
     (ROOT / 'docs' / 'results').mkdir(exist_ok=True)
-    record = None if again else Record(ROOT / 'docs' / 'results' / 'attention_runs.json', FIELDS)
+    record = Record(ROOT / 'docs' / 'results' / 'attention_runs.json', FIELDS, again)
     comparison = Comparison(data_dir, output_dir, workers, precision, record)
     known = Known(ROOT / 'docs' / 'results' / 'rates.json', {'epochs': search * epochs, 'precision': precision})
     rates = comparison.choose_rates(search * epochs, {} if again else known.read())
@@ -219,7 +219,7 @@ def mean(runs: list[dict[str, Any]], field: str) -> float:
 
 def minutes_of(runs: list[dict[str, Any]], field: str = 'train_minutes') -> float:
     """Minutes of the seed that was disturbed least by what else the machine did."""
-    return min(run[field] for run in runs if field in run)
+    return min((run[field] for run in runs if field in run), default=math.nan)
 
 
 def scores(runs: list[dict[str, Any]]) -> str:

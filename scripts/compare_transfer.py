@@ -76,7 +76,7 @@ def main(
     """
     common = {'data_dir': data_dir.resolve(), 'img_size': img_size, 'threads': 1, 'precision': precision}
     held_out = {**common, 'val_fraction': 0.2, 'test': False}
-    record = None if again else Record(ROOT / 'docs' / 'results' / 'transfer_runs.json', FIELDS)
+    record = Record(ROOT / 'docs' / 'results' / 'transfer_runs.json', FIELDS, again)
     validation: dict[str, dict[str, dict[float, float]]] = {}
     rates: dict[str, dict[str, float]] = {}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}

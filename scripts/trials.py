@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from linvision.train import Recipe, train
+from linvision.train.checkpoint import FREE_TO_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def changed_recipe(recipe: str, seed: int, settings: dict[str, Any]) -> Recipe:
+    """The recipe of a file in `recipes/`, with a seed and with fields that differ."""
+    base: Recipe = runpy.run_path(str(ROOT / 'recipes' / f'{recipe}.py'))['RECIPE']
+    return dataclasses.replace(base, seed=seed, **settings)
 
 
 def trial(
@@ -36,9 +43,8 @@ def trial(
     """
     if before is not None:
         before()
-    base: Recipe = runpy.run_path(str(ROOT / 'recipes' / f'{recipe}.py'))['RECIPE']
     output_dir = folder / f'{name.replace(" ", "_")}_{seed}'
-    changed = dataclasses.replace(base, output_dir=output_dir, seed=seed, **settings)
+    changed = dataclasses.replace(changed_recipe(recipe, seed, settings), output_dir=output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
         metrics = train(changed)
@@ -48,34 +54,46 @@ def trial(
 
 
 class Record:
-    """Figures of finished runs by what was asked for, in a JSON file.
+    """Figures of finished runs by what was trained, in a JSON file with a line for each.
+
+    A run is known by every field of its recipe that matters to what it learns, so that a changed recipe is another run;
+    a changed model or loop is not seen: raise `FORMAT` for one that changes results.
 
     Args:
         path: The file.
         fields: Names of the metrics that are kept.
+        again: Find nothing; what is kept replaces what was there.
     """
 
-    PLACES = ('data_dir', 'output_dir')  # where a run lay changes nothing
+    FORMAT = 1
 
-    def __init__(self, path: Path, fields: Iterable[str]) -> None:
-        self.path, self.fields = path, (*fields, 'threads', 'versions', 'device')
-        self.runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    def __init__(self, path: Path, fields: Iterable[str], again: bool = False) -> None:
+        self.path, self.again = path, again
+        self.fields = (*fields, 'threads', 'versions', 'device')
 
     def asked(self, recipe: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         """What says which run it is."""
-        own = {k: v for k, v in sorted(settings.items()) if k not in self.PLACES}
-        return json.loads(json.dumps({'recipe': recipe, 'seed': seed, **own}))
+        whole = changed_recipe(recipe, seed, settings)
+        own = {k: v for k, v in whole.to_dict().items() if k not in FREE_TO_CHANGE or k == 'test'}
+        if whole.dataset == 'image_folder':  # there the folder is the data
+            own['images'] = [Path(whole.data_dir).name, sum(1 for _ in Path(whole.data_dir).rglob('*.*'))]
+        return json.loads(json.dumps({'format': self.FORMAT, 'recipe': recipe, **own}))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All that is kept."""
+        return json.loads(self.path.read_text()) if self.path.is_file() else []
 
     def find(self, asked: dict[str, Any]) -> dict[str, Any] | None:
         """The figures of a run, if it was made."""
-        return next((run['found'] for run in self.runs if run['asked'] == asked), None)
+        return None if self.again else next((run['found'] for run in self.read() if run['asked'] == asked), None)
 
     def keep(self, asked: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Add a run; the file is whole at any moment."""
-        self.runs.append({'asked': asked, 'found': {k: metrics[k] for k in self.fields if k in metrics}})
+        runs = [run for run in self.read() if run['asked'] != asked]
+        runs.append({'asked': asked, 'found': {k: metrics[k] for k in self.fields if k in metrics}})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix('.part')
-        part.write_text('[\n' + ',\n'.join(json.dumps(run) for run in self.runs) + '\n]\n')
+        part = self.path.with_suffix(f'.{os.getpid()}')
+        part.write_text('[\n' + ',\n'.join(json.dumps(run) for run in runs) + '\n]\n')
         os.replace(part, self.path)
 
 
@@ -105,6 +123,8 @@ def run_trials(
     jobs = [(name, seed) for seed in seeds for name in variants]
     asked = {(name, seed): record.asked(recipe, seed, variants[name]) for name, seed in jobs} if record else {}
     found = {job: run for job, what in asked.items() if (run := record.find(what)) is not None}
+    if record and record.again:
+        variants = {name: {**fields, 'fresh': True} for name, fields in variants.items()}
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         runs = {
@@ -117,9 +137,12 @@ def run_trials(
         }
         for run in as_completed(runs):
             job = runs[run]
-            found[job] = run.result()
-            if record:
-                record.keep(asked[job], found[job])
+            if run.exception() is None:  # one that failed loses nothing of the others
+                found[job] = run.result()
+                if record:
+                    record.keep(asked[job], found[job])
+        for run in runs:
+            run.result()
     return {name: [found[job] for job in jobs if job[0] == name] for name in variants}
 
 

@@ -67,13 +67,25 @@ def test_runs_that_are_recorded_are_not_repeated(tmp_path):
     record = trials.Record(tmp_path / 'runs.json', ('top1', 'seed'))
     first = trials.run_trials('fashion_mnist_pixels', variants, [3], 1, tmp_path / 'a', record=record)
     variants['one']['data_dir'] = tmp_path / 'there'
-    again = trials.Record(tmp_path / 'runs.json', ())
-    second = trials.run_trials('fashion_mnist_pixels', variants, [3], 1, tmp_path / 'b', record=again)
+    same = trials.Record(tmp_path / 'runs.json', ())
+    second = trials.run_trials('fashion_mnist_pixels', variants, [3], 1, tmp_path / 'b', record=same)
     assert not (tmp_path / 'b').exists() and second['one'][0]['seed'] == 3
     assert second['one'][0]['top1'] == first['one'][0]['top1']
-    assert again.find(again.asked('fashion_mnist_pixels', 4, variants['one'])) is None
+    assert same.find(same.asked('fashion_mnist_pixels', 4, variants['one'])) is None
     other = {**variants['one'], 'epochs': 0.5}
-    assert again.find(again.asked('fashion_mnist_pixels', 3, other)) is None
+    assert same.find(same.asked('fashion_mnist_pixels', 3, other)) is None
+    again = trials.Record(tmp_path / 'runs.json', ('images_seen',), again=True)
+    trials.run_trials('fashion_mnist_pixels', variants, [3], 1, tmp_path / 'a', record=again)
+    assert (tmp_path / 'a' / 'one_3' / 'earlier_1').is_dir() and len(again.read()) == 1
+    assert 'images_seen' in again.read()[0]['found'] and 'top1' not in again.read()[0]['found']
+
+
+def test_figures_of_one_folder_of_images_are_not_those_of_another(tmp_path):
+    record = trials.Record(tmp_path / 'runs.json', ())
+    for name in ('one', 'two'):
+        (tmp_path / name).mkdir()
+    one, two = (record.asked('finetune', 0, {'data_dir': tmp_path / name}) for name in ('one', 'two'))
+    assert one != two and one == record.asked('finetune', 0, {'data_dir': tmp_path / 'one', 'output_dir': tmp_path})
 
 
 def test_tables_show_means_spreads_and_distances():

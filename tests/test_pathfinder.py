@@ -11,6 +11,9 @@ import torch
 import pathfinder_report
 from linvision.data import create_dataset
 from linvision.data.pathfinder import SIZES, draw
+from linvision.train import Recipe
+from linvision.train.data import TrainingData
+from linvision.train.parallel import Processes
 
 EDGE = 1.5  # pixels: places are rounded down to pixels before distances are kept
 
@@ -131,8 +134,30 @@ def test_a_cache_gives_the_same_images_and_makes_each_once(tmp_path, monkeypatch
         kept = pickle.loads(pickle.dumps(kept))  # as a worker gets it
         monkeypatch.setattr(type(kept), 'draw', lambda *_: pytest.fail('made twice'))
         made = images(root=tmp_path, num_images=32, cache=True)
-    with pytest.raises(ValueError, match='holds 32 images and 48 are asked for: remove the folder'):
-        images(root=tmp_path, num_images=48, cache=True)
+    more = images(root=tmp_path, num_images=48, cache=True)  # the first are the same
+    assert np.array_equal(np.asarray(more[5][0]), np.asarray(made[5][0]))
+
+
+def test_nothing_is_written_before_an_image_is_made_or_where_nothing_may_be(tmp_path):
+    images(root=tmp_path, cache=True)
+    images(root=tmp_path, cache=True, download=False)[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_sees_whole_images_whatever_the_model(tmp_path):
+    recipe = Recipe('linformer_vit_pico_patch1_256', dataset='pathfinder', data_dir=tmp_path, batch_size=2)
+    recipe.dataset_args = {'img_size': 256, 'num_images': 16}
+    data = TrainingData(recipe, Processes(torch.device('cpu')))
+    (pixels, _), *_ = data.test.ordered(256)
+    drawn = torch.from_numpy(np.stack([np.asarray(images('test', img_size=256)[i][0]) for i in range(2)]))
+    found = (pixels * data.std[0] + data.mean[0]) * 255
+    torch.testing.assert_close(found[:, 0], drawn.float(), atol=0.01, rtol=0)
+    assert data.data_config()['crop_pct'] == 1.0
+
+
+def test_the_geometry_is_the_same_on_every_machine():
+    x, y = images().scene(0).paths[0][0][0]
+    assert (x, y) == pytest.approx((18.81835407, 24.13853821), abs=1e-6)
 
 
 @pytest.mark.parametrize(

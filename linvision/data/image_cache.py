@@ -1,4 +1,4 @@
-"""Images that were made once, kept on disk as one array; any number of processes may fill it."""
+"""Images that were made once, kept on disk as one array; any number of processes of one machine may fill it."""
 
 import os
 import tempfile
@@ -15,35 +15,38 @@ class ImageCache:
     An image that was being written when a process died is made again: its mark is set after it.
 
     Args:
-        folder: Where the files lie; they are sparse until they are full.
+        folder: Where the files lie; they are made with the first image, and sparse until they are full.
         count: Images.
         shape: Of one.
-
-    Raises:
-        ValueError: The folder holds an array of another shape.
     """
 
     def __init__(self, folder: Path, count: int, shape: tuple[int, ...]) -> None:
         self.folder, self.count, self.shape = folder, count, shape
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, size in {'images.npy': (count, *shape), 'made.npy': (count,)}.items():
-            if not (folder / name).exists():
-                create(folder / name, size)
-        if self.images.shape != (count, *shape):
-            raise ValueError(
-                f'{folder} holds {len(self.images):,} images and {count:,} are asked for: remove the folder, or ask '
-                'for as many.'
-            )
+
+    def open(self, name: str, *shape: int) -> np.memmap:
+        """One of the arrays.
+
+        Raises:
+            ValueError: The file holds an array of another shape.
+        """
+        path = self.folder / name
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            create(path, shape)
+        found = np.lib.format.open_memmap(path, mode='r+')
+        if found.shape != shape:
+            raise ValueError(f'{path} holds an array {found.shape}, and {shape} is asked for: remove it.')
+        return found
 
     @cached_property
     def images(self) -> np.memmap:
         """The images."""
-        return np.lib.format.open_memmap(self.folder / 'images.npy', mode='r+')
+        return self.open('images.npy', self.count, *self.shape)
 
     @cached_property
     def made(self) -> np.memmap:
         """Which of them are there."""
-        return np.lib.format.open_memmap(self.folder / 'made.npy', mode='r+')
+        return self.open('made.npy', self.count)
 
     def __getstate__(self) -> dict[str, object]:
         """Another process opens the files itself."""
@@ -61,11 +64,13 @@ def create(path: Path, shape: tuple[int, ...]) -> None:
     """A file of zeros that appears whole, or not where another process was faster."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     os.close(handle)
+    np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
+    os.chmod(part, 0o644)
     try:
-        np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
-        os.chmod(part, 0o644)
-        os.link(part, path)
+        os.link(part, path)  # fails where the file is there, unlike a renaming
     except FileExistsError:
         pass
-    finally:
-        os.unlink(part)
+    except OSError:  # no hard links on this file system
+        os.replace(part, path)
+        return
+    os.unlink(part)

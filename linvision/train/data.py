@@ -40,7 +40,8 @@ class TrainingData:
         self.mean, self.std = self.train_set.statistics()
         config = timm.get_pretrained_cfg(recipe.model)
         # above 1 is the border of a set in memory, that of weights which come with the package
-        self.cropping = {'crop_pct': min(config.crop_pct or 1.0, 1.0), 'crop_mode': recipe.crop_mode}
+        share = getattr(self.train_set, 'crop_pct', min(config.crop_pct or 1.0, 1.0))
+        self.cropping = {'crop_pct': share, 'crop_mode': recipe.crop_mode}
         self.stages = recipe.stages or ((recipe.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
         if len(self.train_set) < recipe.batch_size:

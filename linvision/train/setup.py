@@ -74,7 +74,10 @@ def resolved(recipe: Recipe) -> Recipe:
 def check_source(name: str) -> None:
     """Raise ValueError for what can hold no weights."""
     if not Path(name).is_dir() and ':' not in name and not timm.is_model(name):
-        raise ValueError(f"No weights to start from in {name!r}: it is neither a folder nor a name of timm's.")
+        raise ValueError(
+            f"No weights to start from in {name!r}: it is neither a folder nor a name of timm's. If it is a run's "
+            "folder, that run comes first; --init '' starts from scratch."
+        )
 
 
 def freeze(model: nn.Module, blocks: int) -> None:
