@@ -95,19 +95,22 @@ def cnn_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, epochs
 
 
 class Looked:
-    """The first images of a split, with and without markers, (n, H, W), and how far apart the markers are.
+    """The first images of a split, with and where wished without markers, (n, H, W), and how far apart the markers are.
 
     Args:
         images: The set.
         count: How many.
+        plain: Whether those without markers are wanted.
     """
 
-    def __init__(self, images: Pathfinder, count: int) -> None:
+    def __init__(self, images: Pathfinder, count: int, plain: bool) -> None:
         self.labels = torch.tensor([images.label(i) for i in range(count)])
         made = [(images.scene(i), label) for i, label in enumerate(self.labels.tolist())]
         marked = [np.asarray(draw(scene, label, images.img_size)) for scene, label in made]
-        plain = [np.asarray(draw(scene, label, images.img_size, markers=False)) for scene, label in made]
-        self.marked, self.plain = (torch.from_numpy(np.stack(pictures)) for pictures in (marked, plain))
+        self.marked = torch.from_numpy(np.stack(marked))
+        if plain:
+            unmarked = [np.asarray(draw(scene, label, images.img_size, markers=False)) for scene, label in made]
+            self.plain = torch.from_numpy(np.stack(unmarked))
         self.distances = torch.tensor([math.dist(*scene.marked(label)) for scene, label in made])
 
 
@@ -122,8 +125,9 @@ def images_per_s(size: int, count: int = 300) -> float:
 
 def leaks(size: int, count: int, cnn_epochs: int) -> dict[str, Any]:
     """What is found out about one size from `count` training and as many test images."""
+    with_cnn = bool(cnn_epochs) and size == 32
     train, test = (
-        Looked(create_dataset('pathfinder', '', split, img_size=size, contour_length=LENGTH), count)
+        Looked(create_dataset('pathfinder', '', split, img_size=size, contour_length=LENGTH), count, with_cnn)
         for split in ('train', 'test')
     )
     labels = {'labels': train.labels, 'truth': test.labels}
@@ -132,7 +136,7 @@ def leaks(size: int, count: int, cnn_epochs: int) -> dict[str, Any]:
         'statistics': linear_score(train=features(train.marked), test=features(test.marked), **labels),
         'marker_distance': histogram_score(train=train.distances, test=test.distances, **labels),
     }
-    if cnn_epochs and size == 32:
+    if with_cnn:
         found['cnn_without_markers'] = cnn_score(train=train.plain, test=test.plain, epochs=cnn_epochs, **labels)
     return found
 

@@ -20,7 +20,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,10 +260,6 @@ class Pathfinder:
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of some images."""
-        return self._statistics
-
-    @cached_property
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         pixels = [np.asarray(self[i][0]).ravel() for i in range(min(LOOKS, len(self)))]
         return statistics(torch.from_numpy(np.concatenate(pixels)).unsqueeze(0))
 
