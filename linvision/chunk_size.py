@@ -36,17 +36,29 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
     if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
         return 0
     if chunk_size == 'auto' and torch.is_grad_enabled():
-        limit = torch.cuda.get_device_properties(x.device).total_memory // 4 if x.is_cuda else KEPT_BYTES
-        if kept_bytes(x, len(blocks)) < limit:
+        if kept_bytes(x.numel(), len(blocks), onednn.compute_dtype(x)) < whole_bytes(x.device):
             return 0
     if chunk_size != 'auto':
         return chunk_size
     return auto_chunk_size(x, hidden)
 
 
-def kept_bytes(x: Tensor, depth: int) -> int:
-    """What whole blocks keep for the backward pass, about."""
-    return KEPT_NUMBERS * x.numel() * depth * onednn.compute_dtype(x).itemsize
+def kept_bytes(numbers: int, depth: int, dtype: torch.dtype) -> int:
+    """What whole blocks keep for the backward pass, about.
+
+    Args:
+        numbers: Numbers in the tokens x of a block, B · N · D.
+        depth: Blocks.
+        dtype: What is computed in.
+    """
+    return KEPT_NUMBERS * numbers * depth * dtype.itemsize
+
+
+def whole_bytes(device: torch.device) -> int:
+    """Up to how much whole blocks may keep in training; where it is more, blocks are streamed."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return KEPT_BYTES
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import compare_attention
+import compare_conversion
 import compare_pretraining
 import compare_transfer
 import digits_folder
@@ -147,6 +148,38 @@ def test_pretraining_shows_the_difference_seed_by_seed():
     lines = compare_pretraining.table(found, {'from scratch': 0.02, 'masked pixels first': 0.01}).splitlines()
     assert lines[2] == '| from scratch | 0.02 | 81.0 ± 1.4 % | 1,000 | 2.0 | 2 |'
     assert lines[-1] == 'Masked pixels first: -2.0 points, standard error 1.0.'
+
+
+def test_conversion_is_compared_at_the_rate_that_validation_chose_and_for_equal_minutes(tmp_path, monkeypatch):
+    asked, tables = {}, {}
+
+    def run_trials(recipe, variants, seeds, workers, folder):
+        asked.update({name: (recipe, own) for name, own in variants.items()})
+        best = {'K = 64': 5e-4, 'K = 16': 2e-3}
+        scores = {n: {'val_top1': 0.9 - 0.1 * (own.get('lr') != best.get(n[:6]))} for n, own in variants.items()}
+        return {name: [{'top1': 0.885, 'train_minutes': 3.25, 'seed': 0} | scores[name]] for name in variants}
+
+    def convert(self, K, steps):
+        return {'pooled': {'top1': 0.2}, 'fitted': {'top1': 0.5}}
+
+    monkeypatch.setattr(compare_conversion, 'run_trials', run_trials)
+    monkeypatch.setattr(compare_conversion.Comparison, 'convert', convert)
+    monkeypatch.setattr(compare_conversion, 'resolved', lambda recipe: recipe)
+    monkeypatch.setattr(compare_conversion, 'ROOT', tmp_path)
+    monkeypatch.setattr(compare_conversion, 'write_table', tables.__setitem__)
+    (tmp_path / 'docs').mkdir()
+    compare_conversion.main(data_dir=tmp_path, output_dir=tmp_path / 'runs')
+    recipe, distilled = asked['K = 16, distilled']
+    assert (recipe, distilled['lr'], asked['K = 64, distilled'][1]['lr']) == ('distill_from_vit', 2e-3, 5e-4)
+    assert distilled['init'] != distilled['teacher'] == str(tmp_path / 'runs/teacher_0')
+    recipe, scratch = asked['K = 16, from scratch']
+    assert recipe == 'fashion_mnist_vit' and scratch['max_minutes'] == 3.25 and 'init' not in scratch
+    assert {own['val_fraction'] for _, own in asked.values()} == {0.05}  # the same slice, unseen by the teacher too
+    assert tables['conversion'].splitlines()[2:] == [
+        '| N, the teacher | 88.5 % | | | | |',
+        '| 64 | 20.0 % | 50.0 % | 88.5 % | 88.5 % | 3.2 |',
+        '| 16 | 20.0 % | 50.0 % | 88.5 % | 88.5 % | 3.2 |',
+    ]
 
 
 def test_the_digits_folder_holds_every_image_once_and_a_fifth_of_each_class_apart(tmp_path):

@@ -155,6 +155,12 @@ def test_evaluation_sees_whole_images_whatever_the_model(tmp_path):
     assert data.data_config()['crop_pct'] == 1.0
 
 
+def test_images_have_their_own_size_whatever_the_model(tmp_path):
+    recipe = Recipe('linformer_vit_pico_patch1_32', dataset='pathfinder', data_dir=tmp_path, batch_size=2)
+    recipe.dataset_args = {'img_size': 64, 'num_images': 16}
+    assert TrainingData(recipe, Processes(torch.device('cpu'))).stages == ((64, 1.0),)
+
+
 def test_the_geometry_is_the_same_on_every_machine():
     x, y = images().scene(0).paths[0][0][0]
     assert (x, y) == pytest.approx((18.81835407, 24.13853821), abs=1e-6)

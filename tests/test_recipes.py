@@ -24,6 +24,7 @@ NAMES = {
     'image_folder',
     'finetune',
     'distill_from_vit',
+    'fashion_mnist_vit',
     'masked_pixels',
     'pathfinder_1k',
     'pathfinder_4k',

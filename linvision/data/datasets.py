@@ -50,8 +50,8 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
 
     Returns:
         An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. `images[i]` is an
-        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, a length, `subset`,
-        `statistics` and `data_config`.
+        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, `whole`, a length,
+        `subset`, `statistics` and `data_config`.
 
     Raises:
         ValueError: An unknown name, split or argument; or a folder of other images, which nothing is fetched into.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,12 +41,14 @@ class ImageFiles:
         classes: Names of the classes, by label.
         in_chans: Channels that images are read with: 1 (grey) or 3 (RGB).
         known_statistics: Mean and standard deviation of each channel, where they are known.
+        whole: Whether images are read at their own size and whole; these are cropped and resized.
     """
 
     samples: Sequence[tuple[str, int]] = field(repr=False)
     classes: tuple[str, ...]
     in_chans: int = 3
     known_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    whole: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -1,7 +1,7 @@
 """A labelled set of images that fits into memory."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ class ImageSet:
         labels: (n), int64.
         classes: Names of the classes, by label.
         img_size: The size that a model sees: smaller images are centred on a canvas of this size, in the mean colour.
+        whole: Whether images are read at their own size and whole, whatever size and crop a model was made for.
     """
 
     images: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
     classes: tuple[str, ...]
     img_size: int
+    whole: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.labels)

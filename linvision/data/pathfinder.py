@@ -21,7 +21,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -216,6 +216,7 @@ class Pathfinder:
         seed: Of the whole set.
         markers: Whether markers are drawn; without them labels cannot be told.
         cache: Where images that were made are kept, or None.
+        whole: Whether images are read at their own size and whole, whatever size and crop a model was made for.
     """
 
     index: Sequence[int] = field(repr=False)
@@ -227,7 +228,7 @@ class Pathfinder:
     cache: ImageCache | None = None
     classes: tuple[str, ...] = CLASSES
     in_chans: int = 1
-    crop_pct: float = 1.0
+    whole: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.index)
@@ -265,7 +266,7 @@ class Pathfinder:
 
     def data_config(self, crop_pct: float, crop_mode: str = 'center') -> dict[str, Any]:
         """How timm reads such an image as evaluation did."""
-        return {'crop_pct': self.crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
+        return {'crop_pct': 1.0, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
 
 
 def pathfinder(

@@ -80,6 +80,7 @@ class TimmSet:
 
     in_chans = 3
     img_size = 0  # unknown: the model's
+    whole = False
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """ImageNet's mean and standard deviation."""

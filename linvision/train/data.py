@@ -9,7 +9,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from linvision.data import Augmentation, Batches, Images, ImageSet, create_batches, create_dataset
+from linvision.data import Augmentation, Batches, Images, create_batches, create_dataset
 from linvision.data.folders import ImageFiles
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
@@ -40,7 +40,7 @@ class TrainingData:
         self.mean, self.std = self.train_set.statistics()
         config = timm.get_pretrained_cfg(recipe.model)
         # above 1 is the border of a set in memory, that of weights which come with the package
-        share = getattr(self.train_set, 'crop_pct', min(config.crop_pct or 1.0, 1.0))
+        share = 1.0 if self.train_set.whole else min(config.crop_pct or 1.0, 1.0)
         self.cropping = {'crop_pct': share, 'crop_mode': recipe.crop_mode}
         self.stages = recipe.stages or ((recipe.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
@@ -83,7 +83,7 @@ class TrainingData:
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""
         found = self.train_set.img_size
-        if isinstance(self.train_set, ImageSet):
+        if self.train_set.whole:
             return found
         if not found or found >= model_size:
             return model_size
