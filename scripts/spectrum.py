@@ -5,10 +5,10 @@
 
 The first argument is a timm ViT with weights, `hf-hub:…`, or the folder of a model; of a Linformer ViT the matrices are
 those of its queries and keys without E. Writes `spectrum.json`, `spectrum.md`, `spectrum.png` and TensorBoard's events.
-For each layer: the K that keeps a share of the squared singular values (`energy`), the share that the best matrix of
-rank K keeps, and the share that a projection to K rows keeps: the model's own (unless its rows are normalised, which
-loses their scale), or pooling by area. `--recommend LOSS`
-names the K of each layer that loses at most so much, as `proj_len` takes it.
+For each layer: the K that keeps a share of the squared singular values (`energy`), mean over heads and for the head
+that needs most, the share that the best matrix of rank K keeps, and the share that a projection to K rows keeps: the
+model's own (unless its rows are normalised, which loses their scale), or pooling by area. `--recommend LOSS` names the
+K of each layer that loses at most so much, as `proj_len` takes it.
 """
 
 import json
@@ -29,15 +29,16 @@ LOSSES = (0.5, 0.1, 0.05, 0.01)
 
 
 def table(spectrum: Spectrum, proj_len: int, name: str) -> str:
-    """A line for each layer, mean over heads."""
+    """A line for each layer, mean over heads, and what the head that needs most would need."""
     shares = ' | '.join(f'K for {100 * (1 - loss):g} %' for loss in LOSSES)
     lines = [
-        f'| layer | {shares} | best rank {proj_len} keeps | {name} to {proj_len} rows keeps |',
-        '| --- ' * (len(LOSSES) + 3) + '|',
+        f'| layer | {shares} | for its worst head | best rank {proj_len} keeps | {name} to {proj_len} rows keeps |',
+        '| --- ' * (len(LOSSES) + 4) + '|',
     ]
     kept = spectrum.energy.mean(1)
     for layer, energy in enumerate(kept):
         lengths = [first(energy, 1 - loss) for loss in LOSSES]
+        lengths.append(first(spectrum.energy[layer].min(0).values, 1 - LOSSES[-1]))
         best, made = energy[proj_len - 1].item(), spectrum.projected[layer].mean().item()
         lines.append(f'| {layer} | {" | ".join(lengths)} | {100 * best:.1f} % | {100 * made:.1f} % |')
     return '\n'.join(lines)
@@ -47,6 +48,11 @@ def first(energy: torch.Tensor, share: float) -> str:
     """The smallest K that keeps a share, or that more singular values would be needed."""
     enough = (energy >= share).nonzero()
     return str(int(enough[0]) + 1) if len(enough) else f'> {len(energy)}'
+
+
+def rounded(shares: torch.Tensor) -> Any:
+    """Nested lists, to six digits."""
+    return shares.double().round(decimals=6).tolist()
 
 
 def draw(spectrum: Spectrum, proj_len: int, title: str) -> Any:
@@ -123,7 +129,7 @@ def main(
     spectrum = attention_spectrum(net, images.test(limit), max(rank, K), projection)
     lines, figure = table(spectrum, K, name), draw(spectrum, K, f'{model}, {spectrum.num_samples} images')
     report = {'model': model, 'tokens': tokens, 'proj_len': K, 'projection': name, 'num_samples': spectrum.num_samples}
-    report |= {'energy': spectrum.energy.mean(1).tolist(), 'projected': spectrum.projected.tolist()}
+    report |= {'energy': rounded(spectrum.energy), 'projected': spectrum.projected.tolist()}
     if recommend:
         report['recommended'] = {'loss': recommend, 'proj_len': spectrum.lengths(recommend)}
     output_dir.mkdir(parents=True, exist_ok=True)

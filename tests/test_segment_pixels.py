@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import compare_segmentation
 import segment_pixels
 from linvision.data import ImageSet
 from segment_pixels import Settings, UNet, intersection_over_union, network, scene, scenes
@@ -82,3 +83,31 @@ def test_training_goes_on_from_its_checkpoint(items, tmp_path):
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'at': at}, tmp_path / 'checkpoint.pt')
     found = segment_pixels.train(UNet(11), items, settings, device)
     assert found['scenes_seen'] > 1234 * 8 and found['train_minutes'] >= 0.05
+
+
+def test_networks_are_compared_at_the_rate_that_validation_chose(tmp_path, monkeypatch):
+    asked, tables = {}, {}
+
+    def segment_all(runs, workers):
+        asked.update(runs)
+        found = {}
+        for name, own in runs.items():
+            own['output_dir'].mkdir(parents=True)
+            (own['output_dir'] / 'scenes.png').write_bytes(name.encode())
+            score = 0.5 if own['lr'] == 3e-3 else 0.4
+            found[name] = {'mean_iou': score, 'pixel_accuracy': 0.9, 'iou': {}, 'scenes_seen': 8000}
+            found[name] |= {'train_minutes': own['minutes'], 'num_parameters': 1234}
+        return found
+
+    monkeypatch.setattr(compare_segmentation, 'segment_all', segment_all)
+    monkeypatch.setattr(compare_segmentation, 'ROOT', tmp_path)
+    monkeypatch.setattr(compare_segmentation, 'write_table', tables.__setitem__)
+    (tmp_path / 'docs').mkdir()
+    compare_segmentation.main(minutes=10.0, data_dir=tmp_path, output_dir=tmp_path / 'runs')
+    assert [(own['network'], own['lr']) for own in asked.values() if own['minutes'] == 10.0] == [
+        ('linformer', 3e-3),
+        ('unet', 3e-3),
+    ]
+    assert all(own.get('validation', False) == (own['minutes'] == 2.0) for own in asked.values()) and len(asked) == 6
+    assert (tmp_path / 'docs/results/segmentation_unet.png').read_bytes() == b'unet'
+    assert tables['segmentation'].splitlines()[3] == '| U-Net | 1,234 | 0.003 | 50.0 % | 90.0 % | 8,000 | 10.0 |'

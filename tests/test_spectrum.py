@@ -115,6 +115,16 @@ def test_the_recommended_k_is_the_smallest_that_loses_no_more():
         Spectrum(9, energy[..., :2], None, None, 1).lengths(0.1)
 
 
+def test_the_table_shows_the_head_that_needs_most():
+    energy = torch.tensor([[[0.99, 0.995, 1.0, 1.0], [0.5, 0.705, 0.991, 1.0]]])
+    line = command.table(Spectrum(4, energy, None, torch.ones(1, 2), 1), 2, 'pooling').splitlines()[-1]
+    assert line == '| 0 | 1 | 3 | 3 | 3 | 3 | 85.0 % | 100.0 % |'
+    energy = energy.clone()
+    energy[0, 1, 2] = 0.981  # the mean has 99 % at K = 3, this head not before K = 4
+    line = command.table(Spectrum(4, energy, None, torch.ones(1, 2), 1), 2, 'pooling').splitlines()[-1]
+    assert line == '| 0 | 1 | 3 | 3 | 3 | 4 | 85.0 % | 100.0 % |'
+
+
 def test_models_without_such_attention_are_refused():
     for name in ('resnet18', 'eva02_tiny_patch14_224'):
         with pytest.raises(ValueError, match='no attention that can be looked into'):
@@ -129,7 +139,7 @@ def test_the_command_writes_what_the_function_finds(tmp_path, capsys):
     report = json.loads((tmp_path / 'out/spectrum.json').read_text())
     images = ImagesOf(original, 'fake', tmp_path, 4, torch.device('cpu'))
     found = attention_spectrum(original, images.test(6), projection=pooling(original, 16))
-    torch.testing.assert_close(torch.tensor(report['energy']), found.energy.mean(1).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(report['energy']), found.energy.float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.tensor(report['projected']), found.projected.float(), rtol=1e-2, atol=1e-3)
     assert report['recommended']['proj_len'] == found.lengths(0.2) and report['num_samples'] == 6
     said = capsys.readouterr().out
