@@ -3,16 +3,19 @@
     python recipes/fashion_mnist_vit.py --output-dir outputs/vit --data-dir data
 
 timm's `VisionTransformer`, as wide and as deep as the pico models, with learned positions and the mean of all tokens
-for a head; nothing in it is linvision's. Coarse to fine, as `fashion_mnist_pixels.py`.
+for a head: nothing in it is linvision's. All else is the recipe of the pixels, coarse to fine.
 
 Not yet run in earnest. Not yet run on a GPU.
 """
 
+import dataclasses
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from fashion_mnist_pixels import RECIPE as FASHION_MNIST_PIXELS
+from linvision.train import main
 
-RECIPE = Recipe(
+RECIPE = dataclasses.replace(
+    FASHION_MNIST_PIXELS,
     model='vit_tiny_patch16_224',
     model_args={
         'patch_size': 2,
@@ -22,15 +25,9 @@ RECIPE = Recipe(
         'class_token': False,
         'global_pool': 'avg',
     },
-    dataset='fashion_mnist',
     output_dir=Path('outputs/vit'),
     epochs=6,
-    stages=((16, 0.75), (32, 0.25)),
     batch_size=64,
-    opt='muon',
-    lr=0.01,
-    augmentation='kornia',
-    hflip=0.5,
 )
 
 if __name__ == '__main__':

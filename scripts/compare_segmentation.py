@@ -11,7 +11,6 @@ and its table in `docs/results.md`.
 import contextlib
 import json
 import multiprocessing
-import runpy
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import tyro
 
 from linvision.train.metrics import machine
-from trials import ROOT, write_table
+from trials import ROOT, recipe_module, write_table
 
 NETWORKS = {'linformer': 'linformer_vit_pico_patch1_32.fashion_mnist', 'unet': 'U-Net'}
 RATES = {'linformer': (1e-3, 3e-3), 'unet': (3e-3, 1e-2)}
@@ -30,10 +29,10 @@ FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', '
 
 def segment(settings: dict[str, Any]) -> dict[str, Any]:
     """Metrics of a run of the recipe; one that is finished in its folder is not repeated."""
-    recipe = runpy.run_path(str(ROOT / 'recipes' / 'segment_pixels.py'))
+    recipe = recipe_module('segment_pixels')
     settings['output_dir'].mkdir(parents=True, exist_ok=True)
     with (settings['output_dir'] / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
-        return recipe['main'](recipe['Settings'](**settings))
+        return recipe.main(recipe.Settings(**settings))
 
 
 def segment_all(runs: dict[str, dict[str, Any]], workers: int) -> dict[str, dict[str, Any]]:

@@ -6,14 +6,16 @@ another machine too, and nobody has to repeat hours of training to add a seed.
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
-import runpy
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from linvision.train import Recipe, train
@@ -22,10 +24,17 @@ from linvision.train.checkpoint import FREE_TO_CHANGE
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def recipe_module(name: str) -> ModuleType:
+    """A file in `recipes/`; it may import those beside it, as it does when it is run."""
+    folder = str(ROOT / 'recipes')
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
 def changed_recipe(recipe: str, seed: int, settings: dict[str, Any]) -> Recipe:
     """The recipe of a file in `recipes/`, with a seed and with fields that differ."""
-    base: Recipe = runpy.run_path(str(ROOT / 'recipes' / f'{recipe}.py'))['RECIPE']
-    return dataclasses.replace(base, seed=seed, **settings)
+    return dataclasses.replace(recipe_module(recipe).RECIPE, seed=seed, **settings)
 
 
 def trial(
