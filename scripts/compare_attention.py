@@ -259,11 +259,12 @@ def draw(tables: dict[int, dict[str, list[dict[str, Any]]]], path: Path) -> None
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout='constrained')
+    colours = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(n for runs in tables.values() for n in runs))}
     for axis, (tokens, variants) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         for name, runs in variants.items():
             points = list(zip(*(run['val_curve'] for run in runs if 'val_curve' in run), strict=True))
             minutes = [minutes_of(seeds, 'minutes') for seeds in points]
-            axis.plot(minutes, [100 * mean(seeds, 'top1') for seeds in points], 'o-', label=name)
+            axis.plot(minutes, [100 * mean(seeds, 'top1') for seeds in points], 'o-', color=colours[name], label=name)
         axis.set(title=f'{tokens:,} tokens at the end', xlabel='minutes of training', ylabel='validation top-1, %')
         axis.grid(alpha=0.3)
         axis.legend()
