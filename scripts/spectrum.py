@@ -56,7 +56,7 @@ def rounded(shares: torch.Tensor) -> Any:
 
 
 def draw(spectrum: Spectrum, proj_len: int, title: str) -> Any:
-    """What the first K singular values hold, by layer; and by layer and head at one K."""
+    """What the first K singular values hold, by layer; and by layer and head the K that keeps 99 % of the energy."""
     from matplotlib.figure import Figure
 
     values, what = spectrum.cumulative, 'sum of singular values'
@@ -69,14 +69,18 @@ def draw(spectrum: Spectrum, proj_len: int, title: str) -> Any:
         colour = str(0.75 * layer / max(1, len(values) - 1))
         left.plot(range(1, len(shares) + 1), shares, color=colour, label=f'layer {layer}')
     left.axvline(proj_len, linestyle=':', label=f'K = {proj_len}')
-    left.set(xlabel=f'K of {spectrum.tokens:,}', ylabel=f'share of the {what}', ylim=(0, 1.02))
+    left.set(xscale='log', xlabel=f'K of {spectrum.tokens:,}', ylabel=f'share of the {what}', ylim=(0, 1.02))
     left.grid(alpha=0.3)
     left.legend(fontsize=7)
-    image = right.imshow(values[..., proj_len - 1].numpy(), vmin=0, vmax=1, aspect='auto', cmap='viridis')
-    right.set(xlabel='head', ylabel='layer', title=f'the same at K = {proj_len}')
+    lengths = [[first(head, 1 - LOSSES[-1]) for head in layer] for layer in spectrum.energy]
+    numbers = [[int(length.removeprefix('> ')) for length in layer] for layer in lengths]
+    right.imshow(numbers, vmin=0, vmax=2 * max(map(max, numbers)), aspect='auto', cmap='Greys')  # black on it is read
+    for layer, row in enumerate(lengths):
+        for head, length in enumerate(row):
+            right.text(head, layer, length, ha='center', va='center')
+    right.set(xlabel='head', ylabel='layer', title=f'K that keeps {100 * (1 - LOSSES[-1]):g} % of the squares')
     right.set_xticks(range(values.shape[1]))
     right.set_yticks(range(values.shape[0]))
-    figure.colorbar(image, ax=right)
     return figure
 
 
