@@ -136,8 +136,10 @@ def smallest_of_the_best(scores: dict[float, float]) -> float:
 
 
 def settings(tokens: int, model_args: dict[str, Any], lr: float, epochs: float) -> dict[str, Any]:
-    """Fields of a run."""
-    return {'stages': STAGES[tokens], 'model_args': model_args, 'lr': lr, 'epochs': epochs, 'eval_every': epochs / 5}
+    """Fields of a run. Where the image grows in training, convolutions span what they span in its first size."""
+    (first, _), *later = stages = STAGES[tokens]
+    model_args = model_args | ({'local_grid': first} if later else {})
+    return {'stages': stages, 'model_args': model_args, 'lr': lr, 'epochs': epochs, 'eval_every': epochs / 5}
 
 
 def rate_of(rates: dict[str, dict[str, Any]], name: str) -> float:

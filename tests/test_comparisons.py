@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import compare_attention
@@ -52,6 +53,17 @@ def test_rates_are_tried_outwards_until_none_at_the_end_is_chosen(monkeypatch, t
     }
     assert {name.split('lr ')[1] for name in asked if '64' in name} == {'0.0025', '0.005', '0.01', '0.02', '0.04'}
     assert not {f'K = 16, lr {lr}' for lr in ('0.005', '0.01', '0.08')} & set(asked)  # 0.01 was known
+
+
+def test_a_model_trained_coarse_to_fine_keeps_the_span_of_its_convolutions():
+    for tokens, spans in ((256, [(1, 1)]), (1024, [(1, 1), (2, 2)])):  # tokens between taps, stage by stage
+        fields = compare_attention.settings(tokens, {'proj_len': 16}, 0.01, 0.5)
+        model = timm.create_model('linformer_vit_pico_patch1_32', img_size=16, in_chans=1, **fields['model_args'])
+        found = []
+        for size, _ in fields['stages']:
+            model.set_input_size(img_size=(size, size))
+            found.append(model.blocks[0].attn.local.step(model.patch_embed.grid_size))
+        assert found == spans
 
 
 def test_scores_of_rates_are_kept_for_runs_of_the_same_length(tmp_path):
