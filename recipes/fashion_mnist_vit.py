@@ -3,7 +3,7 @@
     python recipes/fashion_mnist_vit.py --output-dir outputs/vit --data-dir data
 
 timm's `VisionTransformer`, as wide and as deep as the pico models, with learned positions and the mean of all tokens
-for a head: nothing in it is linvision's. All else is the recipe of the pixels, coarse to fine.
+for a head: nothing in it is linvision's. Trained as the pixels are, coarse to fine, 64 tokens first, in batches of 64.
 
 Not yet run in earnest. Not yet run on a GPU.
 """

@@ -3,7 +3,8 @@
     python scripts/compare_attention.py parity
     python scripts/compare_attention.py sharing
 
-Trains `recipes/fashion_mnist_pixels.py` with one thing changed. Parity: full attention (K = N) against K of 16, 64 and
+Trains `recipes/fashion_mnist_pixels.py` with one thing changed (and, where the image grows in training, convolutions
+that keep the span of the first stage). Parity: full attention (K = N) against K of 16, 64 and
 256, on 16×16 images (256 tokens), and in the recipe's stages, three quarters of the steps at 16×16 and the rest at
 32×32 (1,024 tokens). The learning rate of each is chosen at 256 tokens on 5 % of the training images. Sharing: a
 projection for each head, for keys and for values, for each layer, or one for all, at 256 tokens with K = 64 and the

@@ -4,9 +4,10 @@
 
 A teacher (`recipes/fashion_mnist_vit.py`: full attention, 256 tokens) is converted with K of 64 and of 16, its E pooled
 by area or fitted to the teacher's attention on images without labels. The fitted one then learns from the teacher by
-`recipes/distill_from_vit.py`, and the same model learns from random weights, by the teacher's recipe, for as many
-minutes. The learning rate of distillation is chosen for each K on 5 % of the training images, which the teacher has not
-seen either; the test images are for the scores alone. Writes `docs/results/conversion.json`, and its table in
+`recipes/distill_from_vit.py`, and the same model learns from random weights for as many minutes, by the teacher's
+recipe but at full size throughout (K = 64 of the 64 tokens of its first stage would be full attention). The learning
+rate of distillation is chosen for each K on 5 % of the training images, which nothing before has seen; the test images
+are for the scores alone. Writes `docs/results/conversion.json`, and its table in
 `docs/results.md`.
 """
 
@@ -29,6 +30,7 @@ from trials import ROOT, run_trials, write_table
 LENGTHS = (64, 16)
 RATES = (5e-4, 2e-3)
 TEACHER, DISTILLED, SCRATCH = 'teacher', 'distilled', 'from scratch'
+VALIDATION = 0.05  # of the training images, by the runs' one seed
 FIELDS = ('top1', 'val_top1', 'num_samples', 'images_seen', 'train_minutes', 'num_parameters', 'tokens', 'seed')
 
 
@@ -47,7 +49,7 @@ class Comparison:
         self.dataset, self.data_dir = dataset, data_dir.resolve()
         self.folder, self.workers = output_dir.resolve(), workers
         self.common = {'dataset': dataset, 'data_dir': self.data_dir, 'precision': precision, 'threads': 1}
-        self.common['val_fraction'] = 0.05
+        self.common |= {'val_fraction': VALIDATION, 'device': 'cpu'}
 
     def run(self, recipe: str, variants: dict[str, dict[str, Any]], folder: str = '') -> dict[str, dict[str, Any]]:
         """Metrics of each variant, one seed: the slice that is kept apart is the same in all."""
@@ -65,22 +67,28 @@ class Comparison:
         Args:
             K: Projected rows.
             steps: Steps of fitting, a batch of 32 each.
+
+        Raises:
+            ValueError: What is there was fitted otherwise.
         """
-        file = self.where(f'K = {K}, converted') / 'conversion.json'
+        file, own = self.where(f'K = {K}, converted') / 'conversion.json', {'dataset': self.dataset, 'steps': steps}
         if file.is_file():
-            return json.loads(file.read_text())
+            found = json.loads(file.read_text())
+            if found['settings'] != own:
+                raise ValueError(f'{file.parent} was made with {found["settings"]}, not {own}: name another folder.')
+            return found
         torch.manual_seed(0)
         teacher = load_vit(str(self.where(TEACHER)), '', 0)
         images = ImagesOf(teacher, self.dataset, self.data_dir, 32, torch.device('cpu'))
         converted = from_vit(teacher, K)
 
-        def scores() -> dict[str, float]:
-            near = agreement(converted, teacher, images.test(1000))
-            return {**evaluate(converted, images.batches('test'), images.size), 'agreement': near}
+        def scores() -> dict[str, Any]:
+            agreed = agreement(converted, teacher, images.test(1000))
+            return {**evaluate(converted, images.batches('test'), images.size), 'agreement': agreed}
 
-        found = {'pooled': scores()}
-        errors = fit_projection(converted, teacher, images.training(), steps)
-        found |= {'fitted': scores(), 'attention_error': [errors[0], errors[-1]]}
+        found = {'settings': own, 'pooled': scores()}
+        errors = fit_projection(converted, teacher, images.training(VALIDATION), steps)
+        found |= {'fitted': scores(), 'attention_error': errors[:1] + errors[-1:]}
         save_for_hf(converted, str(file.parent), safe_serialization=True)
         file.write_text(json.dumps(found, indent=2) + '\n')
         return found
@@ -97,9 +105,10 @@ class Comparison:
         return {K: {lr: runs[f'K = {K}, lr {lr:g}']['val_top1'] for lr in RATES} for K in LENGTHS}
 
     def scratch(self, K: int, minutes: float) -> dict[str, Any]:
-        """Fields of the same student with random weights, in the teacher's recipe."""
-        model = resolved(Recipe(model='', **self.distilled(K)))
-        return {'model': model.model, 'model_args': model.model_args, 'max_minutes': minutes}
+        """Fields of the same student with random weights, in the teacher's recipe at full size."""
+        student = resolved(Recipe(model='', **self.distilled(K)))
+        fields = {'model': student.model, 'model_args': student.model_args, 'max_minutes': minutes}
+        return {**fields, 'stages': ((student.img_size, 1.0),)}
 
 
 def table(teacher: dict[str, Any], found: dict[int, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Per-pixel features of the shipped backbone against a U-Net of equal size, with equal minutes.
+"""Per-pixel features of the shipped backbone against a U-Net of equal size, with equal minutes after its pretraining.
 
     python scripts/compare_segmentation.py
 
@@ -71,7 +71,7 @@ def main(
         data_dir: Folder that holds Fashion-MNIST.
         output_dir: Folder for the runs; finished ones are not repeated.
     """
-    folder, common = output_dir.resolve(), {'data_dir': data_dir.resolve(), 'threads': 1}
+    folder, common = output_dir.resolve(), {'data_dir': data_dir.resolve(), 'threads': 1, 'device': 'cpu'}
 
     def settings(name: str, network: str, lr: float, **own: Any) -> dict[str, Any]:
         return {**common, 'network': network, 'lr': lr, 'output_dir': folder / name, **own}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from linvision.convert import agreement, fit_projection, from_vit
 from linvision.data import create_batches, create_dataset
 from linvision.train.parallel import choose_device
-from linvision.train.setup import source_of
+from linvision.train.setup import source_of, split_validation
 
 
 def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
@@ -56,8 +56,13 @@ class ImagesOf:
         self.model, self.dataset, self.data_dir = model, dataset, data_dir
         self.batch_size, self.device = batch_size, device
 
-    def batches(self, split: str, limit: int = 0) -> Any:
+    def batches(self, split: str, limit: int = 0, without: float = 0.0) -> Any:
         """A split of the set, or its first images, cut into batches.
+
+        Args:
+            split: 'train' or 'test'.
+            limit: Take the first so many images, 0 for all.
+            without: Leave out the validation slice of a run with this `val_fraction` and seed 0.
 
         Raises:
             ValueError: The images have other channels than the model.
@@ -68,6 +73,8 @@ class ImagesOf:
                 f'The model takes {self.model.in_chans} channels, but the images of {self.dataset} have '
                 f'{images.in_chans}.'
             )
+        if without:
+            images, _ = split_validation(images, without, 0)
         if limit:
             images = images.subset(torch.arange(min(limit, len(images))))
         cropping = {'crop_pct': min(config['crop_pct'], 1.0), 'crop_mode': config['crop_mode']}
@@ -79,9 +86,9 @@ class ImagesOf:
         """The model's image size."""
         return self.model.patch_embed.img_size[0]
 
-    def training(self) -> Iterator[Tensor]:
-        """Batches of training images in random order, without end."""
-        return (images for images, _ in self.batches('train').stream(0, 0, self.size))
+    def training(self, without: float = 0.0) -> Iterator[Tensor]:
+        """Batches of training images in random order, without end; a validation slice may be left out."""
+        return (images for images, _ in self.batches('train', without=without).stream(0, 0, self.size))
 
     def test(self, limit: int) -> Iterator[Tensor]:
         """Batches of test images."""

@@ -1,20 +1,24 @@
 """What the comparisons choose, count and write, on figures that are known."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 import compare_attention
 import compare_conversion
 import compare_pretraining
 import compare_transfer
+import convert_vit
 import digits_folder
 import model_card
 import plain_cnn
 import trials
 from linvision.data import create_dataset
+from linvision.train.setup import split_validation
 
 
 def runs(*scores, minutes=2.0):
@@ -176,7 +180,7 @@ def test_conversion_is_compared_at_the_rate_that_validation_chose_and_for_equal_
 
     monkeypatch.setattr(compare_conversion, 'run_trials', run_trials)
     monkeypatch.setattr(compare_conversion.Comparison, 'convert', convert)
-    monkeypatch.setattr(compare_conversion, 'resolved', lambda recipe: recipe)
+    monkeypatch.setattr(compare_conversion, 'resolved', lambda recipe: dataclasses.replace(recipe, img_size=32))
     monkeypatch.setattr(compare_conversion, 'ROOT', tmp_path)
     monkeypatch.setattr(compare_conversion, 'write_table', tables.__setitem__)
     (tmp_path / 'docs').mkdir()
@@ -185,13 +189,40 @@ def test_conversion_is_compared_at_the_rate_that_validation_chose_and_for_equal_
     assert (recipe, distilled['lr'], asked['K = 64, distilled'][1]['lr']) == ('distill_from_vit', 2e-3, 5e-4)
     assert distilled['init'] != distilled['teacher'] == str(tmp_path / 'runs/teacher_0')
     recipe, scratch = asked['K = 16, from scratch']
-    assert recipe == 'fashion_mnist_vit' and scratch['max_minutes'] == 3.25 and 'init' not in scratch
+    assert (
+        recipe == 'fashion_mnist_vit'
+        and scratch['max_minutes'] == 3.25
+        and 'init' not in scratch
+        and scratch['stages'] == ((32, 1.0),)
+    )
     assert {own['val_fraction'] for _, own in asked.values()} == {0.05}  # the same slice, unseen by the teacher too
     assert tables['conversion'].splitlines()[2:] == [
         '| N, the teacher | 88.5 % | | | | |',
         '| 64 | 20.0 % | 50.0 % | 88.5 % | 88.5 % | 3.2 |',
         '| 16 | 20.0 % | 50.0 % | 88.5 % | 88.5 % | 3.2 |',
     ]
+
+
+def test_a_conversion_is_fitted_kept_and_taught_without_the_validation_slice(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_conversion, 'evaluate', lambda model, batches, size: {'top1': 0.5})
+    comparison = compare_conversion.Comparison('fake', tmp_path, tmp_path, 1, 'fp32')
+    recipe = trials.changed_recipe('fashion_mnist_vit', 0, {})
+    teacher = timm.create_model(recipe.model, img_size=32, in_chans=1, num_classes=10, **recipe.model_args)
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': (0.5,), 'std': (0.5,), 'crop_pct': 1.0}
+    save_for_hf(teacher, str(comparison.where('teacher')), safe_serialization=True)
+    found = comparison.convert(64, 2)
+    assert found == comparison.convert(64, 2) and len(found['attention_error']) == 2
+    with pytest.raises(ValueError, match="'steps': 2}, not .*'steps': 3}: name another folder"):
+        comparison.convert(64, 3)
+    images = convert_vit.ImagesOf(teacher, 'fake', tmp_path, 32, torch.device('cpu'))
+    slice_ = split_validation(create_dataset('fake', tmp_path, 'train'), 0.05, 0)[1]
+    assert len(slice_) == 13 and images.batches('train', without=0.05).order.n == 256 - 13
+    fields = comparison.scratch(64, 1.0)
+    student = timm.create_model(fields['model'], img_size=32, in_chans=1, num_classes=10, **fields['model_args'])
+    for size, _ in fields['stages']:
+        student.set_input_size(img_size=(size, size))
+        assert not any(block.attn.is_full(student.patch_embed.grid_size) for block in student.blocks)
+    assert student.projection is not None and student.patch_embed.num_patches == 256
 
 
 def test_the_digits_folder_holds_every_image_once_and_a_fifth_of_each_class_apart(tmp_path):

@@ -135,11 +135,15 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     assert 'one step of 32 images taken' in out
 
 
-@pytest.mark.parametrize('limit, kept', [(2**40, 24 * 3), (0, 3 + 3)])  # numbers for each token and channel
-def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, limit, kept):
+@pytest.mark.parametrize(
+    'name, limit, kept',  # numbers for each token and channel
+    [('test_linformer_vit', 2**40, 24 * 3), ('test_linformer_vit', 0, 3 + 3), ('test_vit', 0, 24 * 6)],
+)
+def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, name, limit, kept):
     monkeypatch.setattr('linvision.train.plan.whole_bytes', lambda device: limit)
-    train(dataclasses.replace(recipe, dry_run=True, batch_size=128))
-    model = timm.create_model('test_linformer_vit', img_size=16, in_chans=1, num_classes=10)
+    arguments = {'patch_size': 1} if name == 'test_vit' else {}
+    train(dataclasses.replace(recipe, dry_run=True, batch_size=128, model=name, model_args=arguments))
+    model = timm.create_model(name, img_size=16, in_chans=1, num_classes=10, **arguments)
     parameters = sum(p.numel() for p in model.parameters())
     expected = 4 * (4 * parameters + 128 * 256 * model.embed_dim * kept) / 2**30
     assert f'{expected:.2f} GiB above the data' in capsys.readouterr().out

@@ -6,13 +6,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.chunk_size import kept_bytes, whole_bytes
+from linvision.network import LinformerVisionTransformer
 from linvision.train.precision import DTYPES
 from linvision.train.setup import count_tokens, create_model, set_size
 
 if TYPE_CHECKING:
     from linvision.train.loop import Run
 
-STREAMED = 3  # numbers for each token and channel of one streamed block that are there at a time
+STREAMED = 3  # numbers for each token and channel that a streamed block needs: its output, two gradients
 MOMENTS = 2  # numbers that AdamW and its like keep for each parameter
 
 
@@ -65,9 +66,10 @@ def memory_gib(run: 'Run', parameters: int, tokens: int, share: int) -> float:
     held = 4 * parameters * copies / (run.processes.count if recipe.parallel == 'fsdp' else 1)
     numbers, depth, dtype = share * tokens * model.embed_dim, len(model.blocks), DTYPES[run.learner.precision]
     kept = kept_bytes(numbers, depth, dtype)
-    auto = recipe.chunk_size == 'auto' and not recipe.compile
-    if recipe.chunk_size not in ('auto', 0) or (auto and kept >= whole_bytes(run.processes.device)):
-        kept = (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and its gradient
+    streams = isinstance(model, LinformerVisionTransformer) and not recipe.compile
+    long = recipe.chunk_size == 'auto' and kept >= whole_bytes(run.processes.device)
+    if streams and (long or recipe.chunk_size not in ('auto', 0)):
+        kept = (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at
     elif recipe.grad_checkpointing:
         kept = depth * numbers * 4 + kept_bytes(numbers, 1, dtype)  # the input of each block, and all of one
     return (held + kept) / 2**30
