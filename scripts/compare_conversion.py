@@ -25,7 +25,7 @@ from linvision.train import Recipe
 from linvision.train.evaluate import evaluate
 from linvision.train.metrics import machine
 from linvision.train.setup import resolved
-from trials import ROOT, run_trials, write_table
+from trials import ROOT, run_folder, run_trials, write_table
 
 LENGTHS = (64, 16)
 RATES = (5e-4, 2e-3)
@@ -59,7 +59,7 @@ class Comparison:
 
     def where(self, name: str) -> Path:
         """Output folder of a run, or of a conversion."""
-        return self.folder / f'{name.replace(" ", "_")}_0'
+        return run_folder(self.folder, name, 0)
 
     def convert(self, K: int, steps: int) -> dict[str, Any]:
         """Convert the teacher, E pooled and then fitted; scores on the test images, by kind of E.

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from linvision.train.metrics import machine
-from trials import ROOT, mean_and_spread, run_trials, write_table
+from trials import ROOT, mean_and_spread, run_folder, run_trials, write_table
 
 RATES = (0.01, 0.02)
 FIELDS = ('top1', 'val_top1', 'num_samples', 'images_seen', 'train_minutes', 'seed')
@@ -55,7 +55,7 @@ class Comparison:
             'from scratch': {'epochs': self.epochs},
             'masked pixels first': {
                 'epochs': (1 - self.share) * self.epochs,
-                'init': str(self.folder / 'pretraining' / f'masked_pixels_{seed}'),
+                'init': str(run_folder(self.folder / 'pretraining', 'masked pixels', seed)),
             },
         }
         settings = {

@@ -72,12 +72,11 @@ def draw(spectrum: Spectrum, proj_len: int, title: str) -> Any:
     left.set(xscale='log', xlabel=f'K of {spectrum.tokens:,}', ylabel=f'share of the {what}', ylim=(0, 1.02))
     left.grid(alpha=0.3)
     left.legend(fontsize=7)
-    lengths = [[first(head, 1 - LOSSES[-1]) for head in layer] for layer in spectrum.energy]
-    numbers = [[int(length.removeprefix('> ')) for length in layer] for layer in lengths]
-    right.imshow(numbers, vmin=0, vmax=2 * max(map(max, numbers)), aspect='auto', cmap='Greys')  # black on it is read
-    for layer, row in enumerate(lengths):
-        for head, length in enumerate(row):
-            right.text(head, layer, length, ha='center', va='center')
+    lengths = (spectrum.energy < 1 - LOSSES[-1]).sum(-1) + 1
+    right.imshow(lengths.numpy(), vmin=0, vmax=2 * lengths.max().item(), aspect='auto', cmap='Greys')  # black is read
+    for layer, heads in enumerate(spectrum.energy):
+        for head, energy in enumerate(heads):
+            right.text(head, layer, first(energy, 1 - LOSSES[-1]), ha='center', va='center')
     right.set(xlabel='head', ylabel='layer', title=f'K that keeps {100 * (1 - LOSSES[-1]):g} % of the squares')
     right.set_xticks(range(values.shape[1]))
     right.set_yticks(range(values.shape[0]))

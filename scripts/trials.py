@@ -37,6 +37,11 @@ def changed_recipe(recipe: str, seed: int, settings: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe_module(recipe).RECIPE, seed=seed, **settings)
 
 
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    """Output folder of a variant's run."""
+    return folder / f'{name.replace(" ", "_")}_{seed}'
+
+
 def trial(
     recipe: str, name: str, seed: int, settings: dict[str, Any], folder: Path, before: Callable[[], None] | None = None
 ) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def trial(
     """
     if before is not None:
         before()
-    output_dir = folder / f'{name.replace(" ", "_")}_{seed}'
+    output_dir = run_folder(folder, name, seed)
     changed = dataclasses.replace(changed_recipe(recipe, seed, settings), output_dir=output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
