@@ -21,5 +21,5 @@ echo '== ruff (seconds)'
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac
 echo "== pytest${marked:+, the slow tests too} (under 10 minutes on 2 cores${marked:+ without the slow ones})"
-export OMP_NUM_THREADS=1 # two processes, one core each
-"$python" -m pytest -n 2 ${marked[@]+"${marked[@]}"} "$@"
+export OMP_NUM_THREADS=1 # two processes, one core each; a file's tests in one of them, which makes their fixtures once
+"$python" -m pytest -n 2 --dist loadfile ${marked[@]+"${marked[@]}"} "$@"

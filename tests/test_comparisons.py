@@ -1,6 +1,7 @@
 """What the comparisons choose, count and write, on figures that are known."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def test_scores_of_rates_are_kept_for_runs_of_the_same_length(tmp_path):
     assert long.read() == {}
 
 
-def test_runs_that_are_recorded_are_not_repeated(tmp_path):
+def test_runs_that_are_recorded_are_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, 'ProcessPoolExecutor', lambda workers, *_, **__: ThreadPoolExecutor(workers))
     small = {'dataset': 'fake', 'model': 'test_linformer_vit', 'precision': 'fp32', 'epochs': 0.25}
     variants = {'one': {**small, 'stages': ((16, 1.0),), 'data_dir': tmp_path / 'here'}}
     record = trials.Record(tmp_path / 'runs.json', ('top1', 'seed'))

@@ -1,5 +1,6 @@
 """What else timm and torch promise of a model: tracing, compiling, precision, sharding, pruning, memory formats."""
 
+import itertools
 import os
 import socket
 from pathlib import Path
@@ -56,7 +57,10 @@ def test_fx_trace_gives_the_same_logits_and_gradients(kind, sharing):
     torch.testing.assert_close(gradients(traced, batch()), gradients(model, batch()))
 
 
-@pytest.mark.parametrize('kind', KINDS)
+QUICK = ('linear', 'separable')  # what registered models have
+
+
+@pytest.mark.parametrize('kind', [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_compiled_in_one_graph_gives_the_same_logits(kind):
     model = create(projection=kind)
     torch._dynamo.reset()
@@ -220,45 +224,55 @@ def test_moving_average_follows_the_model():
     assert not torch.equal(ema.module(batch()), model(batch()))
 
 
-def shard(rank: int, port: int, folder: str, parallel: str, checkpointing: bool, chunk_size: int) -> None:
-    """One of two processes: a step on its half of the batch, by DDP or per-block FSDP2; rank 0 writes the gradients."""
+WAYS = list(itertools.product(['fsdp', 'ddp'], [False, True], [0, 16]))  # gradient checkpointing, chunk size
+
+
+def shard(rank: int, port: int, folder: str) -> None:
+    """One of two processes: a step on its half of the batch in each of `WAYS`; rank 0 writes the gradients."""
     from torch.distributed.fsdp import fully_shard
 
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
     try:
-        model = create().train()
-        model.set_grad_checkpointing(checkpointing)
-        model.set_chunk_size(chunk_size)
-        step = model
-        if parallel == 'fsdp':
-            mesh = dist.device_mesh.init_device_mesh('cpu', (2,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        else:
-            step = nn.parallel.DistributedDataParallel(model)
-        step(batch(4).chunk(2)[rank]).square().mean().backward()
-        whole = {n: p.grad.full_tensor() if parallel == 'fsdp' else p.grad for n, p in model.named_parameters()}
-        if rank == 0:
-            torch.save(whole, Path(folder) / 'gradients.pt')
-        dist.barrier()
+        mesh = dist.device_mesh.init_device_mesh('cpu', (2,))
+        for i, (parallel, checkpointing, chunk_size) in enumerate(WAYS):
+            model = create().train()
+            model.set_grad_checkpointing(checkpointing)
+            model.set_chunk_size(chunk_size)
+            step = model
+            if parallel == 'fsdp':
+                for block in model.blocks:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            else:
+                step = nn.parallel.DistributedDataParallel(model)
+            step(batch(4).chunk(2)[rank]).square().mean().backward()
+            whole = {n: p.grad.full_tensor() if parallel == 'fsdp' else p.grad for n, p in model.named_parameters()}
+            if rank == 0:
+                torch.save(whole, Path(folder) / f'gradients_{i}.pt')
+            dist.barrier()
     finally:
         dist.destroy_process_group()
     os._exit(0)  # gloo's threads now and then abort Python's own exit ("terminate called without an active exception")
 
 
-@pytest.mark.parametrize('parallel', ['fsdp', 'ddp'])
-@pytest.mark.parametrize('checkpointing, chunk_size', [(False, 0), (True, 0), (False, 16), (True, 16)])
-def test_two_processes_give_the_gradients_of_one(parallel, checkpointing, chunk_size, tmp_path):
+@pytest.fixture(scope='module')
+def sharded(tmp_path_factory):
+    """A folder with the gradients of two processes, one file for each of `WAYS`."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    mp.spawn(shard, (port, str(tmp_path), parallel, checkpointing, chunk_size), nprocs=2)
-    sharded = torch.load(tmp_path / 'gradients.pt', weights_only=True)
+    folder = tmp_path_factory.mktemp('gradients')
+    mp.spawn(shard, (port, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize('way', range(len(WAYS)), ids=[f'{p}-checkpointing={c}-chunk={s}' for p, c, s in WAYS])
+def test_two_processes_give_the_gradients_of_one(way, sharded):
+    found = torch.load(sharded / f'gradients_{way}.pt', weights_only=True)
     model = create().train()
     model(batch(4)).square().mean().backward()
-    assert sharded.keys() == dict(model.named_parameters()).keys()
+    assert found.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(sharded[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -44,6 +44,7 @@ def test_classify(tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'outputs/pico.onnx').is_file()
 
 
+@pytest.mark.slow
 def test_finetune(tmp_path, monkeypatch, capsys):
     pytest.importorskip('sklearn', reason='needs the [digits] extra')
     names, printed = run('finetune.md', tmp_path, monkeypatch)

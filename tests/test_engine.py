@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from runs import CPU, events, weights
+from runs import CPU, events, small, weights
 
 from linvision.data import create_batches, create_dataset
 from linvision.train import Recipe, checkpoint, train
@@ -24,6 +24,14 @@ def recipe(small_recipe):
     return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)  # 10 steps
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights that the recipe gives."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    train(small(folder, epochs=1.25, lr=3e-3))
+    return weights(folder)
+
+
 def same(one, other) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
@@ -36,9 +44,8 @@ def steps(folder) -> list[str]:
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'a flipped bit', 'a missing file', 'no checksums'])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(recipe, damage, tmp_path, capsys):
-    train(recipe)
-    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts', checkpoint_every=3)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, recipe, damage, capsys):
+    parts = dataclasses.replace(recipe, checkpoint_every=3)
     train(dataclasses.replace(parts, max_steps=6))
     assert steps(parts.output_dir) == ['step_00000003', 'step_00000006']
     last = parts.output_dir / 'checkpoints/step_00000006'
@@ -54,7 +61,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(recipe, d
         (last / 'checksums.json').unlink()
     train(parts)
     assert 'step_00000006 is damaged' in capsys.readouterr().out
-    assert same(weights(recipe.output_dir), weights(parts.output_dir))
+    assert same(weights(parts.output_dir), whole)
 
 
 def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(recipe):
@@ -202,11 +209,9 @@ def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
 
 
 @pytest.mark.parametrize('change', [{'accumulate': 4}, {'grad_checkpointing': True}, {'chunk_size': 32}])
-def test_ways_to_save_memory_give_the_same_weights(recipe, change, tmp_path):
-    train(recipe)
-    other = dataclasses.replace(recipe, output_dir=tmp_path / 'other', **change)
-    train(other)
-    torch.testing.assert_close(weights(other.output_dir), weights(recipe.output_dir), rtol=1e-3, atol=2e-5)
+def test_ways_to_save_memory_give_the_same_weights(whole, recipe, change):
+    train(dataclasses.replace(recipe, **change))
+    torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=2e-5)
 
 
 def test_layer_decay_scales_the_rate_by_depth():
@@ -245,11 +250,9 @@ def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_gives_the_same_weights(recipe, tmp_path):
-    train(recipe)
-    other = dataclasses.replace(recipe, output_dir=tmp_path / 'other', compile=True)
-    train(other)
-    torch.testing.assert_close(weights(other.output_dir), weights(recipe.output_dir), rtol=1e-3, atol=1e-4)
+def test_a_compiled_run_gives_the_same_weights(whole, recipe):
+    train(dataclasses.replace(recipe, compile=True))
+    torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- tensorboard

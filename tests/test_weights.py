@@ -26,7 +26,7 @@ GOLDEN = {  # logits of the ramp below, fp32, torch 2.14.1
         *(-3.2363343, 2.1212339, -7.3743868, 8.8493624, -2.3217034),
     ]
 }
-SLICE = {'linformer_vit_pico_patch1_32.fashion_mnist': (1000, 942)}  # test images, and how many of them are right
+SLICE = {'linformer_vit_pico_patch1_32.fashion_mnist': (400, 375)}  # test images, and how many of them are right
 
 
 @pytest.fixture
