@@ -109,11 +109,14 @@ class Canvas:
         width, height, stride = x1 - x0, y1 - y0, self.stride
         return {int(y0 + height * t) * stride + int(x0 + width * t) for t in self.shares}
 
+    def holds(self, point: Point, border: float) -> bool:
+        """Whether a point lies at least `border` pixels inside."""
+        high = self.img_size - border
+        return border <= point[0] < high and border <= point[1] < high
+
     def fits(self, dash: Dash, border: float) -> bool:
         """Whether a dash lies inside, and far enough from all others."""
-        (x0, y0), (x1, y1) = dash
-        high = self.img_size - border
-        inside = border <= x0 < high and border <= y0 < high and border <= x1 < high and border <= y1 < high
+        inside = self.holds(dash[0], border) and self.holds(dash[1], border)
         return inside and self.taken.isdisjoint(self.cells(dash))
 
     def take(self, dashes: Sequence[Dash]) -> None:
@@ -158,8 +161,7 @@ def make_scene(img_size: int, contour_length: int, rng: random.Random) -> Scene:
         first = (rng.uniform(border, img_size - border), rng.uniform(border, img_size - border))
         angle = rng.uniform(-math.pi, math.pi)
         second = (first[0] + size.seed_distance * math.cos(angle), first[1] + size.seed_distance * math.sin(angle))
-        inside = all(border <= v < img_size - border for v in second)
-        one = canvas.grow(rng, first, contour_length, border) if inside else []
+        one = canvas.grow(rng, first, contour_length, border) if canvas.holds(second, border) else []
         other = canvas.grow(rng, second, contour_length, border) if one else []
         paths = [one, other]
         if other and markers_apart(paths, 2 * size.marker_radius + 1):
