@@ -26,6 +26,7 @@ RECIPE = Recipe(
     hflip=0.5,
     color_jitter=0.3,
     erase=0.25,
+    val_fraction=0.02,
     eval_every=5,
     workers=8,
 )

@@ -32,6 +32,7 @@ RECIPE = Recipe(
     weight_decay=0.01,
     augmentation='kornia',
     hflip=0.5,
+    val_fraction=0.02,
     eval_every=5,
     workers=8,
 )

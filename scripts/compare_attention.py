@@ -43,6 +43,7 @@ FIELDS = (
     'val_curve',
     'seed',
 )
+MACHINE = ('device', 'threads', 'versions')  # a run's own: a table can be made on several
 
 
 def variants_of(tokens: int) -> dict[str, dict[str, Any]]:
@@ -73,7 +74,10 @@ class Comparison:
         fields = {variant: {**self.common, **changed} for variant, changed in variants.items()}
         where = (self.workers, self.output_dir / name)
         runs = run_trials('fashion_mnist_pixels', fields, range(seeds), *where, record=self.record)
-        return {variant: [{k: run[k] for k in FIELDS if k in run} for run in found] for variant, found in runs.items()}
+        return {
+            variant: [{k: run[k] for k in (*FIELDS, *MACHINE) if k in run} for run in found]
+            for variant, found in runs.items()
+        }
 
     def choose_rates(self, epochs: float, known: dict[str, dict[float, float]]) -> dict[str, dict[str, Any]]:
         """The best learning rate of each variant at 256 tokens on the validation slice, and what chose it.
@@ -209,7 +213,7 @@ def main(
     else:
         found = sharing(comparison, seeds, epochs, rates['K = 64']['lr'])
         lines = sharing_table(found['runs'])
-    result = {'epochs': epochs, 'search': search, 'precision': precision, **machine(torch.device('cpu')), **found}
+    result = {'epochs': epochs, 'search': search, 'precision': precision, **found}
     (ROOT / 'docs' / 'results' / f'{table}.json').write_text(json.dumps(result, indent=2) + '\n')
     write_table(table, lines)
     print(lines)

@@ -21,8 +21,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from linvision.data import Images, create_batches, create_dataset
-from linvision.data.folders import ImageFiles
+from linvision.data.folders import ImageFiles, split_folders
 from linvision.nearest import nearest
+from linvision.train.data import fingerprint
 from linvision.train.evaluate import evaluate
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
@@ -31,12 +32,24 @@ from predict import load_model
 
 
 def data_of(model: Path) -> dict[str, Any]:
-    """Dataset, its folder and its arguments of the run that trained a model, as far as its folder says."""
+    """`metrics.json` of the run that trained a model, where there is one."""
     folder = model_folder(model)
     for metrics in (folder / 'metrics.json', folder.parent / 'metrics.json'):  # of the package's weights; of a run
         if metrics.is_file():
-            return json.loads(metrics.read_text())['recipe']
+            return json.loads(metrics.read_text())
     return {}
+
+
+def check_unseen(data_dir: Path, dataset: str, metrics: dict[str, Any]) -> None:
+    """Raise ValueError where the folder that a run split has other images now: some may have changed sides."""
+    if dataset != 'image_folder' or 'images' not in metrics or split_folders(data_dir)[1] is not None:
+        return
+    if fingerprint(create_dataset(dataset, data_dir, 'train')) != metrics['images']:
+        raise ValueError(
+            f'{data_dir} has other images than when the model was trained, and no val/ of its own: every fifth is the '
+            'test, and some that the model has learnt may be among them now. Score it on images that it has not seen, '
+            'with --data-dir and --split all.'
+        )
 
 
 def with_classes_of(model: nn.Module, images: Images) -> Images:
@@ -98,7 +111,8 @@ def main(
     where = choose_device(device)
     net = load_model(model).to(where)
     config = resolve_model_data_config(net)
-    trained = data_of(model)
+    metrics = data_of(model)
+    trained = metrics.get('recipe', {})
     if not dataset and not trained:
         raise ValueError(f'{model} has no metrics.json that names its data: say --dataset and --data-dir.')
     if trained and dataset in ('', trained['dataset']):
@@ -109,6 +123,8 @@ def main(
         images = create_dataset(dataset, data_dir, split, **(dataset_args or {}))
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error} (Looked for from {Path.cwd()}; --data-dir names another folder.)') from error
+    if data_dir == Path(trained.get('data_dir', '')) and split not in ('train', 'all'):
+        check_unseen(data_dir, dataset, metrics)
     images = with_classes_of(net, images)
     if limit:
         images = images.subset(torch.arange(min(limit, len(images))))

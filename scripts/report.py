@@ -165,7 +165,7 @@ def report(run: Path) -> dict[str, Any]:
     metrics = json.loads((run / 'metrics.json').read_text())
     recipe = metrics['recipe']
     if 'top1' not in metrics:
-        raise ValueError(f'The run in {run} was not scored on the test set. Train without --no-test.')
+        raise ValueError(f'The run in {run} was not scored on the test set. Give its command again without --no-test.')
     model = load_model(run / 'model')
     found = create_dataset(recipe['dataset'], recipe['data_dir'], 'test', **recipe['dataset_args'])
     test_set = in_memory(found, model.patch_embed.img_size[0], recipe['crop_mode'])
@@ -173,7 +173,8 @@ def report(run: Path) -> dict[str, Any]:
     picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
     files = recipe['dataset'] == 'image_folder'
     shrink = {'img_size': 16, 'l2': 'auto', 'crop_mode': recipe['crop_mode']}
-    baseline, shrunk = ('16×16 pixels', shrink) if files else ('raw pixels', {})
+    baseline, reading = ('16×16 pixels', shrink) if files else ('raw pixels', {})
+    reading['dataset_args'] = recipe['dataset_args']
     rows = {
         recipe['model']: {
             'top1': metrics['top1'],
@@ -182,7 +183,7 @@ def report(run: Path) -> dict[str, Any]:
             'train_seconds': 60 * metrics['train_minutes'],
             'tokens': metrics['tokens'],
         },
-        f'softmax regression, {baseline}': softmax_regression(recipe['dataset'], recipe['data_dir'], **shrunk),
+        f'softmax regression, {baseline}': softmax_regression(recipe['dataset'], recipe['data_dir'], **reading),
     }
     (run / 'report.json').write_text(json.dumps(rows, indent=2) + '\n')
     return rows

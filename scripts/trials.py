@@ -6,6 +6,7 @@ another machine too, and nobody has to repeat hours of training to add a seed.
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
 import multiprocessing
@@ -102,13 +103,18 @@ class Record:
         return None if self.again else next((run['found'] for run in self.read() if run['asked'] == asked), None)
 
     def keep(self, asked: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """Add a run; the file is whole at any moment."""
-        runs = [run for run in self.read() if run['asked'] != asked]
-        runs.append({'asked': asked, 'found': {k: metrics[k] for k in self.fields if k in metrics}})
+        """Add a run; the file is whole at any moment, and two scripts may write to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f'.{os.getpid()}')
-        part.write_text('[\n' + ',\n'.join(json.dumps(run) for run in runs) + '\n]\n')
-        os.replace(part, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+            runs = [run for run in self.read() if run['asked'] != asked]
+            runs.append({'asked': asked, 'found': {k: metrics[k] for k in self.fields if k in metrics}})
+            part = self.path.with_suffix('.part')
+            part.write_text('[\n' + ',\n'.join(json.dumps(run) for run in runs) + '\n]\n')
+            os.replace(part, self.path)
+        finally:
+            os.close(folder)
 
 
 def run_trials(

@@ -64,6 +64,15 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, re
     assert same(weights(parts.output_dir), whole)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over_by_itself(recipe):
+    train(dataclasses.replace(recipe, max_steps=3))
+    (recipe.output_dir / 'checkpoints/step_00000003/state.pt').write_bytes(b'damaged')
+    for _ in range(2):  # as torchrun would, with --max-restarts
+        with pytest.raises(ValueError, match='All checkpoints in .* are damaged.*--fresh'):
+            train(recipe)
+    assert train(dataclasses.replace(recipe, fresh=True))['steps'] == 10
+
+
 def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(recipe):
     kept = train(dataclasses.replace(recipe, epochs=6, val_fraction=0.25, eval_every=0.5, checkpoint_every=1))
     best = f'step_{kept["best_step"]:08d}'
@@ -139,7 +148,7 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     length, batch = '10 steps, 1.25 passes over the images', '32 images = 1 processes × 1 parts × 32'
     for words in (length, batch, '64 tokens', '256 tokens'):
         assert words in out, out
-    assert 'one step of 32 images taken' in out
+    assert 'one step of 32 images of 16×16 pixels taken' in out
 
 
 @pytest.mark.parametrize(
@@ -208,7 +217,7 @@ def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize('change', [{'accumulate': 4}, {'grad_checkpointing': True}, {'chunk_size': 32}])
+@pytest.mark.parametrize('change', [{'accumulate': 4}, {'grad_checkpointing': True}, {'chunk_size': 512}])
 def test_ways_to_save_memory_give_the_same_weights(whole, recipe, change):
     train(dataclasses.replace(recipe, **change))
     torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=2e-5)

@@ -193,3 +193,39 @@ def test_two_processes_score_every_readable_image_once(tmp_path, workers):
         seen += labels[counts].tolist()
     readable = [images.classes.index(str(i)) for i in range(13) if i not in (3, 12)]
     assert sorted(seen) == sorted(readable)
+
+
+def test_a_folder_with_a_run_on_other_images_is_refused(recipe, tmp_path):
+    train(dataclasses.replace(recipe, max_steps=2))
+    moved = recipe.data_dir.rename(tmp_path / 'moved')
+    other = dataclasses.replace(recipe, data_dir=moved)
+    first = sorted((moved / 'train').rglob('*.png'))[0]
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(ValueError, match=r'on other training images \(30 there, 29 now\).*--fresh'):
+        train(other)
+    renamed = first.with_name('another.png')
+    renamed.write_bytes(content)
+    with pytest.raises(ValueError, match=r'on other training images \(30, of other names or classes\)'):
+        train(other)
+    renamed.rename(first)
+    assert train(other)['steps'] == 3  # the same images in another place
+    copied = shutil.copytree(moved, tmp_path / 'copied')
+    (copied / 'train/bar 1').rename(copied / 'train/bar 3')
+    (copied / 'val/bar 1').rename(copied / 'val/bar 3')
+    with pytest.raises(ValueError, match='on other training images'):
+        train(dataclasses.replace(recipe, data_dir=copied))
+
+
+def test_images_that_may_have_changed_sides_are_not_scored(bars, tmp_path, capsys):
+    for path in sorted((bars / 'train').rglob('*.png')):
+        (tmp_path / 'all' / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / 'all' / path.parent.name)
+    recipe = small(tmp_path / 'run', dataset='image_folder', data_dir=tmp_path / 'all', stages=(), batch_size=8)
+    metrics = train(recipe)
+    capsys.readouterr()
+    evaluate.main(recipe.output_dir, device='cpu')
+    assert json.loads(capsys.readouterr().out)['top1'] == metrics['top1']
+    sorted((tmp_path / 'all').rglob('*.png'))[0].unlink()
+    with pytest.raises(ValueError, match='learnt may be among them now.*--split all'):
+        evaluate.main(recipe.output_dir, device='cpu')

@@ -50,6 +50,14 @@ def test_train_and_val_are_the_two_splits(tmp_path, test):
     assert names(half) == [('b.JPG', 'cat'), ('c.png', 'ant')] and half.in_chans == 1
 
 
+def test_of_val_and_test_the_test_is_scored_if_it_has_classes(tmp_path, caplog):
+    pictures(tmp_path, 'train/cat/a.png', 'val/cat/b.png', 'test/c.png')  # as ImageNet's, without labels
+    assert names(create_dataset('image_folder', tmp_path, 'test')) == [('b.png', 'cat')] and not caplog.messages
+    pictures(tmp_path, 'test/cat/d.png')
+    assert names(create_dataset('image_folder', tmp_path, 'test')) == [('d.png', 'cat')]
+    assert caplog.messages[-1] == f'{tmp_path}/test is the test; val beside it is left aside'
+
+
 @pytest.mark.parametrize('below', ['', 'train'])
 def test_without_val_every_fifth_image_of_a_class_is_for_the_test(tmp_path, below):
     pictures(tmp_path / below, *(f'cat/{i:02}.png' for i in range(11)), *(f'dog/{i}.png' for i in range(5)))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,3 +137,41 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + number and 'Traceback' not in errors
     assert len(list((tmp_path / 'checkpoints').glob('step_*'))) >= 1
+
+
+def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):
+    first = train(dataclasses.replace(recipe, test=False, val_fraction=0.25))
+    assert 'top1' not in first and first['val_num_samples'] == 64
+    before = weights(recipe.output_dir)
+    scored = train(dataclasses.replace(recipe, val_fraction=0.25))
+    assert scored['num_samples'] == 100 and scored['val_loss'] == first['val_loss'] and scored['steps'] == 8
+    assert all(torch.equal(before[name], value) for name, value in weights(recipe.output_dir).items())
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'stages': ((8, 0.4), (13, 0.2), (16, 0.4)), 'model': 'linformer_vit_pico_patch2_32'}, 'multiple of the patch'),
+    ({'val_fraction': 0.001}, 'val_fraction 0.001 of 256 training images is none: say --val-fraction 0.0039 or more'),
+])  # fmt: skip
+def test_what_cannot_be_reached_is_said_before_the_first_step(recipe, change, words):
+    with pytest.raises(ValueError, match=words):
+        train(dataclasses.replace(recipe, **change))
+    assert not list(recipe.output_dir.glob('checkpoints/*'))
+
+
+def test_scores_that_will_not_come_are_announced(recipe, capsys):
+    train(dataclasses.replace(recipe, eval_every=0.5, max_steps=1))
+    assert 'no scores on the way: --eval-every needs a --val-fraction' in capsys.readouterr().out
+
+
+def test_a_teacher_of_other_classes_is_refused(recipe, model_folder):
+    recipe = dataclasses.replace(recipe, stages=(), teacher=str(model_folder), test=False, max_steps=1)
+    train(recipe)
+    with pytest.raises(ValueError, match='tells 10 classes apart, the student 5.*Fine-tune the teacher'):
+        train(dataclasses.replace(recipe, dataset_args={'num_classes': 5}, fresh=True))
+    config = json.loads((model_folder / 'config.json').read_text())
+    names = config['label_names'][::-1]
+    turned = recipe.output_dir / 'turned'
+    shutil.copytree(model_folder, turned)
+    (turned / 'config.json').write_text(json.dumps({**config, 'label_names': names}))
+    with pytest.raises(ValueError, match="the student 10: .'bar 9', "):
+        train(dataclasses.replace(recipe, teacher=str(turned), output_dir=recipe.output_dir / 'other'))

@@ -35,13 +35,13 @@ class DeviceBatches:
             img_size: Size of the images.
         """
         for epoch, number, index in self.order.shuffled(seed, step):
-            index = index.to(self.labels.device)
+            index = self.preparation.send(index)
             images = self.preparation.augmented(self.images[index], img_size, self.img_size, seed, epoch, number)
             yield images, self.labels[index]
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented, for evaluation; a label of -1 does not count."""
         for index, counts in self.order.in_order():
-            index = index.to(self.labels.device)
-            labels = torch.where(counts.to(index.device), self.labels[index], -1)
+            index, counts = self.preparation.send(index), self.preparation.send(counts)
+            labels = torch.where(counts, self.labels[index], -1)
             yield self.preparation.plain(self.images[index], img_size), labels

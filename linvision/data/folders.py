@@ -27,7 +27,7 @@ from linvision.data.image_set import statistics
 LOOKS = 500  # images that are looked at to find out channels, size, mean and standard deviation
 IMAGENETTE = 'imagenette2-320'
 TRAIN_FOLDERS = ('train', 'training')
-TEST_FOLDERS = ('val', 'valid', 'validation', 'test', 'testing')  # the first that is there
+TEST_FOLDERS = ('test', 'testing', 'val', 'valid', 'validation')  # the first that holds folders
 
 _logger = logging.getLogger(__name__)
 
@@ -61,6 +61,12 @@ class ImageFiles:
         """
         path, label = self.samples[index]
         return read_image(path, self.in_chans), label
+
+    @property
+    def names(self) -> list[str]:
+        """The images' paths within the folder that holds them all."""
+        paths = [path for path, _ in self.samples]
+        return [path[len(os.path.commonpath(paths)) :] for path in paths]
 
     def subset(self, index: Tensor) -> 'ImageFiles':
         """The images at the given positions."""
@@ -154,6 +160,9 @@ def image_folder(root: Path, split: str) -> ImageFiles:
         }
     elif test is not None and split != 'train':
         of_test = scan(test, root)
+        aside = [p.name for p in visible(root) if p.name.lower() in TEST_FOLDERS and p != test and visible(p)]
+        if aside:
+            _logger.warning(f'{test} is the test; {", ".join(aside)} beside it is left aside')
         if unknown := set(of_test) - set(classes):
             raise ValueError(f'{test} has classes that {train} lacks: {sorted(unknown)}. Both need the same folders.')
         kept = images if split == 'all' else {}
@@ -176,7 +185,8 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     """
     folders = {path.name.lower(): path for path in visible(root)}
     train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
-    test = next((folders[name] for name in TEST_FOLDERS if name in folders), None)
+    there = [folders[name] for name in TEST_FOLDERS if name in folders]
+    test = next((path for path in there if visible(path)), there[0] if there else None)
     if test is not None and len(folders) == 1 and visible(test):
         raise FileNotFoundError(
             f'{root} holds {test.name}/ alone: put the images to train on into {root}/train/CLASS/.'

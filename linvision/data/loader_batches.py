@@ -170,8 +170,7 @@ class BadImages(set):
         for complaint in filter(None, complaints):
             if self.on_bad_image == 'stop':
                 raise OSError(
-                    f'{complaint} Mend or remove it, or leave such images out with --on-bad-image skip '
-                    "(on_bad_image='skip')."
+                    f"{complaint} Mend it, or leave such images out with --on-bad-image skip (on_bad_image='skip')."
                 )
             if complaint not in self:
                 self.add(complaint)

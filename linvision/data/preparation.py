@@ -34,6 +34,11 @@ class Preparation:
         self.augments = augmentation.active and augmentation.library == 'kornia'
         self.kornia = cache(lambda size: KorniaBatches(augmentation, size, mean, std, order.rank, order.count))
 
+    def send(self, numbers: Tensor) -> Tensor:
+        """A small tensor on the device; from pinned memory, else the copy would wait for all that is queued there."""
+        numbers = numbers.pin_memory() if self.device.type == 'cuda' else numbers
+        return numbers.to(self.device, non_blocking=True)
+
     def plain(self, images: Tensor, img_size: int) -> Tensor:
         """Never augmented: uint8 (B, C, H, W) to float (B, C, img_size, img_size)."""
         images = images.to(self.device, non_blocking=True)

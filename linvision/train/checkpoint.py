@@ -139,8 +139,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     for part in folder.glob('*.part'):
         shutil.rmtree(part)
-    found = list(reversed(checkpoints(folder)))
-    for path in found:
+    for path in reversed(checkpoints(folder)):
         try:
             for name, sum in json.loads((path / 'checksums.json').read_text()).items():
                 if digest(path / name) != sum:
@@ -151,7 +150,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             print(f'{path} is damaged ({first_line(error)}); it is {aside.name} now.', flush=True)
-    if found:
+    if any(folder.glob('damaged_step_*')):  # of this call or of an earlier one
         raise ValueError(
             f'All checkpoints in {folder} are damaged; they are kept there. To start over, add --fresh or choose '
             'another --output-dir.'
@@ -225,4 +224,22 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
         raise ValueError(
             f'{folder} holds a run of another recipe ({words}). Nothing was changed. Choose another --output-dir, run '
             'the recipe that the folder was made with, or start over beside it with --fresh.'
+        )
+
+
+def check_same_images(folder: Path, images: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise ValueError where a folder holds a run on other training images.
+
+    Args:
+        folder: The output folder.
+        images: The fingerprint of those that are there (`TrainingData.fingerprint`).
+        found: That of the run; empty where it has none.
+    """
+    if found and images != found:
+        there, now = found['num_images'], images['num_images']
+        count = f'{there:,} there, {now:,} now' if there != now else f'{there:,}, of other names or classes'
+        raise ValueError(
+            f'{folder} holds a run on other training images ({count}). Nothing was changed. Which images train and '
+            'which are kept apart depends on the files that there are: put them back, choose another --output-dir, or '
+            'start over beside it with --fresh.'
         )

@@ -1,5 +1,7 @@
 """The data of a run: the training set, its validation slice and the test set, cut into this process's batches."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from linvision.data import Augmentation, Batches, Images, create_batches, create_dataset
 from linvision.data.folders import ImageFiles
+from linvision.data.loader_batches import LoaderBatches
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, split_validation
+from linvision.train.setup import create_model, set_size, split_validation
 
 
 class TrainingData:
@@ -25,6 +28,7 @@ class TrainingData:
 
     Attributes:
         train_set: The training set without its validation slice.
+        fingerprint: What tells the training images, its slice with them, from others.
         mean, std: How images are normalised.
         batches: Batches of the training set.
         validation: Batches of the slice, or None.
@@ -36,7 +40,14 @@ class TrainingData:
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self.recipe, self.processes = recipe, processes
-        self.train_set, val_set = split_validation(self.open('train'), recipe.val_fraction, recipe.seed)
+        whole = self.open('train')
+        self.fingerprint = fingerprint(whole)
+        self.train_set, val_set = split_validation(whole, recipe.val_fraction, recipe.seed)
+        if recipe.val_fraction and not len(val_set):
+            raise ValueError(
+                f'val_fraction {recipe.val_fraction:g} of {len(whole)} training images is none: say --val-fraction '
+                f'{1 / len(whole):.2g} or more, or 0.'
+            )
         self.mean, self.std = self.train_set.statistics()
         config = timm.get_pretrained_cfg(recipe.model)
         # above 1 is the border of a set in memory, that of weights which come with the package
@@ -44,6 +55,8 @@ class TrainingData:
         self.cropping = {'crop_pct': share, 'crop_mode': recipe.crop_mode}
         self.stages = recipe.stages or ((recipe.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
+        if len(self.stages) > 2:
+            self.check_stages()
         if len(self.train_set) < recipe.batch_size:
             raise ValueError(
                 f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images: say '
@@ -55,6 +68,13 @@ class TrainingData:
         self.test = self.cut(self.open('test'), recipe.eval_batch_size) if recipe.test else None
         classes = len(self.train_set.classes)
         self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+    def check_stages(self) -> None:
+        """Raise ValueError for an image size that the model cannot have; the first and the last are met at once."""
+        with torch.device('meta'):
+            model = create_model(self.recipe, self.shape, self.stages[-1][0])
+            for img_size, _ in self.stages[1:-1]:
+                set_size(model, img_size)
 
     def check_classes(self) -> None:
         """Raise ValueError where there is nothing to tell apart."""
@@ -92,6 +112,11 @@ class TrainingData:
         return max(patch, found // patch * patch)
 
     @property
+    def read(self) -> bool:
+        """Whether images are read while the model trains, and can be waited for."""
+        return isinstance(self.batches, LoaderBatches)
+
+    @property
     def shape(self) -> dict[str, int]:
         """What the images ask of a model."""
         return {'in_chans': self.train_set.in_chans, 'num_classes': len(self.train_set.classes)}
@@ -99,15 +124,17 @@ class TrainingData:
     @property
     def notes(self) -> list[str]:
         """What a user would want to know of the images, in words."""
-        if self.cropping['crop_mode'] != 'center' or not isinstance(self.train_set, ImageFiles):
-            return []
-        long = sum(max(size) > 1.1 * min(size) for size in self.train_set.sizes) / len(self.train_set.sizes)
-        if long < 0.1:
-            return []
-        return [
-            f'{100 * long:.0f} % of the images are not square: their middle is used. --crop-mode border or squash '
-            'takes them whole.'
-        ]
+        notes = []
+        if self.recipe.eval_every and self.validation is None:
+            notes.append('no scores on the way: --eval-every needs a --val-fraction')
+        if self.cropping['crop_mode'] == 'center' and isinstance(self.train_set, ImageFiles):
+            long = sum(max(size) > 1.1 * min(size) for size in self.train_set.sizes) / len(self.train_set.sizes)
+            if long >= 0.1:
+                notes.append(
+                    f'{100 * long:.0f} % of the images are not square: their middle is used. --crop-mode border or '
+                    'squash takes them whole.'
+                )
+        return notes
 
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""
@@ -120,3 +147,9 @@ class TrainingData:
     def data_config(self) -> dict[str, Any]:
         """How timm reads an image as evaluation did."""
         return {'mean': self.mean, 'std': self.std, **self.train_set.data_config(**self.cropping)}
+
+
+def fingerprint(images: Images) -> dict[str, Any]:
+    """How many images a set has, and a digest of its classes and, for files, of their names."""
+    words = [*images.classes, *(images.names if isinstance(images, ImageFiles) else [])]
+    return {'num_images': len(images), 'digest': hashlib.sha256(os.fsencode('\n'.join(words))).hexdigest()}

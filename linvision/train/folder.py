@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from linvision.train.checkpoint import check_same_run
+from linvision.data import create_dataset
+from linvision.train.checkpoint import check_same_images, check_same_run, checkpoints
+from linvision.train.data import fingerprint
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
 
@@ -63,14 +65,18 @@ def set_aside(folder: Path) -> None:
 
 
 def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The metrics of a finished run of this recipe, or an empty dict.
+    """The metrics of a finished run of this recipe, or an empty dict, also where its test is still to come.
 
     Raises:
-        ValueError: The folder holds a finished run of another recipe.
+        ValueError: The folder holds a finished run of another recipe, or on other images.
     """
     metrics = folder / 'metrics.json'
     if not metrics.exists():
         return {}
     found = json.loads(metrics.read_text())
     check_same_run(folder, recipe.to_dict(), found['recipe'])
-    return found
+    if str(recipe.data_dir) != found['recipe']['data_dir']:
+        images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download, **recipe.dataset_args)
+        check_same_images(folder, fingerprint(images), found.get('images', {}))
+    to_score = recipe.test and 'loss' not in found and checkpoints(folder / 'checkpoints')
+    return {} if to_score else found

@@ -40,7 +40,7 @@ class Learner:
         updates: Updates in the whole run, over which the schedule extends.
         mean, std: How images are normalised, for a teacher that wants them otherwise.
         processes: The processes of the run.
-        classes: What the images show, for a head that comes with the weights.
+        classes: What the images show, for a head that comes with the weights, and for a teacher.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Learner:
             raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')
         model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
         self.objective = OBJECTIVES[recipe.task](recipe)
-        self.task = self.objective.task(model, last_img_size, processes.device)
+        self.task = self.objective.task(model, last_img_size, processes.device, classes)
         if recipe.ema_decay:
             self.task.setup_ema(decay=recipe.ema_decay, use_warmup=True)
 

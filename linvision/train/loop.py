@@ -23,6 +23,7 @@ from linvision.data import Batches
 from linvision.data.order import key
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
+    check_same_images,
     check_same_run,
     newest_checkpoint,
     random_states,
@@ -135,6 +136,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.finite, self.finite_until = torch.ones((), dtype=torch.bool, device=joined.device), self.at.step
         self.data = TrainingData(recipe, joined)
+        check_same_images(folder, self.data.fingerprint, found.get('images', {}))
         self.data.batches.bad_images.update(self.at.bad_images)
         self.updates = CLOCK_UPDATES if recipe.max_minutes else self.data.batches.order.steps(recipe.epochs)
         self.make_learner(found, path)
@@ -218,7 +220,7 @@ class Run:
         self.learner.task.train()
         tokens, waited, tick = recipe.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
         for images, labels in self.data.stream(at.step, self.img_size):
-            waited += time.perf_counter() - tick
+            waited += (time.perf_counter() - tick) * self.data.read  # else it is the device that is waited for
             images, labels = self.prepare(images, labels)
             loss, grad_norm, logits = self.step(images, labels)
             at.step, at.tokens = at.step + 1, at.tokens + tokens
@@ -230,13 +232,17 @@ class Run:
             stop = bool(stop) or at.step == recipe.max_steps and self.progress < 1
 
             # log, evaluate, save
-            silent = at.minutes - self.last_log[1]
-            if at.step % recipe.log_every == 0 or silent > LOG_MINUTES or self.progress >= 1:
+            logs = at.step % recipe.log_every == 0 or at.minutes - self.last_log[1] > LOG_MINUTES or self.progress >= 1
+            scores = recipe.eval_every and at.step % self.data.batches.order.steps(recipe.eval_every) == 0
+            saves = at.step % recipe.checkpoint_every == 0
+            if logs or scores or saves or stop:
+                self.settle()
+            if logs:
                 self.log(loss, grad_norm, logits, labels, waited)
                 waited = 0.0
-            if recipe.eval_every and not stop and at.step % self.data.batches.order.steps(recipe.eval_every) == 0:
+            if scores and not stop:
                 self.validate()
-            if at.step % recipe.checkpoint_every == 0:
+            if saves:
                 self.save()
             if stop:
                 return False
@@ -244,6 +250,13 @@ class Run:
                 break
             tick = time.perf_counter()
         return True
+
+    def settle(self) -> None:
+        """Wait for what is queued on the device, as training: what follows is not."""
+        if self.processes.device.type != 'cpu':
+            start = time.perf_counter()
+            torch.accelerator.synchronize()
+            (self.at.minutes,) = self.processes.largest(self.at.minutes + (time.perf_counter() - start) / 60)
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seed what is drawn in a step, and mix its images."""
@@ -273,7 +286,8 @@ class Run:
             where = f'step {last}' if self.finite_until == last else f'steps {self.finite_until} to {last}'
             raise FloatingPointError(
                 f'The loss or its gradient is not finite in {where}. The checkpoints in {self.folder}/checkpoints are '
-                'as they were. Try a smaller --lr or --precision fp32.'
+                'as they were, and go on only with the settings that they were made with: try a smaller --lr or '
+                '--precision fp32 with --fresh, or in another --output-dir.'
             )
         self.finite_until = step
 
@@ -330,6 +344,7 @@ class Run:
         own, shards = self.learner.state()
         state = {
             'recipe': self.identity,
+            'images': self.data.fingerprint,
             'position': asdict(self.at),
             'precision': self.learner.precision,
             'probe': self.probe,
@@ -361,15 +376,18 @@ class Run:
         return metrics
 
     def try_one_step(self) -> None:
-        """Print the plan, take one step, and say what it took."""
+        """Print the plan, take one step of the largest images, and say what it took."""
         self.board.say(plan(self))
+        self.at.stage = max(range(len(self.data.stages)), key=lambda stage: self.data.stages[stage][0])
+        self.learner.set_size(self.img_size)
         self.learner.task.train()
         images, labels = next(self.data.stream(self.at.step, self.img_size))
         start = time.perf_counter()
         loss, _, _ = self.step(*self.prepare(images, labels))
         self.board.say(
-            f'one step of {self.recipe.batch_size} images taken: {time.perf_counter() - start:.2f} s, loss '
-            f'{float(loss):.3f}, {peak_memory_gib(self.processes.device):.2f} GiB in use at most. Nothing was written.'
+            f'one step of {self.recipe.batch_size} images of {self.img_size}×{self.img_size} pixels taken: '
+            f'{time.perf_counter() - start:.2f} s, loss {float(loss):.3f}, '
+            f'{peak_memory_gib(self.processes.device):.2f} GiB in use at most. Nothing was written.'
         )
 
 

@@ -52,6 +52,7 @@ def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, floa
         'precision': run.learner.precision,
         'probe_seconds': run.probe,
         'recipe': run.recipe.to_dict(),
+        'images': data.fingerprint,
         'seed': run.recipe.seed,
         **machine(run.processes.device),
         'processes': run.processes.count,

@@ -35,7 +35,7 @@ class Classes:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def task(self, model: nn.Module, img_size: int, device: torch.device) -> TrainingTask:
+    def task(self, model: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...]) -> TrainingTask:
         """timm's task: the loss, and the teacher's where there is one."""
         recipe = self.recipe
         criterion = {'soft_targets': True} if recipe.mixes else {'smoothing': recipe.smoothing}
@@ -43,7 +43,7 @@ class Classes:
             return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
         return LogitDistillationTask(
             model,
-            load_teacher(recipe.teacher, model, img_size, device),
+            load_teacher(recipe.teacher, model, img_size, device, classes),
             criterion_kwargs=criterion,
             task_loss_weight=1 - recipe.teacher_weight,
             temperature=recipe.teacher_temperature,
@@ -81,7 +81,7 @@ class MaskedPixels(Classes):
     best = 'loss'
     best_of_any_size = False  # smaller images are smoother
 
-    def task(self, model: nn.Module, img_size: int, device: torch.device) -> TrainingTask:
+    def task(self, model: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...]) -> TrainingTask:
         """timm's task with hidden pixels."""
         return MaskedPixelsTask(model, self.recipe.mask_ratio, self.recipe.mask_size, device=device, verbose=False)
 

@@ -162,10 +162,30 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def load_teacher(name: str, student: nn.Module, img_size: int, device: torch.device) -> nn.Module:
-    """A trained model that the student learns from: a folder that a run exported, or a name of timm's."""
-    shape = {'in_chans': student.patch_embed.proj.in_channels, 'num_classes': student.num_classes}
-    teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, **shape)
+def load_teacher(
+    name: str, student: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...] = ()
+) -> nn.Module:
+    """A trained model that the student learns from: a folder that a run exported, or a name of timm's.
+
+    Args:
+        name: The folder or the name.
+        student: The model that learns.
+        img_size: Image size of both.
+        device: Where the teacher goes.
+        classes: What the student tells apart.
+
+    Raises:
+        ValueError: The teacher tells other things apart.
+    """
+    in_chans = student.patch_embed.proj.in_channels
+    teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
+    known = tuple(teacher.pretrained_cfg.get('label_names') or classes)
+    if teacher.num_classes != student.num_classes or classes and known != tuple(classes):
+        words = f': {list(known[:5])}, not {list(classes[:5])}' if classes and known != tuple(classes) else ''
+        raise ValueError(
+            f'The teacher {name} tells {teacher.num_classes} classes apart, the student {student.num_classes}{words}. '
+            'Fine-tune the teacher on these images first: python recipes/finetune.py --init … --dataset ….'
+        )
     return teacher.to(device).eval().requires_grad_(False)
 
 
