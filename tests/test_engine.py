@@ -209,6 +209,21 @@ def test_what_a_boundary_replaces_keeps_training_and_the_rest_keeps_its_moments(
         assert not torch.equal(average[name], dict(learner.ema.named_parameters())[name]), name
 
 
+@pytest.mark.parametrize('proj_len, unused', [(64, True), (16, False)])
+def test_a_projection_that_was_not_used_before_the_image_grew_starts_as_the_mean_of_cells(proj_len, unused):
+    recipe = Recipe(model='test_linformer_vit', model_args={'proj_len': proj_len}, ema_decay=0.5)
+    learner = Learner(recipe, {'in_chans': 1, 'num_classes': 10}, 8, 16, 100, (0.5,), (0.5,), Processes(CPU))
+    learner.start('fp32')
+    learner.set_size(16)
+    pooled = timm.create_model('test_linformer_vit', img_size=16, in_chans=1, num_classes=10,
+                               proj_len=proj_len, projection='mean_pool')  # fmt: skip
+    images = torch.randn(2, 1, 16, 16)
+    for model in (learner.model, learner.ema):
+        pooled.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('projection.')})
+        close = torch.allclose(model.eval()(images), pooled.eval()(images), rtol=1e-4, atol=1e-5)
+        assert close == unused
+
+
 def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
     metrics = train(dataclasses.replace(recipe, stages=((8, 0.99), (16, 0.01))))
     assert metrics['tokens'] == 256 and metrics['steps'] == 10

@@ -24,7 +24,7 @@ from linvision.train.optimizer import carry_state, create_optimizer, create_sche
 from linvision.train.parallel import Processes
 from linvision.train.precision import autocast
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, freeze, load_backbone, set_size
+from linvision.train.setup import create_model, freeze, has_idle_projection, load_backbone, set_size
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True)
 
@@ -170,7 +170,10 @@ class Learner:
             gc.collect()  # … whose hooks go with it
         for model in (self.model, self.ema):
             if model is not None:
+                idle = not self.recipe.init and has_idle_projection(model)
                 set_size(model, img_size)
+                if idle:  # a random E would undo what full attention has learnt
+                    model.projection.pool()
         freeze(self.model, self.recipe.freeze)
         previous = self.optimizer
         self.arrange()

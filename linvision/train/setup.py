@@ -198,6 +198,13 @@ def set_size(model: nn.Module, img_size: int) -> None:
     model.set_input_size(img_size=(img_size, img_size))
 
 
+def has_idle_projection(model: nn.Module) -> bool:
+    """Whether there is an E that no layer uses at the present size, since K is not below N."""
+    if getattr(model, 'projection', None) is None:
+        return False
+    return all(block.attn.is_full(model.patch_embed.grid_size) for block in model.blocks)
+
+
 def count_tokens(model: nn.Module) -> int:
     """Tokens of one image at the model's present size."""
     return model.patch_embed.num_patches
