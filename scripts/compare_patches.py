@@ -66,7 +66,8 @@ def page(result: dict[str, Any]) -> str:
     return f"""# Do pixels pay?
 
 Fashion-MNIST on a 32×32 canvas, `linformer_vit_pico_patch{{1,2,4}}_32`, one CPU thread in bf16 for each run, torch
-{result['torch']}; top-1 on all 10,000 test images, mean ± standard deviation over {seeds} seed(s). Written by
+{result['torch']}; top-1 on all 10,000 test images, mean ± standard deviation over {seeds} seed(s). The learning
+rate is the recipe's and K the models' own: neither was chosen for any of the three. Written by
 
     python scripts/compare_patches.py --minutes {minutes:g} --epochs {epochs:g} --seeds {seeds}
 

@@ -5,7 +5,8 @@
 At 256 tokens, by the recipes `fashion_mnist_pixels` and `masked_pixels`. One model sees classes from the first step to
 the last. The other spends a share of the steps on masked pixels, without labels, and the rest on classes; its
 backbone, with its projection, is what goes over (arXiv 2310.02980). A step of either kind is one batch of the same
-model; the table shows the minutes of both. Learning rates are chosen on the validation slice, for each. Writes
+model; the table shows the minutes of both. The learning rate of the classes is chosen on the validation slice, for
+each; that of the pixels is the recipe's. Writes
 `docs/results/pretraining.json`, and its table in `docs/results.md`.
 """
 
