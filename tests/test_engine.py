@@ -254,23 +254,23 @@ def test_layer_decay_scales_the_rate_by_depth():
 
 
 def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
-    teacher = dataclasses.replace(recipe, epochs=15, output_dir=tmp_path / 'teacher', stages=())
+    teacher = dataclasses.replace(recipe, epochs=12, output_dir=tmp_path / 'teacher', stages=((8, 1.0),))
     train(teacher)
     agreement = []
     for weight in (0.0, 1.0):
         student = dataclasses.replace(
-            teacher, output_dir=tmp_path / f'student_{weight}', epochs=4, seed=1,
+            teacher, output_dir=tmp_path / f'student_{weight}', epochs=4, lr=1e-2, seed=1,
             teacher=str(teacher.output_dir / 'model'), teacher_weight=weight, test=False,
         )  # fmt: skip
         train(student)
         images = create_batches(create_dataset('fake', '.', 'test'), 100, (0.2,), (0.2,), CPU)
-        batch, _ = next(images.ordered(16))
+        batch, _ = next(images.ordered(8))
         one, two = (
             timm.create_model(f'local-dir:{r.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
             for r in (teacher, student)
         )
         agreement.append((one.exp() * (one - two)).sum(-1).mean().item())  # KL divergence
-    assert agreement[1] < agreement[0]
+    assert agreement[1] < 0.7 * agreement[0]
 
 
 @pytest.mark.slow
