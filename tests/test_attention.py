@@ -1,5 +1,7 @@
 """Attention over K rows against outside oracles: the paper's equation 7 in loops, the PyPI package and timm."""
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from linformer.linformer import LinformerSelfAttention
 from timm.layers import Attention, set_fused_attn
 from torch import nn
+from torch.nn.utils import parametrize
 
 from linvision.attention import LinformerAttention
 from linvision.projection import SHARING, Projection
@@ -206,3 +209,46 @@ def test_bf16_error_is_at_most_twice_that_of_plain_pytorch(sharing, training):
 def test_width_must_be_divisible_by_the_heads():
     with pytest.raises(ValueError, match=r'divisible by the number of heads, got 12 and 5'):
         LinformerAttention(12, num_heads=5)
+
+
+class Doubled(nn.Linear):
+    """An adapter of which only `forward` tells."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('chunk_size', [0, 64])
+def test_a_wrapper_of_qkv_that_would_be_lost_is_refused(chunk_size, training):
+    model = timm.create_model('test_linformer_vit', chunk_size=chunk_size)
+    for wrapped in (Doubled(32, 96), nn.Sequential(model.blocks[1].attn.qkv)):
+        model.blocks[1].attn.qkv = wrapped
+        with torch.set_grad_enabled(training), pytest.raises(TypeError, match=r'qkv must be an nn\.Linear.*attn\.proj'):
+            model(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize('chunk_size', [0, 64])
+def test_a_parametrization_of_qkv_counts(chunk_size):
+    model = timm.create_model('test_linformer_vit', chunk_size=chunk_size, dtype=torch.float64).eval()
+    changed = copy.deepcopy(model)
+    added = 0.1 * torch.randn(96, 2, dtype=torch.float64) @ torch.randn(2, 32, dtype=torch.float64)
+    for ours, theirs in zip(model.blocks, changed.blocks, strict=True):
+        parametrize.register_parametrization(ours.attn.qkv, 'weight', Added(added))
+        with torch.no_grad():
+            theirs.attn.qkv.weight += added
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(images), changed(images))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), changed(images))
+
+
+class Added(nn.Module):
+    """A weight plus a low-rank matrix."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.matrix
