@@ -279,14 +279,15 @@ class LinformerVisionTransformer(VisionTransformer):
         # isinstance, not `is not None`: under FX every argument is a proxy
         x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
-        spare: Tensor | None = None  # two buffers take turns where there are no gradients
+        # without gradients two buffers take turns; the embedding is none of them: a hook may hold it
+        spare: Tensor | None = None
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, projection[i], grid, valid, chunk, use_reentrant=False)
             elif chunk > 0:
                 previous = x
                 x = block(x, projection[i], grid, valid, chunk, spare)
-                spare = previous
+                spare = previous if i > 0 else None
             else:
                 x = block(x, projection[i], grid, valid)
         return self.norm(x)

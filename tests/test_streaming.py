@@ -196,6 +196,16 @@ def test_results_of_two_calls_do_not_share_memory():
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize('name', ['norm_pre', 'patch_drop', 'norm'])
+def test_what_a_hook_before_or_after_the_blocks_holds_stays_as_it_was(name, calls):
+    model = create(chunk_size=12)
+    seen = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    with torch.no_grad():
+        model(batch())
+    assert len(calls) == 3 and torch.equal(*seen[0])
+
+
 def test_blocks_are_whole_where_something_looks_into_them(calls):
     model, images = create(chunk_size=12), batch()
     seen = []
