@@ -11,7 +11,6 @@ Notable here:
 """
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,14 +18,14 @@ import timm
 import torch
 from timm.layers import (
     Attention,
-    GELUTanh,
     GluMlp,
     LayerNorm,
     LayerScale,
     Mlp,
     PatchEmbed,
-    QuickGELU,
     SwiGLU,
+    get_act_layer,
+    get_norm_layer,
     to_2tuple,
 )
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -35,7 +34,10 @@ from torch import Tensor, nn
 from linvision.network import LinformerVisionTransformer
 from linvision.variants import SIZES, default_cfgs
 
-ACTIVATIONS = {QuickGELU: 'quick_gelu', GELUTanh: 'gelu_tanh', nn.SiLU: 'silu'}  # as timm spells them
+# as timm spells them: names can be saved, classes cannot
+ACTIVATIONS = {get_act_layer(name): name for name in ('gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu', 'mish')}
+NORMS = {get_norm_layer(name): name for name in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm')}
+NORMS[nn.LayerNorm] = 'layernorm'
 DATA = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'label_names', 'license')
 
 
@@ -49,7 +51,7 @@ def from_vit(
     """A Linformer ViT with the weights of a plain ViT, and with an E that pools by area.
 
     It loads what timm's models load, reads images as the original does (`resolve_model_data_config`), and can be saved
-    by `timm.models.save_for_hf`.
+    by `timm.models.save_for_hf` (but for norms and activations that timm has no name for).
 
     Args:
         model: A timm `VisionTransformer` (augreg, DeiT, DINO, CLIP, SigLIP and the like), or the name of one with
@@ -138,9 +140,11 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
     }
     if isinstance(block.ls1, LayerScale):
         arguments['init_values'] = 1.0  # the weights come from the original
-    if type(block.norm1) is not LayerNorm or block.norm1.eps != 1e-6:
-        eps = {'eps': block.norm1.eps} if hasattr(block.norm1, 'eps') else {}
-        arguments['norm_layer'] = partial(type(block.norm1), **eps)
+    norm = block.norm1
+    if type(norm) is not LayerNorm or norm.eps != 1e-6:
+        arguments['norm_layer'] = NORMS.get(type(norm), type(norm))
+        if hasattr(norm, 'eps'):
+            arguments['norm_eps'] = norm.eps
     return arguments
 
 
@@ -148,9 +152,9 @@ def mlp_arguments(mlp: nn.Module, dim: int) -> dict[str, Any]:
     """Those of the arguments that are about the MLP."""
     arguments: dict[str, Any] = {}
     if isinstance(mlp, GluMlp):
-        hidden, arguments['mlp_layer'] = mlp.fc1.out_features, partial(GluMlp, gate_last=mlp.gate_last)
+        hidden, arguments['mlp_layer'] = mlp.fc1.out_features, 'glu' if mlp.gate_last else 'swiglu_packed'
     elif isinstance(mlp, SwiGLU):
-        hidden, arguments['mlp_layer'] = mlp.fc1_g.out_features, SwiGLU
+        hidden, arguments['mlp_layer'] = mlp.fc1_g.out_features, 'swiglu'
     else:
         refuse_type(mlp, Mlp, 'an MLP')
         hidden = mlp.fc1.out_features

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
+from timm.layers import LayerNorm, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor
@@ -52,8 +52,10 @@ class LinformerVisionTransformer(VisionTransformer):
             are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
+        norm_eps: Epsilon of all norms, 0 for that of `norm_layer`.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
-        kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`.
+        kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`; `mlp_layer` may be a name,
+            'mlp', 'glu', 'swiglu' or 'swiglu_packed', which can be saved where a class cannot.
 
     Raises:
         ValueError: A choice that does not exist (the nearest are listed), K below 1, a width that the heads do not
@@ -78,6 +80,7 @@ class LinformerVisionTransformer(VisionTransformer):
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
+        norm_eps: float = 0.0,
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -102,6 +105,8 @@ class LinformerVisionTransformer(VisionTransformer):
             local_grid=local_grid,
             row_norm=row_norm,
         )
+        if norm_eps:
+            kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer')) or LayerNorm, eps=norm_eps)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,

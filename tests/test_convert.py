@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
 
 import convert_vit
@@ -164,6 +166,25 @@ def test_a_converted_model_is_saved_and_loaded_with_the_originals_data_config(tm
     assert all(ours[k] == theirs[k] for k in ('crop_pct', 'crop_mode', 'interpolation'))
     assert ours['input_size'] == (3, 32, 32) and ours['crop_pct'] == 0.8
     assert json.loads((tmp_path / 'config.json').read_text())['model_args']['proj_len'] == 4
+
+
+@pytest.mark.parametrize(
+    'name, arguments',
+    [
+        *VITS.items(),
+        ('vit_tiny_patch16_224', {'mlp_layer': SwiGLU, 'norm_layer': partial(RmsNorm, eps=1e-5)}),
+        ('vit_tiny_patch16_224', {'mlp_layer': GluMlp, 'norm_layer': torch.nn.LayerNorm, 'act_layer': 'gelu_tanh'}),
+    ],
+)
+@torch.no_grad()
+def test_every_architecture_that_is_converted_can_be_saved_and_loaded(name, arguments, tmp_path):
+    original = vit(name, **arguments)
+    converted = from_vit(original, projection='none')
+    torch.testing.assert_close(converted(images()), original(images()), rtol=1e-4, atol=1e-4)
+    save_for_hf(converted, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert str(loaded.blocks) == str(converted.blocks)
+    assert torch.equal(loaded(images()), converted(images()))
 
 
 def test_a_registered_name_stands_for_a_vit_of_its_size():

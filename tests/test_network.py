@@ -282,6 +282,7 @@ def test_saved_model_is_the_same_to_the_bit(kwargs, size, tmp_path: Path):
         (dict(local_size=4), ValueError, r'odd side, got 4'),
         (dict(local_size='3'), ValueError, r"local_size must be a whole number.*got '3'"),
         (dict(row_norm='yes'), ValueError, r"row_norm True or False, got .*'yes'"),
+        (dict(mlp_layer='swiglue'), ValueError, r"Unknown mlp_layer 'swiglue'. Nearest: swiglu"),
         (dict(img_size=16.0), ValueError, r'must be whole numbers, got \(16.0, 16.0\)'),
         (dict(dynamic_img_pad=True), ValueError, r'dynamic_img_pad cannot be chosen'),
         (dict(block_fn=torch.nn.Identity), ValueError, r'block_fn cannot be chosen'),
