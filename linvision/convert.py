@@ -32,6 +32,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from linvision.network import LinformerVisionTransformer
+from linvision.resize import resized_table
 from linvision.variants import SIZES, default_cfgs
 
 # as timm spells them: names can be saved, classes cannot
@@ -76,7 +77,10 @@ def from_vit(
     arguments |= own | kwargs
     ours = timm.create_model(entry_point(arguments), **arguments)
     refuse_difference(ours, model)
-    result = ours.load_state_dict(model.state_dict(), strict=False)
+    state = model.state_dict()
+    if model.pos_embed is not None:
+        state['pos_embed'] = resized_table(model.pos_embed.detach(), ours, model.patch_embed.grid_size)
+    result = ours.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if not name.startswith('projection.') and '.local.' not in name]
     if missing or result.unexpected_keys:
         raise ValueError(

@@ -51,6 +51,11 @@ class Kind:
     counts = reduce
 
     @staticmethod
+    def grid(weights: list[Tensor]) -> tuple[int, ...]:
+        """The token grid that the parameters of one matrix are for; empty where they do not say."""
+        return ()
+
+    @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
         """The parameters on another token grid or for other rows; row sums stay."""
         return weights
@@ -79,6 +84,10 @@ class Linear(Kind):
     @staticmethod
     def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
         return [factors[0][..., start:stop, :]]
+
+    @staticmethod
+    def grid(weights: list[Tensor]) -> tuple[int, ...]:
+        return tuple(weights[0].shape[-2:])
 
     @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
@@ -116,6 +125,10 @@ class Separable(Kind):
     @staticmethod
     def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
         return [factors[0][..., start:stop], factors[1]]
+
+    @staticmethod
+    def grid(weights: list[Tensor]) -> tuple[int, ...]:
+        return weights[0].shape[-1], weights[1].shape[-1]
 
     @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:

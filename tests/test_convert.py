@@ -153,6 +153,15 @@ def test_another_image_size_is_that_of_timms_own_resizing():
     torch.testing.assert_close(converted(images(2, 64)), original(images(2, 64)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('size', [(32, 32), (32, 128), (48, 64)])
+@torch.no_grad()
+def test_positions_that_are_not_square_become_those_of_timms_own_resizing(size):
+    original = vit(img_size=(16, 64))
+    converted = from_vit(original, projection='none', img_size=size)
+    original.set_input_size(size)
+    assert torch.equal(converted.pos_embed, original.pos_embed)
+
+
 @torch.no_grad()
 def test_a_converted_model_is_saved_and_loaded_with_the_originals_data_config(tmp_path):
     original = vit('deit3_small_patch16_224')
