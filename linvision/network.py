@@ -225,7 +225,10 @@ class LinformerVisionTransformer(VisionTransformer):
             x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:
             x = x.unflatten(1, grid)  # what timm's table of positions wants
-        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        x = self._pos_embed(x)
+        if self.position is not None:
+            x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
+        x = self.norm_pre(self.patch_drop(x))
         if self.projection is not None:
             if grid[0] * grid[1] <= self.longest:  # some layers do not use it; DDP waits for its gradient
                 x = self.projection.zero(x)

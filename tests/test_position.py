@@ -64,6 +64,20 @@ def create(pos_embed, **kwargs):
     return timm.create_model('test_linformer_vit', img_size=6, **{**arguments, **kwargs}).eval()
 
 
+@pytest.mark.parametrize('class_token', [False, True])
+@pytest.mark.parametrize('pos_embed', ['learn', *POSITIONS])
+def test_dropout_of_positions_is_that_of_all_tokens_before_the_blocks(pos_embed, class_token):
+    arguments = dict(class_token=class_token, global_pool='avg', projection='separable', proj_len=4)
+    model, images = create(pos_embed, pos_drop_rate=0.25, **arguments), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        tokens = model.embed(images)[0]
+        model.train()
+        torch.manual_seed(3)
+        dropped = model.embed(images)[0]
+    torch.manual_seed(3)
+    assert torch.equal(dropped, F.dropout(tokens, 0.25)) and not torch.equal(dropped, tokens)
+
+
 @pytest.mark.parametrize('pos_embed', ['none', 'learn', *POSITIONS])
 def test_only_a_position_embedding_tells_a_picture_from_its_shuffled_pixels(pos_embed):
     """Full attention with mean pooling does not see the order of tokens: whatever sees it is the position embedding."""
