@@ -11,7 +11,7 @@ Notable here:
 """
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import timm
@@ -32,6 +32,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from linvision.network import LinformerVisionTransformer
+from linvision.projection import Projection, row_grid
+from linvision.reduction import cell_size
 from linvision.resize import resized_table
 from linvision.variants import SIZES, default_cfgs
 
@@ -65,7 +67,8 @@ def from_vit(
             `local_size` (starts at zero), `row_norm`, `chunk_size`, drop rates.
 
     Raises:
-        ValueError: A part of the model has no counterpart, or an argument contradicts the original.
+        ValueError: A part of the model has no counterpart, an argument contradicts the original, or with 'conv' the
+            cells of K rows do not divide the token grid.
     """
     if isinstance(model, str):
         model = timm.create_model(model, pretrained=True)
@@ -77,6 +80,8 @@ def from_vit(
     arguments |= own | kwargs
     ours = timm.create_model(entry_point(arguments), **arguments)
     refuse_difference(ours, model)
+    if projection == 'conv':
+        refuse_cut_cells(ours.projection)
     state = model.state_dict()
     if model.pos_embed is not None:
         state['pos_embed'] = resized_table(model.pos_embed.detach(), ours, model.patch_embed.grid_size)
@@ -188,6 +193,19 @@ def refuse_difference(ours: nn.Module, theirs: nn.Module) -> None:
         leaf = not any(module.children()) and not type(module).__name__.startswith(('Drop', 'PatchDrop'))
         if leaf and there(module) and repr(own.get(name)) != repr(module):
             raise ValueError(f'{name} cannot be converted: it is {module}, and a Linformer ViT has {own.get(name)}.')
+
+
+def refuse_cut_cells(projection: Projection) -> None:
+    """Raise ValueError where a `conv` would pool cells that the border cuts: its kernel gives no mean there."""
+    grid = projection.grid
+    for K, rows in zip(projection.proj_len, projection.row_grids, strict=True):
+        if any(n % size for n, size in zip(grid, cell_size(grid, rows), strict=True)):
+            whole = [(a, b) for a, b in product(*(range(1, n + 1) for n in grid)) if grid[0] % a == grid[1] % b == 0]
+            fit = sorted(a * b for a, b in whole if row_grid(a * b) == (a, b) and (a, b) != grid)
+            raise ValueError(
+                f"With projection='conv' cells must divide the token grid {grid}, and those of proj_len={K} do not. "
+                f'These do: {", ".join(map(str, fit))}.'
+            )
 
 
 def entry_point(arguments: dict[str, Any]) -> str:

@@ -114,7 +114,10 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def pool(self) -> None:
-        """Let every row be the mean of a cell of the token grid, by area (where K = N: every row one token)."""
+        """Let every row be the mean of a cell of the token grid, by area (where K = N: every row one token).
+
+        Cells of `conv` that the border cuts give less than a mean: their kernel counts tokens that are not there.
+        """
         for i, rows in enumerate(self.row_grids):
             for j in range(i * self.matrices, (i + 1) * self.matrices):
                 own = [self.weights[j * self.num_weights + n] for n in range(self.num_weights)]

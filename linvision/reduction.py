@@ -172,7 +172,8 @@ class Conv(Kind):
     """A depth-wise convolution whose kernel and stride are a cell of the token grid: E differs by channel.
 
     The kernel (D, 1, s_h, s_w) acts on the block's input, before the key and value weights, and their biases are added
-    whole; with `sharing='none'` on the keys and values of each head.
+    whole; with `sharing='none'` on the keys and values of each head. A cell that the border cuts is padded with zeros:
+    a kernel that takes the mean of whole cells gives less there.
     """
 
     summed, sized = 2, 2

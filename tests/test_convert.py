@@ -138,6 +138,18 @@ def test_an_argument_that_contradicts_the_original_is_refused():
         from_vit(vit(), depth=3)
 
 
+@torch.no_grad()
+def test_conv_is_refused_where_cells_do_not_divide_the_grid_and_pools_to_means_where_they_do():
+    original = vit(img_size=(112, 96), depth=1)  # 14 × 12 tokens
+    with pytest.raises(ValueError, match=r'\(14, 12\), and those of proj_len=16 do not.*: 1, 2, 3, 4, 6, 8, 84\.'):
+        from_vit(original, 16, 'conv')
+    x = torch.randn(2, 168, 48)
+    for K in (1, 2, 3, 4, 6, 8, 84, 56):  # 56: 7 × 6 cells, fewer than 7 × 8
+        conv, mean = (from_vit(original, K, kind).projection for kind in ('conv', 'mean_pool'))
+        rows = (p.kind.reduce(x, p(x, p.grid)[0][:-1], p.grid, p.row_grids[0]) for p in (conv, mean))
+        torch.testing.assert_close(*rows)
+
+
 def test_there_is_nothing_to_fit_without_parameters_or_with_full_attention():
     with pytest.raises(ValueError, match='no parameters'):
         fit_projection(from_vit(vit(), 4, 'mean_pool'), vit(), [images()])
