@@ -173,6 +173,17 @@ class LinformerVisionTransformer(VisionTransformer):
         self._log_full_attention()
 
     @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Keep the blocks that the chosen intermediates need, and their projections; as timm's, which says more."""
+        kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.projection is not None:
+            self.projection.truncate(len(self.blocks))
+            self.longest = max(self.projection.proj_len)
+        return kept
+
+    @torch.jit.ignore
     def set_chunk_size(self, chunk_size: int | str, compiled: bool = False) -> None:
         """How blocks are run: 0 whole, a number of images × tokens at a time, or 'auto'.
 
