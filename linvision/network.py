@@ -24,7 +24,7 @@ from torch import Tensor
 from linvision.block import LinformerBlock
 from linvision.checks import check_arguments, check_image, check_sizes, refuse_mask
 from linvision.chunk_size import choose_chunk_size
-from linvision.padding import check_padding, masked_pool, padded_pixels
+from linvision.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.position import POSITIONS
 from linvision.projection import Projection, projected_lengths, row_grid
 from linvision.resize import resized_state
@@ -272,15 +272,18 @@ class LinformerVisionTransformer(VisionTransformer):
                 `torch.nn.MultiheadAttention`. At least one token of an image must be real.
 
         Raises:
-            ValueError: An N×N or causal mask, or a padding mask of the wrong shape or dtype.
+            ValueError: An N×N or causal mask, a padding mask of the wrong shape or dtype, or one with a `global_pool`
+                that cannot leave out padding.
         """
+        if isinstance(key_padding_mask, Tensor):
+            check_pool(self.global_pool)  # before the blocks run
         x = self.forward_features(x, attn_mask, is_causal, key_padding_mask)
         return self.forward_head(x, key_padding_mask=key_padding_mask)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens to logits, or to the pooled features before the classifier; padded tokens are left out of the mean."""
         if isinstance(key_padding_mask, Tensor):
-            x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask)
+            x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask, self.pool_include_prefix)
         else:
             x = self.pool(x)
         x = self.head_drop(self.fc_norm(x))
