@@ -112,6 +112,8 @@ class Projection(nn.Module):
         for weight in self.weights:
             nn.init.normal_(weight, std=math.prod(weight.shape[-self.kind.summed :]) ** -0.5)
 
+    reset_parameters = init_weights  # all that timm calls where weight_init is 'skip' or 'reset'
+
     @torch.no_grad()
     def pool(self) -> None:
         """Let every row be the mean of a cell of the token grid, by area (where K = N: every row one token).

@@ -59,6 +59,19 @@ def test_timm_initialisers_leave_positions_alone(weight_init):
         assert not any(block.attn.local.weight.any() for block in conv.blocks)
 
 
+@pytest.mark.parametrize('weight_init', ['', 'jax', 'skip', 'reset'])
+@pytest.mark.parametrize('pos_embed', ['conv', 'separable'])
+def test_timm_initialisers_reach_every_parameter(pos_embed, weight_init):
+    with torch.device('meta'):
+        model = timm.create_model('test_linformer_vit', pos_embed=pos_embed, weight_init=weight_init, init_values=1e-5)
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(123.0)
+    model.init_weights()
+    assert not [name for name, parameter in model.named_parameters() if (parameter == 123.0).any()]
+
+
 def create(pos_embed, **kwargs):
     arguments = dict(pos_embed=pos_embed, local_size=0, projection='none', num_classes=5, dtype=torch.float64)
     return timm.create_model('test_linformer_vit', img_size=6, **{**arguments, **kwargs}).eval()
