@@ -46,7 +46,8 @@ class LinformerAttention(nn.Module):
         num_prefix_tokens: Tokens at the head of the sequence that bypass E.
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
-        row_norm: Normalise the K projected rows, as a layer norm without parameters.
+        row_norm: Normalise the K projected rows, as a layer norm without parameters: rows of the block's input before
+            the key and value weights, but with `sharing='none'` rows of each head's keys and values.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.

@@ -50,7 +50,8 @@ class LinformerVisionTransformer(VisionTransformer):
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
             training for all unless that would keep more than 4 GiB, or a quarter of a GPU (see `streaming.py`). Results
             are equal but for rounding.
-        row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
+        row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
+            come first, each head's rows of keys and of values); the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         norm_eps: Epsilon of all norms, 0 for that of `norm_layer`.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.

@@ -131,6 +131,24 @@ def test_attention_equals_the_pypi_package(share_kv):
     torch.testing.assert_close(ours(x, projection(x, GRID)[0], GRID), theirs(x), **FULL)
 
 
+@pytest.mark.parametrize('sharing', SHARING)
+def test_rows_are_normalised_before_the_weights_and_keys_and_values_where_heads_have_their_own_e(sharing):
+    attention, projection = build('linear', sharing, row_norm=True)
+    E, values = (torch.from_numpy(m) for m in written_out(projection, 'linear', sharing, 1))  # (H, K, N)
+    x = torch.randn(2, N, D, dtype=torch.float64)
+    weights = attention.qkv.weight.view(3, HEADS, -1, D)[1:], attention.qkv.bias.view(3, HEADS, 1, -1)[1:]
+    expected = []
+    for matrix, weight, bias in zip((E, values), *weights, strict=True):  # weight (H, D/H, D), bias (H, 1, D/H)
+        if sharing == 'none':
+            rows = matrix @ (x.unsqueeze(1) @ weight.mT + bias)  # (B, H, K, D/H)
+            expected.append(F.layer_norm(rows, (rows.shape[-1],)))
+        else:
+            rows = F.layer_norm(matrix @ x.unsqueeze(1), (D,))  # (B, H, K, D)
+            expected.append(rows @ weight.mT + matrix.sum(-1, keepdim=True) * bias)
+    found = attention.key_value(x, projection(x, GRID)[1], GRID)[:2]
+    torch.testing.assert_close(found, tuple(expected), **FULL)
+
+
 def permutation(n: int) -> torch.Tensor:
     return torch.eye(n, dtype=torch.float64)[torch.randperm(n)]
 
