@@ -93,7 +93,7 @@ def from_vit(
         )
     if ours.projection is not None:
         ours.projection.pool()
-    cfg = model.pretrained_cfg or {}
+    cfg = getattr(model, 'pretrained_cfg', None) or {}  # timm's factory sets it, the class does not
     kept = {k: cfg[k] for k in DATA if cfg.get(k) is not None}
     ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': model.num_classes, **kept}
     weight = model.patch_embed.proj.weight

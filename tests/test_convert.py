@@ -13,6 +13,7 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 
 import convert_vit
 from linvision.convert import agreement, attention_of, fit_projection, from_vit
@@ -163,6 +164,12 @@ def test_another_image_size_is_that_of_timms_own_resizing():
     converted = from_vit(original, projection='none', img_size=64)
     original.set_input_size((64, 64))
     torch.testing.assert_close(converted(images(2, 64)), original(images(2, 64)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_vit_that_no_factory_made_is_converted():
+    original = VisionTransformer(**SMALL).eval()
+    torch.testing.assert_close(from_vit(original, projection='none')(images()), original(images()))
 
 
 @pytest.mark.parametrize('size', [(32, 32), (32, 128), (48, 64)])
