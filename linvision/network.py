@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, get_norm_layer, to_2tuple
+from timm.layers import LayerNorm, PatchDropout, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor
@@ -215,10 +215,10 @@ class LinformerVisionTransformer(VisionTransformer):
             Tokens, (B, P + N, D), their grid (height, width), which of them are not padding, (B, P + N) or None, and
             how many a block is to handle at a time (0 for all).
         """
+        check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
         grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
         inside: Tensor | None = None
         if key_padding_mask is not None:
             check_padding(key_padding_mask, x.shape[0], grid)
@@ -232,7 +232,14 @@ class LinformerVisionTransformer(VisionTransformer):
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
         chunk_size = 0
         if not torch.jit.is_scripting():
-            chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
+            if self.training and isinstance(self.patch_drop, PatchDropout):  # what is left is no grid: whole blocks
+                if inside is not None:
+                    raise ValueError(
+                        'In training patch_drop_rate must be 0 with a key_padding_mask, which is for all tokens, got '
+                        f'{self.patch_drop.prob}.'
+                    )
+            else:
+                chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
         if self.position is not None:
             x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:
@@ -274,7 +281,7 @@ class LinformerVisionTransformer(VisionTransformer):
 
         Raises:
             ValueError: An N×N or causal mask, a padding mask of the wrong shape or dtype, or one with a `global_pool`
-                that cannot leave out padding.
+                that cannot leave out padding or with a `patch_drop_rate`.
         """
         if isinstance(key_padding_mask, Tensor):
             check_pool(self.global_pool)  # before the blocks run
