@@ -26,11 +26,12 @@ def area_matrix(old: int, new: int, like: Tensor) -> Tensor:
         new: Number of cells after, over the same length.
         like: A tensor that gives device and dtype.
     """
-    edges_old = torch.arange(old + 1, device=like.device, dtype=torch.float64) / old
-    edges_new = torch.arange(new + 1, device=like.device, dtype=torch.float64) / new
+    # in units of 1 / (old · new), exact without fp64, which MPS lacks
+    edges_old = torch.arange(old + 1, device=like.device, dtype=torch.int32) * new
+    edges_new = torch.arange(new + 1, device=like.device, dtype=torch.int32) * old
     upper = torch.minimum(edges_new[1:, None], edges_old[None, 1:])
     lower = torch.maximum(edges_new[:-1, None], edges_old[None, :-1])
-    return ((upper - lower).clamp(min=0) * old).to(like.dtype)
+    return (upper - lower).clamp(min=0).to(like.dtype) / new
 
 
 def resize_rows(E: Tensor, rows: int) -> Tensor:
@@ -44,12 +45,8 @@ def resize_axis(table: Tensor, length: int) -> Tensor:
     """A table of positions along one image axis (1, n, D) -> (1, length, D), interpolated linearly."""
     if table.shape[1] == length:
         return table
-    return (
-        F.interpolate(table.transpose(1, 2).double(), size=length, mode='linear')
-        .transpose(1, 2)
-        .to(table.dtype)
-        .contiguous()
-    )
+    channels = table.transpose(1, 2).to(torch.promote_types(table.dtype, torch.float32))  # (1, D, n)
+    return F.interpolate(channels, size=length, mode='linear').transpose(1, 2).to(table.dtype).contiguous()
 
 
 def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import save_for_hf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvision.local import spacing
 from linvision.projection import SHARING, Projection
@@ -37,6 +38,24 @@ def test_new_rows_are_means_of_the_old_rows_they_cover(old, new):
     E = torch.randn(old, 5, dtype=torch.float64)
     mean = E.repeat_interleave(common // old, dim=0).unflatten(0, (new, -1)).mean(1)
     torch.testing.assert_close(resize_rows(E, new), mean)
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without fp64, as Apple's GPUs are."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64, function
+        return out
+
+
+@pytest.mark.parametrize('kwargs', [dict(projection='linear', pos_embed='separable'), dict(projection='conv')])
+def test_resizing_needs_no_double_precision(kwargs):
+    model = timm.create_model('test_linformer_vit', dynamic_img_size=True, **kwargs)
+    with NoDouble():
+        model(torch.randn(1, 3, 24, 12)).sum().backward()
+        model.set_input_size((20, 12))
+        model.projection.pool()
 
 
 def build(kind: str, sharing: str, grid: tuple[int, int]) -> Projection:
