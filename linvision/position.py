@@ -72,3 +72,6 @@ class ConvPosition(nn.Module):
 
 
 POSITIONS = {'separable': SeparablePosition, 'conv': ConvPosition}
+
+# a function of another module, which a trace calls as it is
+torch.fx.wrap('resize_axis')

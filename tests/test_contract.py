@@ -58,6 +58,12 @@ def test_fx_trace_gives_the_same_logits_and_gradients(kind, sharing):
     torch.testing.assert_close(gradients(traced, batch()), gradients(model, batch()))
 
 
+@pytest.mark.parametrize('pos_embed', ['separable', 'learn', 'none'])
+def test_fx_trace_takes_every_position_embedding(pos_embed):
+    model = create(pos_embed=pos_embed, pos_drop_rate=0.5)
+    assert torch.equal(create_feature_extractor(model, ['head'])(batch())['head'], model(batch()))
+
+
 QUICK = ('linear', 'separable')  # what registered models have
 
 
