@@ -5,6 +5,7 @@
 Notable here:
 
 - Same parameters and names as timm's `Attention` (`qkv`, `proj`, …), so that weights of a plain ViT load as they are.
+  `qkv` is never called: its weight and bias are read in parts, so that a wrapper around it is refused.
 - E X is computed before the key and value weights; equal to the paper's order, and cheaper (see `projection.py`).
 - Prefix tokens (class, registers) bypass E: they join the K projected rows as exact keys and values.
 - With K >= N, or `projection='none'`, this is full attention over all tokens.
@@ -45,7 +46,8 @@ class LinformerAttention(nn.Module):
         num_prefix_tokens: Tokens at the head of the sequence that bypass E.
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
-        row_norm: Normalise the K projected rows, as a layer norm without parameters.
+        row_norm: Normalise the K projected rows, as a layer norm without parameters: rows of the block's input before
+            the key and value weights, but with `sharing='none'` rows of each head's keys and values.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.
@@ -224,7 +226,18 @@ class LinformerAttention(nn.Module):
         return rows, sums, used
 
     def linear(self, x: Tensor, sums: Tensor, part: int) -> Tensor:
-        """Query (0), key (1) or value (2) of x by head: (B, n, D) -> (B, H, n, D/H). The row sums scale its bias."""
+        """Query (0), key (1) or value (2) of x by head: (B, n, D) -> (B, H, n, D/H). The row sums scale its bias.
+
+        Raises:
+            TypeError: `qkv` is not an `nn.Linear`, or its `forward` is another's.
+        """
+        if not torch.jit.is_scripting():
+            if type(self.qkv).forward is not nn.Linear.forward:
+                raise TypeError(
+                    'attn.qkv must be an nn.Linear: its weight is read in parts and it is never called, so that what '
+                    f'it does would be lost, got {type(self.qkv)}. Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or '
+                    'change the weight of attn.qkv by torch.nn.utils.parametrize.'
+                )
         D = x.shape[-1]
         out = F.linear(x, self.qkv.weight[part * D : (part + 1) * D])
         if self.qkv.bias is not None:

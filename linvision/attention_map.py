@@ -6,6 +6,8 @@ weight each token enters the output. It is signed and does not sum to one: not a
 normalised (`row_norm`), it is the weight before that norm.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,9 @@ def attention_maps(
     Raises:
         IndexError: There is no such block, or no such token.
     """
-    grid = model.patch_embed.grid_size
+    grid = tuple(model.patch_embed.grid_size)
+    if model.dynamic_img_size:
+        grid = tuple(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
     if query is not None and not (0 <= query[0] < grid[0] and 0 <= query[1] < grid[1]):
         raise IndexError(f'query must lie on the token grid of {grid[0]}×{grid[1]}, got {query}.')
     if not -len(model.blocks) <= block < len(model.blocks):
@@ -59,8 +63,8 @@ def attention_maps(
     else:
         maps = weights[:, :, P + query[0] * grid[1] + query[1], P:]  # (B, H, K)
     if not attention.is_full(grid):
-        _, matrix = projection_matrices(model, block)  # (K, N) or (H, K, N)
-        maps = (maps.unsqueeze(-2) @ matrix).squeeze(-2)  # (B, H, N)
+        reduce, _, factors = projections(model, block, grid)
+        maps = lift(maps.movedim(0, -1), reduce, factors, grid, attention.rows).movedim(-1, 0)  # (B, H, N)
     maps = maps.unflatten(-1, grid)
     return maps if per_head else maps.mean(dim=1)
 
@@ -70,13 +74,36 @@ def projection_matrices(model: LinformerVisionTransformer, block: int) -> tuple[
 
     `conv` and `max_pool` have no such matrices; the mean of each cell stands in for them.
     """
-    attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
-    like = model.patch_embed.proj.weight
-    identity = torch.eye(grid[0] * grid[1], device=like.device, dtype=like.dtype)
+    rows, grid = model.blocks[block].attn.rows, model.patch_embed.grid_size
+    reduce, *both = projections(model, block, grid)
+    matrices = []
+    for factors in both:
+        column = reduce(model.patch_embed.proj.weight.new_zeros(grid[0] * grid[1], 1), factors, grid, rows)
+        K = column.shape[-2]
+        identity = torch.eye(K, device=column.device, dtype=column.dtype).expand(*column.shape[:-2], K, K)
+        matrices.append(lift(identity, reduce, factors, grid, rows).mT)
+    return matrices[0], matrices[1]
+
+
+@torch.inference_mode(False)  # what `lift` differentiates must be no inference tensor
+def projections(
+    model: LinformerVisionTransformer, block: int, grid: tuple[int, int]
+) -> tuple[Callable[..., Tensor], list[Tensor], list[Tensor]]:
+    """A block's `reduce`, and what it takes for the keys and for the values; cell means for `conv` and `max_pool`."""
+    attention, like = model.blocks[block].attn, model.patch_embed.proj.weight
     if attention.reduce in (Conv.reduce, MaxPool.reduce):
-        means = MeanPool.reduce(identity, MeanPool.factors([], grid, attention.rows, like), grid, attention.rows)
-        return means, means
+        means = MeanPool.factors([], grid, attention.rows, like)
+        return MeanPool.reduce, means, means
     tensors = model.projection_tensors(like, grid)[block]
     n = len(tensors) // attention.matrices
-    key, value = (attention.reduce(identity, part[:-1], grid, attention.rows) for part in (tensors[:n], tensors[-n:]))
-    return key, value
+    return attention.reduce, tensors[: n - 1], tensors[-n:-1]
+
+
+def lift(
+    weights: Tensor, reduce: Callable[..., Tensor], factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]
+) -> Tensor:
+    """Eᵀ a, as the vector-Jacobian product of E x: (..., K, n) -> (..., N, n). No matrix is written out."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = weights.new_zeros(*weights.shape[:-2], grid[0] * grid[1], weights.shape[-1]).requires_grad_()
+        projected = reduce(x, factors, grid, rows)
+    return torch.autograd.grad(projected, x, weights.to(projected.dtype))[0]

@@ -7,11 +7,13 @@ neighbours too). `forward` runs both pieces on the whole sequence, which can be 
 from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, LayerType, Mlp
+from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, LayerType, Mlp, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
 from linvision.attention import LinformerAttention
 from linvision.streaming import stream
+
+MLPS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPacked}  # timm has no names for them
 
 
 class LinformerBlock(nn.Module):
@@ -25,6 +27,7 @@ class LinformerBlock(nn.Module):
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows.
+        mlp_layer: A class of timm's, or its name in `MLPS`.
         attn_layer: Must stay timm's default: the attention of this block is its own.
         depth: Index of this block.
 
@@ -54,7 +57,7 @@ class LinformerBlock(nn.Module):
         drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: type[nn.Module] = LayerNorm,
-        mlp_layer: type[nn.Module] = Mlp,
+        mlp_layer: str | type[nn.Module] = Mlp,
         attn_layer: LayerType = None,
         depth: int = 0,
         device=None,
@@ -86,7 +89,7 @@ class LinformerBlock(nn.Module):
         self.ls1 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = mlp_layer(
+        self.mlp = MLPS.get(mlp_layer, mlp_layer)(
             in_features=dim,
             hidden_features=int(dim * mlp_ratio),
             act_layer=act_layer,

@@ -9,6 +9,7 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from linvision.block import MLPS
 from linvision.nearest import nearest
 from linvision.position import POSITIONS
 
@@ -45,6 +46,8 @@ def check_arguments(
         raise ValueError("global_pool='token' needs a class token; give class_token=True or global_pool='avg'.")
     if pos_embed not in ('', 'none', 'learn', *POSITIONS):
         raise ValueError(nearest('pos_embed', pos_embed, ['none', 'learn', *POSITIONS]))
+    if isinstance(kwargs.get('mlp_layer'), str) and kwargs['mlp_layer'] not in MLPS:
+        raise ValueError(nearest('mlp_layer', kwargs['mlp_layer'], MLPS))
     if kwargs.get('patch_drop_rate', 0.0) > 0 and (projection != 'none' or local_size):
         raise ValueError(
             f'patch_drop_rate must be 0: E needs every token of the grid, got {kwargs["patch_drop_rate"]}.'

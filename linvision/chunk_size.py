@@ -33,6 +33,8 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
         return 0
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
         return 0
+    if torch._C._are_functorch_transforms_active():  # torch.func, which takes no autograd.Function of this kind
+        return 0
     if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
         return 0
     if chunk_size == 'auto' and torch.is_grad_enabled():

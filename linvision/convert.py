@@ -11,31 +11,36 @@ Notable here:
 """
 
 from collections.abc import Iterable
-from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import timm
 import torch
 from timm.layers import (
     Attention,
-    GELUTanh,
     GluMlp,
     LayerNorm,
     LayerScale,
     Mlp,
     PatchEmbed,
-    QuickGELU,
     SwiGLU,
+    get_act_layer,
+    get_norm_layer,
     to_2tuple,
 )
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from linvision.network import LinformerVisionTransformer
+from linvision.projection import Projection, row_grid
+from linvision.reduction import cell_size
+from linvision.resize import resized_table
 from linvision.variants import SIZES, default_cfgs
 
-ACTIVATIONS = {QuickGELU: 'quick_gelu', GELUTanh: 'gelu_tanh', nn.SiLU: 'silu'}  # as timm spells them
+# as timm spells them: names can be saved, classes cannot
+ACTIVATIONS = {get_act_layer(name): name for name in ('gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu', 'mish')}
+NORMS = {get_norm_layer(name): name for name in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm')}
+NORMS[nn.LayerNorm] = 'layernorm'
 DATA = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'label_names', 'license')
 
 
@@ -49,7 +54,7 @@ def from_vit(
     """A Linformer ViT with the weights of a plain ViT, and with an E that pools by area.
 
     It loads what timm's models load, reads images as the original does (`resolve_model_data_config`), and can be saved
-    by `timm.models.save_for_hf`.
+    by `timm.models.save_for_hf` (but for norms and activations that timm has no name for).
 
     Args:
         model: A timm `VisionTransformer` (augreg, DeiT, DINO, CLIP, SigLIP and the like), or the name of one with
@@ -62,7 +67,8 @@ def from_vit(
             `local_size` (starts at zero), `row_norm`, `chunk_size`, drop rates.
 
     Raises:
-        ValueError: A part of the model has no counterpart, or an argument contradicts the original.
+        ValueError: A part of the model has no counterpart, an argument contradicts the original, or with 'conv' the
+            cells of K rows do not divide the token grid.
     """
     if isinstance(model, str):
         model = timm.create_model(model, pretrained=True)
@@ -74,7 +80,12 @@ def from_vit(
     arguments |= own | kwargs
     ours = timm.create_model(entry_point(arguments), **arguments)
     refuse_difference(ours, model)
-    result = ours.load_state_dict(model.state_dict(), strict=False)
+    if projection == 'conv':
+        refuse_cut_cells(ours.projection)
+    state = model.state_dict()
+    if model.pos_embed is not None:
+        state['pos_embed'] = resized_table(model.pos_embed.detach(), ours, model.patch_embed.grid_size)
+    result = ours.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if not name.startswith('projection.') and '.local.' not in name]
     if missing or result.unexpected_keys:
         raise ValueError(
@@ -82,7 +93,7 @@ def from_vit(
         )
     if ours.projection is not None:
         ours.projection.pool()
-    cfg = model.pretrained_cfg or {}
+    cfg = getattr(model, 'pretrained_cfg', None) or {}  # timm's factory sets it, the class does not
     kept = {k: cfg[k] for k in DATA if cfg.get(k) is not None}
     ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': model.num_classes, **kept}
     weight = model.patch_embed.proj.weight
@@ -138,9 +149,11 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
     }
     if isinstance(block.ls1, LayerScale):
         arguments['init_values'] = 1.0  # the weights come from the original
-    if type(block.norm1) is not LayerNorm or block.norm1.eps != 1e-6:
-        eps = {'eps': block.norm1.eps} if hasattr(block.norm1, 'eps') else {}
-        arguments['norm_layer'] = partial(type(block.norm1), **eps)
+    norm = block.norm1
+    if type(norm) is not LayerNorm or norm.eps != 1e-6:
+        arguments['norm_layer'] = NORMS.get(type(norm), type(norm))
+        if hasattr(norm, 'eps'):
+            arguments['norm_eps'] = norm.eps
     return arguments
 
 
@@ -148,9 +161,9 @@ def mlp_arguments(mlp: nn.Module, dim: int) -> dict[str, Any]:
     """Those of the arguments that are about the MLP."""
     arguments: dict[str, Any] = {}
     if isinstance(mlp, GluMlp):
-        hidden, arguments['mlp_layer'] = mlp.fc1.out_features, partial(GluMlp, gate_last=mlp.gate_last)
+        hidden, arguments['mlp_layer'] = mlp.fc1.out_features, 'glu' if mlp.gate_last else 'swiglu_packed'
     elif isinstance(mlp, SwiGLU):
-        hidden, arguments['mlp_layer'] = mlp.fc1_g.out_features, SwiGLU
+        hidden, arguments['mlp_layer'] = mlp.fc1_g.out_features, 'swiglu'
     else:
         refuse_type(mlp, Mlp, 'an MLP')
         hidden = mlp.fc1.out_features
@@ -180,6 +193,19 @@ def refuse_difference(ours: nn.Module, theirs: nn.Module) -> None:
         leaf = not any(module.children()) and not type(module).__name__.startswith(('Drop', 'PatchDrop'))
         if leaf and there(module) and repr(own.get(name)) != repr(module):
             raise ValueError(f'{name} cannot be converted: it is {module}, and a Linformer ViT has {own.get(name)}.')
+
+
+def refuse_cut_cells(projection: Projection) -> None:
+    """Raise ValueError where a `conv` would pool cells that the border cuts: its kernel gives no mean there."""
+    grid = projection.grid
+    for K, rows in zip(projection.proj_len, projection.row_grids, strict=True):
+        if any(n % size for n, size in zip(grid, cell_size(grid, rows), strict=True)):
+            whole = [(a, b) for a, b in product(*(range(1, n + 1) for n in grid)) if grid[0] % a == grid[1] % b == 0]
+            fit = sorted(a * b for a, b in whole if row_grid(a * b) == (a, b) and (a, b) != grid)
+            raise ValueError(
+                f"With projection='conv' cells must divide the token grid {grid}, and those of proj_len={K} do not. "
+                f'These do: {", ".join(map(str, fit))}.'
+            )
 
 
 def entry_point(arguments: dict[str, Any]) -> str:

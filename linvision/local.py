@@ -49,6 +49,8 @@ class LocalPath(nn.Module):
         else:
             nn.init.zeros_(self.weight)
 
+    reset_parameters = init_weights  # all that timm calls where weight_init is 'skip' or 'reset'
+
     def step(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Tokens between two taps, down and across."""
         return spacing(grid[0], self.grid[0]), spacing(grid[1], self.grid[1])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
+from timm.layers import LayerNorm, PatchDropout, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from linvision.block import LinformerBlock
 from linvision.checks import check_arguments, check_image, check_sizes, refuse_mask
 from linvision.chunk_size import choose_chunk_size
-from linvision.padding import check_padding, masked_pool, padded_pixels
+from linvision.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.position import POSITIONS
 from linvision.projection import Projection, projected_lengths, row_grid
 from linvision.resize import resized_state
@@ -50,10 +50,13 @@ class LinformerVisionTransformer(VisionTransformer):
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
             training for all unless that would keep more than 4 GiB, or a quarter of a GPU (see `streaming.py`). Results
             are equal but for rounding.
-        row_norm: Normalise the K projected rows before the key and value weights; the paper does not.
+        row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
+            come first, each head's rows of keys and of values); the paper does not.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
+        norm_eps: Epsilon of all norms, 0 for that of `norm_layer`.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
-        kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`.
+        kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`; `mlp_layer` may be a name,
+            'mlp', 'glu', 'swiglu' or 'swiglu_packed', which can be saved where a class cannot.
 
     Raises:
         ValueError: A choice that does not exist (the nearest are listed), K below 1, a width that the heads do not
@@ -78,6 +81,7 @@ class LinformerVisionTransformer(VisionTransformer):
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
+        norm_eps: float = 0.0,
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -102,6 +106,8 @@ class LinformerVisionTransformer(VisionTransformer):
             local_grid=local_grid,
             row_norm=row_norm,
         )
+        if norm_eps:
+            kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer')) or LayerNorm, eps=norm_eps)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -168,6 +174,17 @@ class LinformerVisionTransformer(VisionTransformer):
         self._log_full_attention()
 
     @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Keep the blocks that the chosen intermediates need, and their projections; as timm's, which says more."""
+        kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.projection is not None:
+            self.projection.truncate(len(self.blocks))
+            self.longest = max(self.projection.proj_len)
+        return kept
+
+    @torch.jit.ignore
     def set_chunk_size(self, chunk_size: int | str, compiled: bool = False) -> None:
         """How blocks are run: 0 whole, a number of images × tokens at a time, or 'auto'.
 
@@ -198,10 +215,10 @@ class LinformerVisionTransformer(VisionTransformer):
             Tokens, (B, P + N, D), their grid (height, width), which of them are not padding, (B, P + N) or None, and
             how many a block is to handle at a time (0 for all).
         """
+        check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
         grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
         inside: Tensor | None = None
         if key_padding_mask is not None:
             check_padding(key_padding_mask, x.shape[0], grid)
@@ -215,12 +232,22 @@ class LinformerVisionTransformer(VisionTransformer):
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
         chunk_size = 0
         if not torch.jit.is_scripting():
-            chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
+            if self.training and isinstance(self.patch_drop, PatchDropout):  # what is left is no grid: whole blocks
+                if inside is not None:
+                    raise ValueError(
+                        'In training patch_drop_rate must be 0 with a key_padding_mask, which is for all tokens, got '
+                        f'{self.patch_drop.prob}.'
+                    )
+            else:
+                chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
         if self.position is not None:
             x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:
             x = x.unflatten(1, grid)  # what timm's table of positions wants
-        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        x = self._pos_embed(x)
+        if self.position is not None:
+            x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
+        x = self.norm_pre(self.patch_drop(x))
         if self.projection is not None:
             if grid[0] * grid[1] <= self.longest:  # some layers do not use it; DDP waits for its gradient
                 x = self.projection.zero(x)
@@ -253,15 +280,18 @@ class LinformerVisionTransformer(VisionTransformer):
                 `torch.nn.MultiheadAttention`. At least one token of an image must be real.
 
         Raises:
-            ValueError: An N×N or causal mask, or a padding mask of the wrong shape or dtype.
+            ValueError: An N×N or causal mask, a padding mask of the wrong shape or dtype, or one with a `global_pool`
+                that cannot leave out padding or with a `patch_drop_rate`.
         """
+        if isinstance(key_padding_mask, Tensor):
+            check_pool(self.global_pool)  # before the blocks run
         x = self.forward_features(x, attn_mask, is_causal, key_padding_mask)
         return self.forward_head(x, key_padding_mask=key_padding_mask)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens to logits, or to the pooled features before the classifier; padded tokens are left out of the mean."""
         if isinstance(key_padding_mask, Tensor):
-            x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask)
+            x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask, self.pool_include_prefix)
         else:
             x = self.pool(x)
         x = self.head_drop(self.fc_norm(x))
@@ -279,14 +309,15 @@ class LinformerVisionTransformer(VisionTransformer):
         # isinstance, not `is not None`: under FX every argument is a proxy
         x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
-        spare: Tensor | None = None  # two buffers take turns where there are no gradients
+        # without gradients two buffers take turns; the embedding is none of them: a hook may hold it
+        spare: Tensor | None = None
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, projection[i], grid, valid, chunk, use_reentrant=False)
             elif chunk > 0:
                 previous = x
                 x = block(x, projection[i], grid, valid, chunk, spare)
-                spare = previous
+                spare = previous if i > 0 else None
             else:
                 x = block(x, projection[i], grid, valid)
         return self.norm(x)

@@ -50,7 +50,7 @@ def applies(block: 'LinformerBlock', x: Tensor, key: Tensor, mask: Tensor | None
         and key.shape[-2] <= MAX_ROWS
         and isinstance(attention.q_norm, nn.Identity)
         and type(mlp) is Mlp
-        and type(mlp.fc1) is nn.Linear
+        and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and isinstance(mlp.norm, nn.Identity)
     )

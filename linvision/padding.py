@@ -5,6 +5,7 @@ the blocks it travels as its opposite, with the prefix tokens: `valid`, (B, P + 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,14 +31,25 @@ def padded_pixels(key_padding_mask: Tensor, grid: tuple[int, int], patch_size: t
     return mask.repeat_interleave(patch_size[0], dim=2).repeat_interleave(patch_size[1], dim=3)
 
 
-def masked_pool(x: Tensor, global_pool: str, num_prefix_tokens: int, key_padding_mask: Tensor) -> Tensor:
-    """The pooled tokens of an image without its padding: (B, P + N, D) -> (B, D)."""
+def check_pool(global_pool: str) -> None:
+    """Raise ValueError for a pooling that cannot leave out padding."""
+    if global_pool not in ('', 'token', 'avg'):
+        raise ValueError(f"With a key_padding_mask, global_pool must be 'avg' or 'token', got '{global_pool}'.")
+
+
+def masked_pool(
+    x: Tensor, global_pool: str, num_prefix_tokens: int, key_padding_mask: Tensor, include_prefix: bool = False
+) -> Tensor:
+    """The pooled tokens of an image without its padding, with its prefix if wished: (B, P + N, D) -> (B, D)."""
+    check_pool(global_pool)
     if global_pool == '':
         return x
     if global_pool == 'token':
         return x[:, 0]
-    if global_pool == 'avg':
-        mean = x[:, num_prefix_tokens:].masked_fill(key_padding_mask.unsqueeze(-1), 0.0).mean(dim=1)
-        N = key_padding_mask.shape[1]
-        return mean * (N / (~key_padding_mask).sum(dim=1, keepdim=True)).to(x.dtype)  # a sum could overflow in fp16
-    raise ValueError(f"With a key_padding_mask, global_pool must be 'avg' or 'token', got '{global_pool}'.")
+    if include_prefix:
+        key_padding_mask = F.pad(key_padding_mask, (num_prefix_tokens, 0), value=False)  # (B, P + N)
+    else:
+        x = x[:, num_prefix_tokens:]
+    mean = x.masked_fill(key_padding_mask.unsqueeze(-1), 0.0).mean(dim=1)
+    n = key_padding_mask.shape[1]
+    return mean * (n / (~key_padding_mask).sum(dim=1, keepdim=True)).to(x.dtype)  # a sum could overflow in fp16

@@ -29,6 +29,8 @@ class SeparablePosition(nn.Module):
         trunc_normal_(self.row, std=0.02)
         trunc_normal_(self.column, std=0.02)
 
+    reset_parameters = init_weights  # all that timm calls where weight_init is 'skip' or 'reset'
+
     def set_grid(self, grid: tuple[int, int]) -> None:
         self.row = nn.Parameter(resize_axis(self.row.detach(), grid[0]), requires_grad=self.row.requires_grad)
         self.column = nn.Parameter(resize_axis(self.column.detach(), grid[1]), requires_grad=self.column.requires_grad)
@@ -70,3 +72,6 @@ class ConvPosition(nn.Module):
 
 
 POSITIONS = {'separable': SeparablePosition, 'conv': ConvPosition}
+
+# a function of another module, which a trace calls as it is
+torch.fx.wrap('resize_axis')

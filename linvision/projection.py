@@ -112,9 +112,14 @@ class Projection(nn.Module):
         for weight in self.weights:
             nn.init.normal_(weight, std=math.prod(weight.shape[-self.kind.summed :]) ** -0.5)
 
+    reset_parameters = init_weights  # all that timm calls where weight_init is 'skip' or 'reset'
+
     @torch.no_grad()
     def pool(self) -> None:
-        """Let every row be the mean of a cell of the token grid, by area (where K = N: every row one token)."""
+        """Let every row be the mean of a cell of the token grid, by area (where K = N: every row one token).
+
+        Cells of `conv` that the border cuts give less than a mean: their kernel counts tokens that are not there.
+        """
         for i, rows in enumerate(self.row_grids):
             for j in range(i * self.matrices, (i + 1) * self.matrices):
                 own = [self.weights[j * self.num_weights + n] for n in range(self.num_weights)]
@@ -154,6 +159,13 @@ class Projection(nn.Module):
             x = x + (weight.sum() * 0.0).to(x.dtype)
         return x
 
+    def truncate(self, depth: int) -> None:
+        """Keep the matrices of the first `depth` layers."""
+        self.depth = depth
+        if self.sharing != 'layerwise':
+            self.proj_len, self.row_grids = self.proj_len[:depth], self.row_grids[:depth]
+            self.weights = self.weights[: depth * self.matrices * self.num_weights]
+
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Replace every parameter by itself on another token grid; K and each row's sum stay as they are."""
@@ -178,6 +190,9 @@ class Projection(nn.Module):
         """
         old = {k: v for k, v in state_dict.items() if k.startswith(prefix + 'weights.')}
         new = {prefix + 'weights.' + str(i): weight for i, weight in enumerate(self.weights)}
+        depth = sum(k.endswith('.attn.qkv.weight') for k in state_dict)
+        if self.sharing != 'layerwise' and depth > self.depth and len(old) * self.depth == len(new) * depth:
+            old = {k: v for k, v in old.items() if k in new}  # this model is pruned, the checkpoint is not
         if not old or {k: v.shape for k, v in old.items()} == {k: v.shape for k, v in new.items()}:
             return {}
         n = self.kind.sized

@@ -51,6 +51,11 @@ class Kind:
     counts = reduce
 
     @staticmethod
+    def grid(weights: list[Tensor]) -> tuple[int, ...]:
+        """The token grid that the parameters of one matrix are for; empty where they do not say."""
+        return ()
+
+    @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
         """The parameters on another token grid or for other rows; row sums stay."""
         return weights
@@ -79,6 +84,10 @@ class Linear(Kind):
     @staticmethod
     def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
         return [factors[0][..., start:stop, :]]
+
+    @staticmethod
+    def grid(weights: list[Tensor]) -> tuple[int, ...]:
+        return tuple(weights[0].shape[-2:])
 
     @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
@@ -116,6 +125,10 @@ class Separable(Kind):
     @staticmethod
     def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
         return [factors[0][..., start:stop], factors[1]]
+
+    @staticmethod
+    def grid(weights: list[Tensor]) -> tuple[int, ...]:
+        return weights[0].shape[-1], weights[1].shape[-1]
 
     @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
@@ -159,7 +172,8 @@ class Conv(Kind):
     """A depth-wise convolution whose kernel and stride are a cell of the token grid: E differs by channel.
 
     The kernel (D, 1, s_h, s_w) acts on the block's input, before the key and value weights, and their biases are added
-    whole; with `sharing='none'` on the keys and values of each head.
+    whole; with `sharing='none'` on the keys and values of each head. A cell that the border cuts is padded with zeros:
+    a kernel that takes the mean of whole cells gives less there.
     """
 
     summed, sized = 2, 2

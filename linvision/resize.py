@@ -6,10 +6,12 @@ must never be divided by their sum.
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -24,11 +26,12 @@ def area_matrix(old: int, new: int, like: Tensor) -> Tensor:
         new: Number of cells after, over the same length.
         like: A tensor that gives device and dtype.
     """
-    edges_old = torch.arange(old + 1, device=like.device, dtype=torch.float64) / old
-    edges_new = torch.arange(new + 1, device=like.device, dtype=torch.float64) / new
+    # in units of 1 / (old · new), exact without fp64, which MPS lacks
+    edges_old = torch.arange(old + 1, device=like.device, dtype=torch.int32) * new
+    edges_new = torch.arange(new + 1, device=like.device, dtype=torch.int32) * old
     upper = torch.minimum(edges_new[1:, None], edges_old[None, 1:])
     lower = torch.maximum(edges_new[:-1, None], edges_old[None, :-1])
-    return ((upper - lower).clamp(min=0) * old).to(like.dtype)
+    return (upper - lower).clamp(min=0).to(like.dtype) / new
 
 
 def resize_rows(E: Tensor, rows: int) -> Tensor:
@@ -42,12 +45,8 @@ def resize_axis(table: Tensor, length: int) -> Tensor:
     """A table of positions along one image axis (1, n, D) -> (1, length, D), interpolated linearly."""
     if table.shape[1] == length:
         return table
-    return (
-        F.interpolate(table.transpose(1, 2).double(), size=length, mode='linear')
-        .transpose(1, 2)
-        .to(table.dtype)
-        .contiguous()
-    )
+    channels = table.transpose(1, 2).to(torch.promote_types(table.dtype, torch.float32))  # (1, D, n)
+    return F.interpolate(channels, size=length, mode='linear').transpose(1, 2).to(table.dtype).contiguous()
 
 
 def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -61,30 +60,74 @@ def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
         The entries that change: patch embedding, table of positions, positions by axis, projection.
 
     Raises:
-        ValueError: The checkpoint's projection is of another kind or sharing.
+        ValueError: The checkpoint's projection is of another kind or sharing, or its token grid cannot be known.
     """
-    own = model.state_dict()
-    stem = {k: state_dict[k] for k in ('patch_embed.proj.weight', 'pos_embed') if k in state_dict and k in own}
-    changed = {}
-    if any(v.shape[2:] != own[k].shape[2:] or v.ndim == 3 and v.shape != own[k].shape for k, v in stem.items()):
-        changed = {k: v for k, v in vit_checkpoint_filter_fn(stem, model).items() if k in stem}
+    own, changed = model.state_dict(), {}
+    if model.projection is not None:
+        changed.update(model.projection.adapt(state_dict, 'projection.'))
+    kernel = {k: v for k, v in state_dict.items() if k == 'patch_embed.proj.weight' and v.shape[2:] != own[k].shape[2:]}
+    changed.update(vit_checkpoint_filter_fn(kernel, model))
     for name in ('position.row', 'position.column'):
         if name in state_dict and name in own:
             changed[name] = resize_axis(state_dict[name], own[name].shape[1])
-    if model.projection is not None:
-        changed.update(model.projection.adapt(state_dict, 'projection.'))
     changed = {k: v for k, v in changed.items() if v.shape != state_dict[k].shape}
+    if 'pos_embed' in state_dict and 'pos_embed' in own:
+        table = resized_table(state_dict['pos_embed'], model, grid_of(state_dict, model))
+        if table is not state_dict['pos_embed']:
+            changed['pos_embed'] = table
     if changed:
         _logger.info(f'Resized from the checkpoint to {tuple(model.patch_embed.img_size)} images: {", ".join(changed)}')
     return changed
+
+
+def grid_of(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int, ...]:
+    """The token grid of a checkpoint as its E has it; empty where E has none, or not one of all its positions."""
+    if model.projection is None or 'projection.weights.0' not in state_dict or 'pos_embed' not in state_dict:
+        return ()
+    weights = [state_dict[f'projection.weights.{i}'] for i in range(model.projection.num_weights)]
+    grid = model.projection.kind.grid(weights)
+    return grid if math.prod(grid) == state_dict['pos_embed'].shape[1] - prefix_positions(model) else ()
+
+
+def prefix_positions(model: nn.Module) -> int:
+    """How many entries of a ViT's table of positions are not of the token grid."""
+    return 0 if model.no_embed_class else model.num_prefix_tokens
+
+
+def resized_table(table: Tensor, model: nn.Module, grid: tuple[int, ...] = ()) -> Tensor:
+    """A table of positions of token grid `grid` on that of a model; (1, P + N, D).
+
+    Args:
+        table: The table.
+        model: The model.
+        grid: Its token grid; empty where it is not known: that of the model, or else a square.
+
+    Raises:
+        ValueError: A grid that is not known is not square.
+    """
+    prefix, new = prefix_positions(model), tuple(model.patch_embed.grid_size)
+    N = table.shape[1] - prefix
+    if not grid and N == math.prod(new):
+        return table
+    side = math.isqrt(N)
+    if not grid and side * side != N:
+        raise ValueError(
+            f'The checkpoint has {N} positions, which are no square, on a token grid that it does not tell; the model '
+            f"has {new}. Load it into a model made with the checkpoint's img_size, and call set_input_size."
+        )
+    return resample_abs_pos_embed(table, new_size=new, old_size=grid or (side, side), num_prefix_tokens=prefix)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of Linformer ViTs of any size, and of plain ViTs, for a Linformer ViT; timm calls it.
 
     A plain ViT has no projection: the model's own, as initialised, takes its place, and a warning says so. Sizes are
-    changed where the state is loaded (`network.resize_on_load`).
+    changed where the state is loaded (`network.resize_on_load`): E and the positions together, on E's token grid.
     """
+    own = state_dict.get('model', state_dict)
+    own = own.get('state_dict', own)
+    if grid_of(own, model):
+        return own
     state_dict = vit_checkpoint_filter_fn(state_dict, model)
     missing = {k: v for k, v in model.state_dict().items() if k.startswith('projection.') and k not in state_dict}
     if missing and not any(k.startswith('projection.') for k in state_dict):

@@ -123,7 +123,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def queries_and_keys(model: nn.Module, layers: list[nn.Module], images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries (scaled) and keys of every layer, of the image's tokens alone: (B, H, N, D/H) each."""
+    """Queries (scaled) and keys of every layer, of the image's tokens alone, in fp32 at least: (B, H, N, D/H) each."""
     seen: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers]
     training = model.training
@@ -136,7 +136,8 @@ def queries_and_keys(model: nn.Module, layers: list[nn.Module], images: Tensor) 
     for layer, x in zip(layers, seen, strict=True):
         x = layer.qkv(x[:, model.num_prefix_tokens :]).unflatten(-1, (3, layer.num_heads, -1))  # (B, N, 3, H, D/H)
         query, key, _ = x.permute(2, 0, 3, 1, 4)
-        yield layer.q_norm(query) * layer.scale, layer.k_norm(key)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # there is no decomposition below
+        yield layer.q_norm(query).to(dtype) * layer.scale, layer.k_norm(key).to(dtype)
 
 
 def exact_shares(query: Tensor, key: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Attention over K rows against outside oracles: the paper's equation 7 in loops, the PyPI package and timm."""
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from linformer.linformer import LinformerSelfAttention
 from timm.layers import Attention, set_fused_attn
 from torch import nn
+from torch.nn.utils import parametrize
 
 from linvision.attention import LinformerAttention
 from linvision.projection import SHARING, Projection
@@ -128,6 +131,24 @@ def test_attention_equals_the_pypi_package(share_kv):
     torch.testing.assert_close(ours(x, projection(x, GRID)[0], GRID), theirs(x), **FULL)
 
 
+@pytest.mark.parametrize('sharing', SHARING)
+def test_rows_are_normalised_before_the_weights_and_keys_and_values_where_heads_have_their_own_e(sharing):
+    attention, projection = build('linear', sharing, row_norm=True)
+    E, values = (torch.from_numpy(m) for m in written_out(projection, 'linear', sharing, 1))  # (H, K, N)
+    x = torch.randn(2, N, D, dtype=torch.float64)
+    weights = attention.qkv.weight.view(3, HEADS, -1, D)[1:], attention.qkv.bias.view(3, HEADS, 1, -1)[1:]
+    expected = []
+    for matrix, weight, bias in zip((E, values), *weights, strict=True):  # weight (H, D/H, D), bias (H, 1, D/H)
+        if sharing == 'none':
+            rows = matrix @ (x.unsqueeze(1) @ weight.mT + bias)  # (B, H, K, D/H)
+            expected.append(F.layer_norm(rows, (rows.shape[-1],)))
+        else:
+            rows = F.layer_norm(matrix @ x.unsqueeze(1), (D,))  # (B, H, K, D)
+            expected.append(rows @ weight.mT + matrix.sum(-1, keepdim=True) * bias)
+    found = attention.key_value(x, projection(x, GRID)[1], GRID)[:2]
+    torch.testing.assert_close(found, tuple(expected), **FULL)
+
+
 def permutation(n: int) -> torch.Tensor:
     return torch.eye(n, dtype=torch.float64)[torch.randperm(n)]
 
@@ -206,3 +227,46 @@ def test_bf16_error_is_at_most_twice_that_of_plain_pytorch(sharing, training):
 def test_width_must_be_divisible_by_the_heads():
     with pytest.raises(ValueError, match=r'divisible by the number of heads, got 12 and 5'):
         LinformerAttention(12, num_heads=5)
+
+
+class Doubled(nn.Linear):
+    """An adapter of which only `forward` tells."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('chunk_size', [0, 64])
+def test_a_wrapper_of_qkv_that_would_be_lost_is_refused(chunk_size, training):
+    model = timm.create_model('test_linformer_vit', chunk_size=chunk_size)
+    for wrapped in (Doubled(32, 96), nn.Sequential(model.blocks[1].attn.qkv)):
+        model.blocks[1].attn.qkv = wrapped
+        with torch.set_grad_enabled(training), pytest.raises(TypeError, match=r'qkv must be an nn\.Linear.*attn\.proj'):
+            model(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize('chunk_size', [0, 64])
+def test_a_parametrization_of_qkv_counts(chunk_size):
+    model = timm.create_model('test_linformer_vit', chunk_size=chunk_size, dtype=torch.float64).eval()
+    changed = copy.deepcopy(model)
+    added = 0.1 * torch.randn(96, 2, dtype=torch.float64) @ torch.randn(2, 32, dtype=torch.float64)
+    for ours, theirs in zip(model.blocks, changed.blocks, strict=True):
+        parametrize.register_parametrization(ours.attn.qkv, 'weight', Added(added))
+        with torch.no_grad():
+            theirs.attn.qkv.weight += added
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(images), changed(images))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), changed(images))
+
+
+class Added(nn.Module):
+    """A weight plus a low-rank matrix."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.matrix

@@ -17,6 +17,7 @@ from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from linvision.projection import SHARING
 from linvision.reduction import PROJECTIONS
 
 KINDS = [*PROJECTIONS, 'none']
@@ -55,6 +56,12 @@ def test_fx_trace_gives_the_same_logits_and_gradients(kind, sharing):
     traced = create_feature_extractor(model, ['head'])
     assert torch.equal(traced(batch())['head'], model(batch()))
     torch.testing.assert_close(gradients(traced, batch()), gradients(model, batch()))
+
+
+@pytest.mark.parametrize('pos_embed', ['separable', 'learn', 'none'])
+def test_fx_trace_takes_every_position_embedding(pos_embed):
+    model = create(pos_embed=pos_embed, pos_drop_rate=0.5)
+    assert torch.equal(create_feature_extractor(model, ['head'])(batch())['head'], model(batch()))
 
 
 QUICK = ('linear', 'separable')  # what registered models have
@@ -111,6 +118,34 @@ def test_intermediate_layers_and_pruning():
     assert len(model.blocks) == 2
     assert torch.equal(model.forward_intermediates(images, indices=[1], intermediates_only=True)[0], before)
     assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+@pytest.mark.parametrize('sharing', SHARING)
+@pytest.mark.parametrize('kind', ['separable', 'linear', 'mean_pool'])
+def test_pruned_models_keep_the_projections_of_their_layers_alone(kind, sharing):
+    arguments = dict(projection=kind, sharing=sharing, proj_len=4 if sharing == 'layerwise' else (4, 64, 100))
+    model, images = create(**arguments), batch()
+    before = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    features = timm.create_model(
+        'test_linformer_vit',
+        features_only=True,
+        out_indices=(0, 1),
+        num_classes=5,
+        img_size=8,
+        class_token=True,
+        **arguments,
+    ).eval()
+    left = features.model.load_state_dict(model.state_dict(), strict=False)
+    assert not left.missing_keys and all(not k.startswith('blocks.0') for k in left.unexpected_keys)
+    for ours, theirs in zip(features(images), before, strict=True):
+        assert torch.equal(ours, theirs)
+    assert features.model.longest == (4 if sharing == 'layerwise' else 64)
+    sum(image.square().sum() for image in features(images)).backward()
+    assert all(p.grad is not None for p in features.parameters())  # DDP waits for every one
+    model.prune_intermediate_layers([0])
+    assert torch.equal(model.forward_intermediates(images, indices=[0], intermediates_only=True)[0], before[0])
+    model.set_input_size((12, 8))
+    assert model.forward_features(batch(2, 12)[..., :8]).isfinite().all()
 
 
 def test_reset_classifier():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 
 import convert_vit
 from linvision.convert import agreement, attention_of, fit_projection, from_vit
@@ -136,6 +139,18 @@ def test_an_argument_that_contradicts_the_original_is_refused():
         from_vit(vit(), depth=3)
 
 
+@torch.no_grad()
+def test_conv_is_refused_where_cells_do_not_divide_the_grid_and_pools_to_means_where_they_do():
+    original = vit(img_size=(112, 96), depth=1)  # 14 × 12 tokens
+    with pytest.raises(ValueError, match=r'\(14, 12\), and those of proj_len=16 do not.*: 1, 2, 3, 4, 6, 8, 84\.'):
+        from_vit(original, 16, 'conv')
+    x = torch.randn(2, 168, 48)
+    for K in (1, 2, 3, 4, 6, 8, 84, 56):  # 56: 7 × 6 cells, fewer than 7 × 8
+        conv, mean = (from_vit(original, K, kind).projection for kind in ('conv', 'mean_pool'))
+        rows = (p.kind.reduce(x, p(x, p.grid)[0][:-1], p.grid, p.row_grids[0]) for p in (conv, mean))
+        torch.testing.assert_close(*rows)
+
+
 def test_there_is_nothing_to_fit_without_parameters_or_with_full_attention():
     with pytest.raises(ValueError, match='no parameters'):
         fit_projection(from_vit(vit(), 4, 'mean_pool'), vit(), [images()])
@@ -152,6 +167,21 @@ def test_another_image_size_is_that_of_timms_own_resizing():
 
 
 @torch.no_grad()
+def test_a_vit_that_no_factory_made_is_converted():
+    original = VisionTransformer(**SMALL).eval()
+    torch.testing.assert_close(from_vit(original, projection='none')(images()), original(images()))
+
+
+@pytest.mark.parametrize('size', [(32, 32), (32, 128), (48, 64)])
+@torch.no_grad()
+def test_positions_that_are_not_square_become_those_of_timms_own_resizing(size):
+    original = vit(img_size=(16, 64))
+    converted = from_vit(original, projection='none', img_size=size)
+    original.set_input_size(size)
+    assert torch.equal(converted.pos_embed, original.pos_embed)
+
+
+@torch.no_grad()
 def test_a_converted_model_is_saved_and_loaded_with_the_originals_data_config(tmp_path):
     original = vit('deit3_small_patch16_224')
     original.pretrained_cfg = {**original.pretrained_cfg, 'mean': (0.1, 0.2, 0.3), 'crop_pct': 0.8}
@@ -164,6 +194,25 @@ def test_a_converted_model_is_saved_and_loaded_with_the_originals_data_config(tm
     assert all(ours[k] == theirs[k] for k in ('crop_pct', 'crop_mode', 'interpolation'))
     assert ours['input_size'] == (3, 32, 32) and ours['crop_pct'] == 0.8
     assert json.loads((tmp_path / 'config.json').read_text())['model_args']['proj_len'] == 4
+
+
+@pytest.mark.parametrize(
+    'name, arguments',
+    [
+        *VITS.items(),
+        ('vit_tiny_patch16_224', {'mlp_layer': SwiGLU, 'norm_layer': partial(RmsNorm, eps=1e-5)}),
+        ('vit_tiny_patch16_224', {'mlp_layer': GluMlp, 'norm_layer': torch.nn.LayerNorm, 'act_layer': 'gelu_tanh'}),
+    ],
+)
+@torch.no_grad()
+def test_every_architecture_that_is_converted_can_be_saved_and_loaded(name, arguments, tmp_path):
+    original = vit(name, **arguments)
+    converted = from_vit(original, projection='none')
+    torch.testing.assert_close(converted(images()), original(images()), rtol=1e-4, atol=1e-4)
+    save_for_hf(converted, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert str(loaded.blocks) == str(converted.blocks)
+    assert torch.equal(loaded(images()), converted(images()))
 
 
 def test_a_registered_name_stands_for_a_vit_of_its_size():

@@ -282,6 +282,7 @@ def test_saved_model_is_the_same_to_the_bit(kwargs, size, tmp_path: Path):
         (dict(local_size=4), ValueError, r'odd side, got 4'),
         (dict(local_size='3'), ValueError, r"local_size must be a whole number.*got '3'"),
         (dict(row_norm='yes'), ValueError, r"row_norm True or False, got .*'yes'"),
+        (dict(mlp_layer='swiglue'), ValueError, r"Unknown mlp_layer 'swiglue'. Nearest: swiglu"),
         (dict(img_size=16.0), ValueError, r'must be whole numbers, got \(16.0, 16.0\)'),
         (dict(dynamic_img_pad=True), ValueError, r'dynamic_img_pad cannot be chosen'),
         (dict(block_fn=torch.nn.Identity), ValueError, r'block_fn cannot be chosen'),
@@ -300,6 +301,27 @@ def test_wrong_images_are_refused_with_both_shapes(shape):
     message = rf'Expected images of shape \(B, 3, 8, 8\), got \[{", ".join(map(str, shape))}\].*set_input_size'
     with pytest.raises(ValueError, match=message):
         create()(torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 8, 1)])
+def test_wrong_images_of_a_model_of_any_size_are_refused_with_their_shape(shape):
+    message = rf'shape \(B, 3, height, width\).*got \[{", ".join(map(str, shape))}\]'
+    with pytest.raises(ValueError, match=message):
+        create(dynamic_img_size=True)(torch.randn(shape, dtype=torch.float64))
+
+
+def test_dropped_patches_are_run_whole_and_refused_with_a_mask():
+    model = create(projection='none', local_size=0, patch_drop_rate=0.5).train()
+    images, found = batch(), []
+    for chunk_size in (0, 16):
+        model.set_chunk_size(chunk_size)
+        torch.manual_seed(3)
+        found.append(gradients(model, images))
+    torch.testing.assert_close(*found)
+    mask = torch.zeros(3, 64, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r'patch_drop_rate must be 0 with a key_padding_mask.*got 0\.5'):
+        model(images, key_padding_mask=mask)
+    torch.testing.assert_close(model.eval()(images, key_padding_mask=mask), model(images))
 
 
 @pytest.mark.parametrize('method', ['forward', 'forward_features', 'forward_intermediates'])

@@ -105,6 +105,30 @@ def test_other_blocks_are_run_as_they_are(kwargs, used):
     assert used and not any(used)
 
 
+@pytest.mark.parametrize('name', ['attn.proj', 'mlp.fc1', 'mlp.fc2'])
+def test_adapters_of_linear_layers_have_their_effect(name, used):
+    model = create()
+    for block in model.blocks:
+        block.set_submodule(name, Adapter(block.get_submodule(name)))
+    with torch.no_grad():
+        plain = model(batch())
+        model.set_chunk_size(24)
+        torch.testing.assert_close(model(batch()), plain, rtol=1e-4, atol=1e-5)
+    assert used and not any(used)
+
+
+class Adapter(nn.Module):
+    """A linear layer and a low-rank one beside it, with the layer's attributes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
 def test_training_mode_padding_and_short_images_are_run_as_they_are(used, monkeypatch):
     model = create(chunk_size=24, proj_drop_rate=0.5)
     with torch.no_grad():

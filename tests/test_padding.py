@@ -128,6 +128,26 @@ def test_a_mask_that_is_no_tensor_is_refused():
         create()(torch.randn(1, 3, 8, 8, dtype=torch.float64), key_padding_mask=[[True] * 64])
 
 
-def test_pooling_that_cannot_leave_out_padding_is_refused():
-    with pytest.raises(ValueError, match=r"global_pool must be 'avg' or 'token', got 'max'"):
-        create(global_pool='max')(torch.randn(3, 3, 8, 8, dtype=torch.float64), key_padding_mask=masks())
+@pytest.mark.parametrize('pool', ['max', 'avgmax', 'map'])
+def test_pooling_that_cannot_leave_out_padding_is_refused_before_the_blocks_run(pool):
+    model, images = create(global_pool=pool, class_token=False), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    seen = []
+    model.patch_embed.register_forward_hook(lambda module, args, output: seen.append(output))
+    message = rf"global_pool must be 'avg' or 'token', got '{pool}'"
+    with pytest.raises(ValueError, match=message):
+        model(images, key_padding_mask=masks())
+    assert not seen
+    features = model.forward_features(images, key_padding_mask=masks())
+    with pytest.raises(ValueError, match=message):
+        model.forward_head(features, key_padding_mask=masks())
+
+
+def test_a_pool_that_includes_the_prefix_includes_it_with_a_mask():
+    model = create(class_token=True, reg_tokens=2, global_pool='avg', pool_include_prefix=True)
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    features = model.forward_features(images, key_padding_mask=masks())
+    inside = torch.cat([torch.ones(3, 3, dtype=torch.bool), ~masks()], dim=1)  # (B, P + N)
+    pooled = torch.stack([f[i].mean(0) for f, i in zip(features, inside, strict=True)])
+    torch.testing.assert_close(model(images, key_padding_mask=masks()), model.head(model.fc_norm(pooled)))
+    nothing = torch.zeros(3, 64, dtype=torch.bool)
+    torch.testing.assert_close(model(images, key_padding_mask=nothing), model(images))

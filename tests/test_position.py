@@ -59,9 +59,36 @@ def test_timm_initialisers_leave_positions_alone(weight_init):
         assert not any(block.attn.local.weight.any() for block in conv.blocks)
 
 
+@pytest.mark.parametrize('weight_init', ['', 'jax', 'skip', 'reset'])
+@pytest.mark.parametrize('pos_embed', ['conv', 'separable'])
+def test_timm_initialisers_reach_every_parameter(pos_embed, weight_init):
+    with torch.device('meta'):
+        model = timm.create_model('test_linformer_vit', pos_embed=pos_embed, weight_init=weight_init, init_values=1e-5)
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(123.0)
+    model.init_weights()
+    assert not [name for name, parameter in model.named_parameters() if (parameter == 123.0).any()]
+
+
 def create(pos_embed, **kwargs):
     arguments = dict(pos_embed=pos_embed, local_size=0, projection='none', num_classes=5, dtype=torch.float64)
     return timm.create_model('test_linformer_vit', img_size=6, **{**arguments, **kwargs}).eval()
+
+
+@pytest.mark.parametrize('class_token', [False, True])
+@pytest.mark.parametrize('pos_embed', ['learn', *POSITIONS])
+def test_dropout_of_positions_is_that_of_all_tokens_before_the_blocks(pos_embed, class_token):
+    arguments = dict(class_token=class_token, global_pool='avg', projection='separable', proj_len=4)
+    model, images = create(pos_embed, pos_drop_rate=0.25, **arguments), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        tokens = model.embed(images)[0]
+        model.train()
+        torch.manual_seed(3)
+        dropped = model.embed(images)[0]
+    torch.manual_seed(3)
+    assert torch.equal(dropped, F.dropout(tokens, 0.25)) and not torch.equal(dropped, tokens)
 
 
 @pytest.mark.parametrize('pos_embed', ['none', 'learn', *POSITIONS])

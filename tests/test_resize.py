@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import save_for_hf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvision.local import spacing
 from linvision.projection import SHARING, Projection
@@ -36,6 +38,24 @@ def test_new_rows_are_means_of_the_old_rows_they_cover(old, new):
     E = torch.randn(old, 5, dtype=torch.float64)
     mean = E.repeat_interleave(common // old, dim=0).unflatten(0, (new, -1)).mean(1)
     torch.testing.assert_close(resize_rows(E, new), mean)
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without fp64, as Apple's GPUs are."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64, function
+        return out
+
+
+@pytest.mark.parametrize('kwargs', [dict(projection='linear', pos_embed='separable'), dict(projection='conv')])
+def test_resizing_needs_no_double_precision(kwargs):
+    model = timm.create_model('test_linformer_vit', dynamic_img_size=True, **kwargs)
+    with NoDouble():
+        model(torch.randn(1, 3, 24, 12)).sum().backward()
+        model.set_input_size((20, 12))
+        model.projection.pool()
 
 
 def build(kind: str, sharing: str, grid: tuple[int, int]) -> Projection:
@@ -202,6 +222,41 @@ def test_model_resized_to_another_shape_loads_into_a_model_made_at_that_shape():
     made.load_state_dict(model.state_dict(), strict=True)
     images = torch.randn(2, 3, 8, 32, dtype=torch.float64)
     assert torch.equal(made(images), model(images))
+
+
+@pytest.mark.parametrize(
+    'tokens', [dict(), dict(class_token=True, reg_tokens=1), dict(class_token=True, no_embed_class=True)]
+)
+@pytest.mark.parametrize('new_size', [(8, 8), (16, 4), (8, 32), (6, 10)])
+@pytest.mark.parametrize('kind', ['linear', 'separable'])
+def test_learned_positions_of_images_that_are_not_square_are_resized_on_their_own_grid(kind, new_size, tokens):
+    arguments = dict(pos_embed='learn', projection=kind, proj_len=4, **tokens)
+    model, made = create(img_size=(4, 16), **arguments), create(img_size=new_size, **arguments)
+    made.load_state_dict(model.state_dict())
+    model.set_input_size(new_size)
+    images = torch.randn(2, 3, *new_size, dtype=torch.float64)
+    assert torch.equal(made.pos_embed, model.pos_embed) and torch.equal(made(images), model(images))
+
+
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'conv', 'mean_pool', 'none'])
+@pytest.mark.parametrize('new_size', [(8, 8), (8, 16), (4, 32)])
+def test_saved_models_that_are_not_square_load_at_another_size(kind, new_size, tmp_path):
+    model = create(img_size=(4, 16), pos_embed='learn', projection=kind, proj_len=4).float()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=new_size).eval()
+    model.set_input_size(new_size)
+    images = torch.randn(2, 3, *new_size)
+    assert torch.equal(loaded.pos_embed, model.pos_embed) and torch.equal(loaded(images), model(images))
+
+
+def test_a_grid_that_a_checkpoint_does_not_tell_is_a_square_or_refused():
+    arguments = dict(pos_embed='learn', projection='mean_pool', proj_len=4)
+    square, made = create(img_size=8, **arguments), create(img_size=(4, 32), **arguments)
+    made.load_state_dict(square.state_dict())
+    square.set_input_size((4, 32))
+    assert torch.equal(made.pos_embed, square.pos_embed)
+    with pytest.raises(ValueError, match=r'128 positions, which are no square.*the model has \(8, 8\)'):
+        create(img_size=8, **arguments).load_state_dict(made.state_dict())
 
 
 def test_set_input_size_takes_another_patch_size():

@@ -58,6 +58,16 @@ def test_shares_are_those_of_the_singular_values_of_the_matrices(arguments):
         torch.testing.assert_close(spectrum.cumulative[layer], cumulative.mean(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('exact', [1000, 10])
+def test_models_of_any_dtype_have_the_spectrum_of_their_queries_and_keys(exact, dtype):
+    model, images = vit(), torch.randn(1, 3, 32, 32)
+    whole = attention_spectrum(model, [images], 12, pooling(model, 16), exact)
+    found = attention_spectrum(model.to(dtype), [images.to(dtype)], 12, pooling(model, 16), exact)
+    torch.testing.assert_close(found.energy, whole.energy, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.projected, whole.projected, rtol=0.02, atol=0.02)
+
+
 def test_the_best_matrix_of_rank_k_misses_what_the_energy_says():
     model, images = vit(), torch.randn(1, 3, 32, 32)
     spectrum = attention_spectrum(model, [images])

@@ -114,6 +114,18 @@ def test_gradients_are_those_of_the_weights_that_the_forward_pass_had():
     torch.testing.assert_close(found(), exact, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize('chunk_size', [24, 'auto'])
+def test_gradients_by_torch_func_are_those_of_whole_blocks(chunk_size, monkeypatch):
+    monkeypatch.setattr('linvision.chunk_size.KEPT_BYTES', 0)
+    monkeypatch.setattr('linvision.chunk_size.auto_chunk_size', lambda x, hidden: 24)
+    model, images = create(), batch()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    gradient = torch.func.grad(lambda w: torch.func.functional_call(model, w, (images,)).square().sum())
+    exact = gradient(weights)
+    model.set_chunk_size(chunk_size)
+    torch.testing.assert_close(gradient(weights), exact)
+
+
 def test_dropout_is_the_same_in_both_passes():
     model = create(chunk_size=24, proj_drop_rate=0.3, attn_drop_rate=0.2).train()
     images, eps = batch(), 1e-6
@@ -194,6 +206,16 @@ def test_results_of_two_calls_do_not_share_memory():
         kept = first.clone()
         model.forward_features(batch() + 1)
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize('name', ['norm_pre', 'patch_drop', 'norm'])
+def test_what_a_hook_before_or_after_the_blocks_holds_stays_as_it_was(name, calls):
+    model = create(chunk_size=12)
+    seen = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    with torch.no_grad():
+        model(batch())
+    assert len(calls) == 3 and torch.equal(*seen[0])
 
 
 def test_blocks_are_whole_where_something_looks_into_them(calls):

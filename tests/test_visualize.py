@@ -9,7 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.models import save_for_hf
 
 import visualize
-from linvision.attention_map import attention_maps
+from linvision.attention_map import attention_maps, projection_matrices
+from linvision.projection import SHARING
+from linvision.reduction import PROJECTIONS
 
 
 def model_of(**arguments):
@@ -43,6 +45,49 @@ def test_lifted_attention_times_the_tokens_values_is_what_attention_puts_out(kin
     wanted = (every.flatten(2).unsqueeze(2) @ values).squeeze(2).flatten(1)
     torch.testing.assert_close(wanted, heads.mean(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(attention_maps(model, images, 1), every.mean(1))
+
+
+@pytest.mark.parametrize('sharing', SHARING)
+@pytest.mark.parametrize('kind', PROJECTIONS)
+@torch.no_grad()
+def test_lifted_attention_is_attention_times_the_matrix_written_out(kind, sharing):
+    model = model_of(projection=kind, sharing=sharing, class_token=True, global_pool='token')
+    images, attention, grid, seen = torch.randn(2, 3, 8, 12), model.blocks[1].attn, (8, 12), []
+    attention.fused_attn = False
+    hook = attention.attn_drop.register_forward_hook(lambda _, x, y: seen.append(y[..., 1:]))  # (B, H, 1 + N, K)
+    model(images)
+    hook.remove()
+    if kind in ('conv', 'max_pool'):
+        E = F.avg_pool2d(torch.eye(96).view(96, 1, 8, 12), (3, 4), ceil_mode=True).flatten(1).T  # (K, N)
+    else:
+        factors = model.projection_tensors(images, grid)[1]
+        n = len(factors) // attention.matrices
+        E = attention.reduce(torch.eye(96), factors[-n:-1], grid, (3, 3))  # (K, N) or (H, K, N)
+    maps = attention_maps(model, images, 1, (3, 7), per_head=True).flatten(2)  # (B, H, N)
+    torch.testing.assert_close(maps, (seen[0][:, :, 1 + 3 * 12 + 7].unsqueeze(2) @ E).squeeze(2))
+    torch.testing.assert_close(projection_matrices(model, 1)[1], E)
+
+
+@torch.no_grad()
+def test_maps_of_a_model_of_any_size_are_on_the_grid_of_its_images():
+    dynamic, images = model_of(dynamic_img_size=True, proj_len=120), torch.randn(2, 3, 16, 8)
+    resized = model_of(proj_len=120)
+    resized.load_state_dict(dynamic.state_dict())
+    resized.set_input_size((16, 8))  # 128 tokens, above K, where 8 × 12 were not
+    for query in (None, (15, 7)):
+        torch.testing.assert_close(
+            attention_maps(dynamic, images, query=query), attention_maps(resized, images, query=query)
+        )
+    with pytest.raises(IndexError, match=r'token grid of 16×8, got \(0, 8\)'):
+        attention_maps(dynamic, images, query=(0, 8))
+
+
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'max_pool'])
+def test_65536_tokens_give_a_map(kind):
+    model = model_of(img_size=256, projection=kind, depth=1, embed_dim=8, proj_len=16)
+    with torch.inference_mode():
+        found = attention_maps(model, torch.randn(1, 3, 256, 256))
+    assert found.shape == (1, 256, 256) and found.any() and found.isfinite().all()
 
 
 def test_no_such_block_or_token():
