@@ -82,10 +82,11 @@ def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
 
 def grid_of(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int, ...]:
     """The token grid of a checkpoint as its E has it; empty where E has none, or not one of all its positions."""
-    if model.projection is None or 'projection.weights.0' not in state_dict or 'pos_embed' not in state_dict:
+    projection = getattr(model, 'projection', None)  # a plain ViT has none
+    names = [] if projection is None else [f'projection.weights.{i}' for i in range(projection.num_weights)]
+    if not names or any(name not in state_dict for name in ('pos_embed', *names)):
         return ()
-    weights = [state_dict[f'projection.weights.{i}'] for i in range(model.projection.num_weights)]
-    grid = model.projection.kind.grid(weights)
+    grid = projection.kind.grid([state_dict[name] for name in names])
     return grid if math.prod(grid) == state_dict['pos_embed'].shape[1] - prefix_positions(model) else ()
 
 

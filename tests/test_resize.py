@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvision.local import spacing
 from linvision.projection import SHARING, Projection
-from linvision.resize import area_matrix, resize_axis, resize_rows
+from linvision.resize import area_matrix, checkpoint_filter_fn, resize_axis, resize_rows
 
 SIZES = [(4, 8), (8, 4), (4, 6), (6, 4), (5, 7), (7, 5), (3, 3), (1, 5), (5, 1)]
 LIKE = torch.zeros((), dtype=torch.float64)
@@ -257,6 +257,15 @@ def test_a_grid_that_a_checkpoint_does_not_tell_is_a_square_or_refused():
     assert torch.equal(made.pos_embed, square.pos_embed)
     with pytest.raises(ValueError, match=r'128 positions, which are no square.*the model has \(8, 8\)'):
         create(img_size=8, **arguments).load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize('kind, other', [('linear', 'separable'), ('separable', 'linear'), ('conv', 'separable')])
+def test_a_checkpoint_of_another_kind_is_refused_as_such_whoever_loads_it(kind, other):
+    saved = create(img_size=8, pos_embed='learn', projection=kind, proj_len=4).state_dict()
+    model = create(img_size=8, pos_embed='learn', projection=other, proj_len=4)
+    for load in (model.load_state_dict, lambda state: model.load_state_dict(checkpoint_filter_fn(state, model))):
+        with pytest.raises(ValueError, match='projection is of another kind or sharing'):
+            load(dict(saved))
 
 
 def test_set_input_size_takes_another_patch_size():
