@@ -21,6 +21,8 @@ from linvision.projection import SHARING
 from linvision.reduction import PROJECTIONS
 
 KINDS = [*PROJECTIONS, 'none']
+QUICK = ('linear', 'separable')  # what registered models have
+MARKED = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 def create(name: str = 'test_linformer_vit', **kwargs) -> nn.Module:
@@ -64,10 +66,7 @@ def test_fx_trace_takes_every_position_embedding(pos_embed):
     assert torch.equal(create_feature_extractor(model, ['head'])(batch())['head'], model(batch()))
 
 
-QUICK = ('linear', 'separable')  # what registered models have
-
-
-@pytest.mark.parametrize('kind', [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize('kind', MARKED)
 def test_compiled_in_one_graph_gives_the_same_logits(kind):
     model = create(projection=kind)
     torch._dynamo.reset()
@@ -89,7 +88,7 @@ def test_compiled_by_inductor_gives_the_same_logits_and_gradients():
     torch.testing.assert_close(compiled_gradients, gradients(model, batch()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', MARKED)
 @pytest.mark.filterwarnings('ignore')  # what onnxscript and its packages deprecate among themselves
 def test_onnxruntime_agrees(kind, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='needs the [onnx] extra')
