@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from linvision.train.metrics import machine
-from trials import ROOT, Record, mean_and_spread, run_trials, write_table
+from trials import MACHINE, ROOT, Record, mean_and_spread, run_trials, write_table
 
 RATES = (0.01, 0.02, 0.04)  # and on either side, while the outermost is chosen
 VALIDATION = 3000  # images: 5 % of the training set
@@ -43,7 +43,6 @@ FIELDS = (
     'val_curve',
     'seed',
 )
-MACHINE = ('device', 'threads', 'versions')  # a run's own: a table can be made on several
 
 
 def variants_of(tokens: int) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from linvision.train import Recipe, train
 from linvision.train.checkpoint import FREE_TO_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
+MACHINE = ('threads', 'versions', 'device')  # a run's own: a comparison can be made on several
 
 
 def recipe_module(name: str) -> ModuleType:
@@ -84,7 +85,7 @@ class Record:
 
     def __init__(self, path: Path, fields: Iterable[str], again: bool = False) -> None:
         self.path, self.again = path, again
-        self.fields = (*fields, 'threads', 'versions', 'device')
+        self.fields = (*fields, *MACHINE)
 
     def asked(self, recipe: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         """What says which run it is."""

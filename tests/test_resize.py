@@ -40,22 +40,28 @@ def test_new_rows_are_means_of_the_old_rows_they_cover(old, new):
     torch.testing.assert_close(resize_rows(E, new), mean)
 
 
-class NoDouble(TorchDispatchMode):
-    """A device without fp64, as Apple's GPUs are."""
+class Dtypes(TorchDispatchMode):
+    """Notes the dtype of whatever is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64, function
+        if isinstance(out, torch.Tensor):
+            self.seen.add(out.dtype)
         return out
 
 
 @pytest.mark.parametrize('kwargs', [dict(projection='linear', pos_embed='separable'), dict(projection='conv')])
 def test_resizing_needs_no_double_precision(kwargs):
     model = timm.create_model('test_linformer_vit', dynamic_img_size=True, **kwargs)
-    with NoDouble():
+    with Dtypes() as dtypes:
         model(torch.randn(1, 3, 24, 12)).sum().backward()
         model.set_input_size((20, 12))
         model.projection.pool()
+    assert torch.float32 in dtypes.seen and torch.float64 not in dtypes.seen  # which Apple's GPUs lack
 
 
 def build(kind: str, sharing: str, grid: tuple[int, int]) -> Projection:

@@ -66,7 +66,8 @@ class ImageFiles:
     def names(self) -> list[str]:
         """The images' paths within the folder that holds them all."""
         paths = [path for path, _ in self.samples]
-        return [path[len(os.path.commonpath(paths)) :] for path in paths]
+        start = len(os.path.commonpath(paths))
+        return [path[start:] for path in paths]
 
     def subset(self, index: Tensor) -> 'ImageFiles':
         """The images at the given positions."""

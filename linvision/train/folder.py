@@ -75,8 +75,8 @@ def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
         return {}
     found = json.loads(metrics.read_text())
     check_same_run(folder, recipe.to_dict(), found['recipe'])
-    if str(recipe.data_dir) != found['recipe']['data_dir']:
+    if 'images' in found and str(recipe.data_dir) != found['recipe']['data_dir']:
         images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download, **recipe.dataset_args)
-        check_same_images(folder, fingerprint(images), found.get('images', {}))
+        check_same_images(folder, fingerprint(images), found['images'])
     to_score = recipe.test and 'loss' not in found and checkpoints(folder / 'checkpoints')
     return {} if to_score else found

@@ -378,8 +378,10 @@ class Run:
     def try_one_step(self) -> None:
         """Print the plan, take one step of the largest images, and say what it took."""
         self.board.say(plan(self))
-        self.at.stage = max(range(len(self.data.stages)), key=lambda stage: self.data.stages[stage][0])
-        self.learner.set_size(self.img_size)
+        largest = max(range(len(self.data.stages)), key=lambda stage: self.data.stages[stage][0])
+        if largest != self.at.stage:
+            self.at.stage = largest
+            self.learner.set_size(self.img_size)
         self.learner.task.train()
         images, labels = next(self.data.stream(self.at.step, self.img_size))
         start = time.perf_counter()

@@ -180,8 +180,9 @@ def load_teacher(
     in_chans = student.patch_embed.proj.in_channels
     teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
     known = tuple(teacher.pretrained_cfg.get('label_names') or classes)
-    if teacher.num_classes != student.num_classes or classes and known != tuple(classes):
-        words = f': {list(known[:5])}, not {list(classes[:5])}' if classes and known != tuple(classes) else ''
+    renamed = bool(classes) and known != tuple(classes)
+    if renamed or teacher.num_classes != student.num_classes:
+        words = f': {list(known[:5])}, not {list(classes[:5])}' if renamed else ''
         raise ValueError(
             f'The teacher {name} tells {teacher.num_classes} classes apart, the student {student.num_classes}{words}. '
             'Fine-tune the teacher on these images first: python recipes/finetune.py --init … --dataset ….'
