@@ -134,7 +134,14 @@ def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dic
 
 def _vit(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dict[str, Any]:
     """timm's ViT, with a linear E."""
-    return {'img_size': img_size, 'patch_size': patch_size, 'proj_len': proj_len, 'projection': 'linear', **kwargs}
+    return {
+        'img_size': img_size,
+        'patch_size': patch_size,
+        'proj_len': proj_len,
+        'projection': 'linear',
+        'local_grid': img_size // patch_size,
+        **kwargs,
+    }
 
 
 @register_model

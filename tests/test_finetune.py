@@ -10,7 +10,7 @@ from runs import small, weights
 
 from linvision.train import train
 from linvision.train.recipe import Recipe
-from linvision.train.setup import resolved
+from linvision.train.setup import create_model, load_backbone, resolved
 
 
 def finetuned(model_folder, folder, **changes):
@@ -42,6 +42,21 @@ def test_arguments_of_the_weights_model_come_with_it(tmp_path):
     recipe = resolved(Recipe(model='', init=str(tmp_path / 'first')))
     assert recipe.model_args['proj_len'] == 9 and recipe.model_args['projection'] == 'separable'
     assert not {'img_size', 'in_chans', 'num_classes'} & set(recipe.model_args)
+
+
+def test_convolutions_of_a_larger_model_span_as_much_of_the_image_as_those_of_its_weights():
+    source = 'linformer_vit_pico_patch1_32.fashion_mnist'
+    recipe = resolved(Recipe(model='linformer_vit_pico_patch1_64', init=source, model_args={'proj_len': 64}))
+    model = create_model(recipe, {'in_chans': 1, 'num_classes': 10}, 64).eval()
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        load_backbone(model, source)
+        expected = timm.create_model(source, pretrained=True, img_size=64).eval().forward_features(images)
+        torch.testing.assert_close(model.forward_features(images), expected, rtol=1e-4, atol=1e-4)
+    own = Recipe(model='linformer_vit_pico_patch1_64', init=source, model_args={'local_grid': 64})
+    assert resolved(own).model_args == {'local_grid': 64}  # what a recipe says is left alone
+    plain = Recipe(model='vit_tiny_patch16_224', init=source)
+    assert resolved(plain) == plain
 
 
 @pytest.mark.parametrize('stages', [(), ((8, 0.5), (16, 0.5))])

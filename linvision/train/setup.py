@@ -9,6 +9,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from linvision.data import Images
+from linvision.local import LocalPath
 from linvision.nearest import nearest
 from linvision.resize import checkpoint_filter_fn
 from linvision.train import masked_pixels
@@ -50,24 +51,33 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Mod
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with its model by name: where it names none, that of the weights it starts from, and their size.
+    """The recipe with all that the weights it starts from decide.
+
+    A recipe that names no model takes theirs, and their image size. The span of local convolutions is theirs in any
+    case, unless the recipe says otherwise: a kernel that spans less of the image than it was trained for means
+    something else.
 
     Raises:
-        ValueError: It names neither.
+        ValueError: It names neither model nor weights.
     """
-    if recipe.model:
-        return recipe
     if not recipe.init:
-        raise ValueError('The recipe names no model: say --init, for that of the weights there, or --model.')
+        if not recipe.model:
+            raise ValueError('The recipe names no model: say --init, for that of the weights there, or --model.')
+        return recipe
     check_source(recipe.init)
     try:
         with torch.device('meta'):
-            model = timm.create_model(source_of(recipe.init), pretrained=False)
+            source = timm.create_model(source_of(recipe.init), pretrained=False)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f'No model in {recipe.init!r}: {first_line(error)}') from error
-    kept = {k: v for k, v in get_model_args(model).items() if k not in ('img_size', 'in_chans', 'num_classes')}
-    size = recipe.img_size if recipe.img_size or recipe.stages else model.patch_embed.img_size[0]
-    name = model.pretrained_cfg['architecture']
+    if recipe.model:
+        grid = next((module.grid for module in source.modules() if isinstance(module, LocalPath)), None)
+        if grid is None or not timm.models.is_model_in_modules(recipe.model, ['variants']):
+            return recipe
+        return dataclasses.replace(recipe, model_args={'local_grid': grid} | recipe.model_args)
+    kept = {k: v for k, v in get_model_args(source).items() if k not in ('img_size', 'in_chans', 'num_classes')}
+    size = recipe.img_size if recipe.img_size or recipe.stages else source.patch_embed.img_size[0]
+    name = source.pretrained_cfg['architecture']
     return dataclasses.replace(recipe, model=name, model_args=kept | recipe.model_args, img_size=size)
 
 
