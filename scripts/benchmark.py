@@ -3,6 +3,8 @@
     python scripts/benchmark.py                  # at most an hour; writes outputs/benchmark.{json,md,png}
     python scripts/benchmark.py --quick          # a few minutes, up to 4,096 tokens
 
+The packages `linformer` and `linformer-pytorch` come with `pip install -e '.[bench]'`.
+
 Each case is a process of its own, so that its peak of memory is its own; the processes of one size wait for each other
 and step in turn, so that all meet the same load (a step below a second is taken twice, and the second one counts).
 Times are medians. Memory is the peak of the resident set during a step, above what the process held with the model and
@@ -23,7 +25,7 @@ import time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -31,9 +33,20 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from benchmark_tables import summarise, write
-from contenders import CONTENDERS, DTYPES, PROJ_LEN, SIZE, Case, create_step, multiply_adds, predicted_gib
+from contenders import (
+    CONTENDERS,
+    DTYPES,
+    PROJ_LEN,
+    SIZE,
+    Case,
+    create_step,
+    missing_package,
+    multiply_adds,
+    predicted_gib,
+)
 from linvision import onednn
 
+KEY = tuple(field.name for field in dataclasses.fields(Case))
 LONGEST = {'linvision': 2**20}  # beyond the others' sizes
 SLOW_S = 20  # a step that is predicted to take longer is taken once, without a warm-up
 
@@ -213,14 +226,20 @@ def measure(
     """
     rows, workers = [], {}
     for case in cases:
-        work = multiply_adds(case) * (3 if case.training else 1)
-        row = {**dataclasses.asdict(case), 'multiply_adds': work, 'steps': []}
+        row = {**dataclasses.asdict(case), 'steps': []}
         rows.append(row)
-        need, seconds = predicted_gib(case), work / rate
+        try:
+            row['multiply_adds'] = multiply_adds(case) * (3 if case.training else 1)
+        except ImportError as error:
+            row['why_not'] = missing_package(error)
+            continue
+        need, seconds = predicted_gib(case), row['multiply_adds'] / rate
         if need > 0.9 * available_gib():
             row['why_not'] = f'needs at least {need:,.0f} GiB'
-        elif seconds > longest_s or time.monotonic() + seconds > deadline:
+        elif seconds > longest_s:
             row['why_not'] = f'would take about {seconds / 60:,.0f} min'
+        elif time.monotonic() + seconds > deadline:
+            row['why_not'] = 'no time was left'
         else:
             try:
                 worker = Worker(case, threads)
@@ -269,8 +288,8 @@ def main(
     quick: bool = False,
     models: tuple[str, ...] = CONTENDERS,
     tokens: tuple[int, ...] = (1024, 4096, 16384, 65536, 2**20),
-    modes: tuple[str, ...] = ('inference', 'training'),
-    precisions: tuple[str, ...] = ('fp32', 'bf16'),
+    modes: tuple[Literal['inference', 'training'], ...] = ('inference', 'training'),
+    precisions: tuple[Literal['fp32', 'bf16'], ...] = ('fp32', 'bf16'),
     repeats: int = 5,
     max_minutes: float = 60.0,
     max_step_minutes: float = 6.0,
@@ -307,13 +326,13 @@ def main(
         found = earlier(output.with_suffix('.json'), found)
     groups = [(n, mode == 'training', p) for n in tokens for mode in modes for p in precisions]
     groups = [(n, t, p) for n, t, p in groups if n <= 65536 or (p == 'bf16' and not t)]
+    sides = [[Case(m, *group) for m in models if group[0] <= LONGEST.get(m, 65536)] for group in groups]
     for precision in precisions:
         found['roofline'][precision] = roofline(precision, threads, chunk=1024)
-    for n, training, precision in tqdm(groups, disable=None):
-        cases = [Case(m, n, training, precision) for m in models if n <= LONGEST.get(m, 65536)]
+    for (_, _, precision), cases in zip(tqdm(groups, disable=None), sides, strict=True):
         rate = 0.25e9 * found['roofline'][precision]['square_gflops']  # half of the rate, two operations
-        measured = (n, training, precision)
-        found['rows'] = [r for r in found['rows'] if (r['tokens'], r['training'], r['precision']) != measured]
+        measured = {dataclasses.astuple(case) for case in cases}
+        found['rows'] = [r for r in found['rows'] if tuple(r[k] for k in KEY) not in measured]
         found['rows'] += measure(cases, repeats, deadline, 60 * max_step_minutes, rate, threads, tqdm.write)
         output.with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
     write(found, output)

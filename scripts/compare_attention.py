@@ -118,18 +118,25 @@ class Known:
         self.path, self.run = path, run
 
     def read(self) -> dict[str, dict[float, float]]:
-        """The scores; none where there is no file, or one of other runs."""
-        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        if any(kept.get(name) != value for name, value in self.run.items()):
-            return {}
+        """The scores; none where none of these runs are kept."""
+        kept = next((kept for kept in self.all() if self.mine(kept)), {'val_top1': {}})
         return {name: {float(lr): score for lr, score in scores.items()} for name, scores in kept['val_top1'].items()}
+
+    def all(self) -> list[dict[str, Any]]:
+        """What is kept, of other runs too."""
+        return json.loads(self.path.read_text()) if self.path.is_file() else []
+
+    def mine(self, kept: dict[str, Any]) -> bool:
+        """Whether an entry is of these runs."""
+        return all(kept[name] == value for name, value in self.run.items())
 
     def write(self, rates: dict[str, dict[str, Any]]) -> None:
         """Keep the scores that chose `rates`."""
         scores = {name: dict(sorted(found['val_top1'].items())) for name, found in rates.items()}
         if scores != self.read():
             kept = {**self.run, **machine(torch.device('cpu')), 'val_top1': scores}
-            self.path.write_text(json.dumps(kept, indent=2) + '\n')
+            others = [other for other in self.all() if not self.mine(other)]
+            self.path.write_text(json.dumps([*others, kept], indent=2) + '\n')
 
 
 def smallest_of_the_best(scores: dict[float, float]) -> float:

@@ -44,6 +44,9 @@ class Case:
         training: Forward and backward under autocast, instead of a forward pass in the precision itself.
         precision: A key of `DTYPES`.
         batch_size: Images.
+
+    Raises:
+        ValueError: `tokens` is no square number.
     """
 
     model: str
@@ -51,6 +54,10 @@ class Case:
     training: bool
     precision: str
     batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if math.isqrt(self.tokens) ** 2 != self.tokens:
+            raise ValueError(f'tokens must be a square number, for a square image, got {self.tokens:,}.')
 
     @property
     def img_size(self) -> int:
@@ -113,6 +120,11 @@ def build(case: Case) -> nn.Module:
     raise ValueError(nearest('model', case.model, CONTENDERS))
 
 
+def missing_package(error: ImportError) -> str:
+    """Why a case has no figures, and what would mend it."""
+    return f"{error.name} is missing: pip install -e '.[bench]'"
+
+
 def multiply_adds(case: Case) -> int:
     """Multiply-adds of a forward pass over one image: torch's count on tensors without storage.
 
@@ -132,16 +144,17 @@ def predicted_gib(case: Case) -> float:
     """A lower estimate of the memory above the model, from its largest arrays; to refuse what cannot fit.
 
     Attention written out holds scores and weights, H·N² each (the latter in every layer for the backward pass); the
-    packages hold N·K of the same; every model N·D a few times.
+    packages hold H·N·K once a layer; every model N·D twice, for the backward pass in every layer, unless it is ours,
+    which may be recomputed instead.
     """
     D, depth, heads = SIZE.values()
     size = DTYPES[case.precision].itemsize
     layers = depth if case.training else 1
-    numbers = case.tokens * D * 8 * layers
+    numbers = case.tokens * D * 2 * (1 if case.model in OURS else layers)
     if case.model == 'ViT, written out':
         numbers += heads * case.tokens**2 * (layers + 1)
     elif case.model.startswith('linformer'):
-        numbers += heads * case.tokens * PROJ_LEN * (layers + 1)
+        numbers += heads * case.tokens * PROJ_LEN * layers
     return case.batch_size * numbers * size / 2**30
 
 

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from linvision.data import Augmentation, create_batches, create_dataset
 from linvision.data.augmentation import LIBRARIES
-from trials import ROOT, trial
+from trials import ROOT, trial, write_table
 
-MARKERS = ('<!-- figures: begin -->', '<!-- figures: end -->')
 PIPELINE = {'crop_scale': (0.08, 1.0), 'hflip': 0.5, 'color_jitter': 0.4, 'erase': 0.25}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Source = Callable[[], Iterator[Any]]
@@ -123,9 +122,7 @@ def main(
         'versions': {m.__name__: m.__version__ for m in (torch, torchvision, albumentations, kornia)},
     }
     (ROOT / 'docs' / 'augmentation.json').write_text(json.dumps(result, indent=2) + '\n')
-    path = ROOT / 'docs' / 'augmentation.md'
-    before, rest = path.read_text().split(MARKERS[0])
-    path.write_text(f'{before}{MARKERS[0]}\n{tables(result)}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}')
+    write_table('figures', tables(result), ROOT / 'docs' / 'augmentation.md')
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
 #     bash scripts/demo.sh [the recipe's options]
 #
 # Leaves everything under outputs/demo. A run that was interrupted goes on; a finished one is only reported again.
-# The options go to recipes/fashion_mnist_pixels.py: bash scripts/demo.sh --epochs 1 --output-dir outputs/short
+# The options go to recipes/fashion_mnist_pixels.py: bash scripts/demo.sh --threads 1 --output-dir outputs/slow
+# One for the length (--epochs 1, --max-minutes 5) or the --stages brings the recipe's own schedule in place of 11 minutes.
 # PYTHON=/path/to/python chooses the Python that .venv is made of.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,11 +13,14 @@ cd "$(dirname "$0")/.."
 output_dir=outputs/demo data_dir=data previous=
 for word in "$@"; do
     case "$word" in
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' scripts/demo.sh && exit ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' scripts/demo.sh && exit ;;
         --output[-_]dir=*) output_dir=${word#*=} ;;
         --data[-_]dir=*) data_dir=${word#*=} ;;
     esac
-    case "$word" in --no[-_]test) no_test=1 ;; esac
+    case "$word" in
+        --no[-_]test) no_test=1 ;;
+        --epochs | --epochs=* | --max[-_]minutes | --max[-_]minutes=* | --stages) own_schedule=1 ;;
+    esac
     case "$previous" in
         --output[-_]dir) output_dir=$word ;;
         --data[-_]dir) data_dir=$word ;;
@@ -57,12 +61,12 @@ fi
 
 # ------------------------------------------------------------------------------------------------- training and score
 # the schedule follows the clock, so that the demo takes as long on every machine; convolutions made for 16×16 tokens keep
-# their span where the images grow (docs/results.md); other options bring the recipe's own
-if [ $# -gt 0 ]; then
+# their span where the images grow (docs/results.md)
+if [ -n "${own_schedule:-}" ]; then
     step "3 of 4: training with $* (the time left is printed on the way), then scoring on all test images"
 else
     step '3 of 4: training (11 minutes), then scoring on all test images (about 2 minutes on 2 cores)'
-    set -- --max-minutes 11 --stages 16 0.5 32 0.5 --model-args local_grid 16
+    set -- --max-minutes 11 --stages 16 0.5 32 0.5 --model-args local_grid 16 "$@"
 fi
 "$python" recipes/fashion_mnist_pixels.py --output-dir "$output_dir" --data-dir "$data_dir" "$@"
 

@@ -62,7 +62,13 @@ def with_classes_of(model: nn.Module, images: Images) -> Images:
         raise ValueError(
             f'The model takes {model.in_chans} channels, but the images of the set have {images.in_chans}.'
         )
-    learnt = tuple(model.pretrained_cfg.get('label_names') or images.classes)
+    learnt = tuple(model.pretrained_cfg.get('label_names') or ())
+    if not learnt and model.num_classes != len(images.classes):
+        raise ValueError(
+            f'The model tells {model.num_classes} classes apart, the set has {len(images.classes)}: '
+            f'{list(images.classes)[:20]}. Score it on the data that it was trained on.'
+        )
+    learnt = learnt or images.classes
     if learnt == images.classes:
         return images
     if isinstance(images, ImageFiles) and set(images.classes) <= set(learnt):
@@ -123,7 +129,7 @@ def main(
         images = create_dataset(dataset, data_dir, split, **(dataset_args or {}))
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error} (Looked for from {Path.cwd()}; --data-dir names another folder.)') from error
-    if data_dir == Path(trained.get('data_dir', '')) and split not in ('train', 'all'):
+    if data_dir.resolve() == Path(trained.get('data_dir', '')).resolve() and split not in ('train', 'all'):
         check_unseen(data_dir, dataset, metrics)
     images = with_classes_of(net, images)
     if limit:

@@ -72,6 +72,24 @@ def read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 FORMATS = {'.pt2': (write_pt2, read_pt2), '.onnx': (write_onnx, read_onnx)}
 
 
+def largest_difference(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """How far a file's outputs are from the model's, relative to the largest, in batches of several sizes.
+
+    Raises:
+        ValueError: Too far.
+    """
+    largest = 0.0
+    for count in BATCHES:
+        wanted, found = model(images[:count]), run(images[:count])
+        if found.shape != wanted.shape:
+            raise ValueError(f'The file gave {tuple(found.shape)} outputs for {count} images: removed.')
+        error = (found - wanted).abs().max().item() / wanted.abs().max().item()
+        if not error <= TOLERANCE:
+            raise ValueError(f'The file gave outputs {error:.1e} from those of the model: removed.')
+        largest = max(largest, error)
+    return largest
+
+
 @torch.no_grad()
 def export(model: nn.Module, file: Path) -> dict[str, Any]:
     """Write a file and check it.
@@ -94,18 +112,12 @@ def export(model: nn.Module, file: Path) -> dict[str, Any]:
         model.set_chunk_size(0)  # whole blocks, which can be traced
     images = torch.randn(max(BATCHES), model.in_chans, *model.patch_embed.img_size)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(model, images[:2], file)
-    run, difference = read(file), 0.0
-    for count in BATCHES:
-        wanted = model(images[:count])
-        found = run(images[:count])
-        error = (found - wanted).abs().max().item() / wanted.abs().max().item()
-        if found.shape != wanted.shape or not error <= TOLERANCE:
-            file.unlink()
-            raise ValueError(
-                f'{file} gave {tuple(found.shape)} outputs for {count} images, {error:.1e} from the model: removed.'
-            )
-        difference = max(difference, error)
+    try:
+        write(model, images[:2], file)
+        difference = largest_difference(model, read(file), images)
+    except BaseException:
+        file.unlink(missing_ok=True)  # nobody shall find what is not known to be right
+        raise
     config = resolve_model_data_config(model)
     return {
         'file': str(file),

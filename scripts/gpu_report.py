@@ -6,6 +6,7 @@ Models from image to logits, as in `benchmark.py`, in one process: steps of all 
 memory as the allocator counts it above the model and its input. Then attention alone, forward and backward (B16 H8 d64
 fp16, as in FlashAttention's tables 20 and 21, arXiv 2205.14135), the largest batch that fits at the largest size,
 training images a second there, and joules an image where NVML counts them. `--device cpu` runs it anywhere.
+`linformer-pytorch` comes with `pip install -e '.[bench]'`.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from benchmark import machine
 from benchmark_tables import summarise, write
-from contenders import Case, create_step, multiply_adds
+from contenders import Case, create_step, missing_package, multiply_adds
 
 MODELS = ('linvision', 'linvision, whole', 'linvision, compiled', 'linvision, linear E', 'linvision, K = 128',
           'ViT, fused', 'ViT, written out', 'linformer-pytorch')  # fmt: skip
@@ -91,26 +92,26 @@ def interleave(meter: Meter, steps: dict[str, Callable[[], Any]], repeats: int) 
     return found
 
 
-def models(meter: Meter, sizes: tuple[int, ...], names: tuple[str, ...], repeats: int) -> list[dict[str, Any]]:
+def whole_models(meter: Meter, sizes: tuple[int, ...], names: tuple[str, ...], repeats: int) -> list[dict[str, Any]]:
     """Inference and training steps of whole models, one image: rows as `benchmark.py` has them."""
     rows = []
-    for tokens in sizes:
-        for training in (False, True):
-            steps: dict[str, Callable[[], Any]] = {}
-            cases = {name: Case(name, tokens, training, 'bf16') for name in names}
-            failed = {}
-            for name, case in cases.items():
-                try:
-                    if meter.late():
-                        raise RuntimeError('no time was left')
-                    steps[name], _ = create_step(case, meter.device)
-                except (RuntimeError, ImportError, MemoryError) as error:
-                    failed[name] = {'steps': [], 'why_not': why(error)}
-            found = {**interleave(meter, steps, repeats), **failed}
-            for name, case in cases.items():
-                work = multiply_adds(case) * (3 if training else 1)
-                rows.append({**dataclasses.asdict(case), 'multiply_adds': work, **found[name]})
-            steps.clear()
+    for cases in [[Case(m, n, training, 'bf16') for m in names] for n in sizes for training in (False, True)]:
+        steps: dict[str, Callable[[], Any]] = {}
+        failed = {}
+        for case in cases:
+            try:
+                if meter.late():
+                    raise RuntimeError('no time was left')
+                steps[case.model], _ = create_step(case, meter.device)
+            except ImportError as error:
+                failed[case.model] = {'steps': [], 'why_not': missing_package(error)}
+            except (RuntimeError, MemoryError) as error:
+                failed[case.model] = {'steps': [], 'why_not': why(error)}
+        found = {**interleave(meter, steps, repeats), **failed}
+        for case in cases:
+            work = {'multiply_adds': multiply_adds(case) * (3 if case.training else 1)} if case.model in steps else {}
+            rows.append({**dataclasses.asdict(case), **work, **found[case.model]})
+        steps.clear()
     return rows
 
 
@@ -175,7 +176,7 @@ def main(
     output: Path = Path('outputs/gpu_report'),
     device: str = 'cuda',
     tokens: tuple[int, ...] = (1024, 4096, 16384, 65536),
-    models_: tuple[str, ...] = MODELS,
+    models: tuple[str, ...] = MODELS,
     attention_batch: int = 16,
     batch_limit: int = 1024,
     repeats: int = 10,
@@ -187,7 +188,7 @@ def main(
         output: Where the files go: OUTPUT.json, .md and .png.
         device: Torch device.
         tokens: Sizes, square numbers.
-        models_: What to measure.
+        models: What to measure.
         attention_batch: Images in the measurement of attention alone.
         batch_limit: Largest batch to try.
         repeats: Steps of each case, after a warm-up.
@@ -196,7 +197,7 @@ def main(
     where = torch.device(device)
     if where.type == 'cuda' and not torch.cuda.is_available():
         sys.exit('error: there is no CUDA device here; --device cpu runs the report on the CPU.')
-    unknown = [m for m in models_ if m not in MODELS]
+    unknown = [m for m in models if m not in MODELS]
     if unknown:
         sys.exit(f'error: unknown models {unknown}; known: {", ".join(MODELS)}.')
     start = time.monotonic()
@@ -204,7 +205,7 @@ def main(
     about['device'] = torch.cuda.get_device_name(where) if where.type == 'cuda' else about['cpu']
     found: dict[str, Any] = {'machine': about, 'command': shlex.join(['python', *sys.argv]), 'roofline': {}}
     share = 60 * max_minutes
-    found['rows'] = models(Meter(where, start + 0.6 * share), tokens, models_, repeats)
+    found['rows'] = whole_models(Meter(where, start + 0.6 * share), tokens, models, repeats)
     found['attention'] = attention_alone(Meter(where, start + 0.8 * share), tokens, attention_batch, repeats)
     found['largest_batch'] = largest_batch(Meter(where, start + 0.95 * share), tokens[-1], batch_limit)
     found['seconds'] = time.monotonic() - start
@@ -213,4 +214,7 @@ def main(
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except ValueError as error:
+        sys.exit(f'error: {error}')

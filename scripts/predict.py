@@ -89,19 +89,19 @@ def predict(
     names = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
     results = []
     for start in range(0, len(paths), batch_size):
-        read = {}
+        read = []
         for path in paths[start : start + batch_size]:
             try:
-                read[path] = transform(read_image(path, model.in_chans))  # (C, height, width)
+                read.append((path, transform(read_image(path, model.in_chans))))  # (C, height, width)
             except OSError as error:
                 if on_bad_image == 'stop':
                     raise OSError(f'{error} --on-bad-image skip leaves such images out.') from error
                 _logger.warning(f'left out: {error}')
         if not read:
             continue
-        batch = torch.stack(list(read.values()))  # (B, C, height, width)
+        batch = torch.stack([image for _, image in read])  # (B, C, height, width)
         probabilities, labels = model(batch).softmax(-1).topk(min(topk, model.num_classes))  # (B, topk) each
-        for path, row, columns in zip(read, probabilities.tolist(), labels.tolist(), strict=True):
+        for (path, _), row, columns in zip(read, probabilities.tolist(), labels.tolist(), strict=True):
             classes = [{'name': names[i], 'label': i, 'probability': p} for p, i in zip(row, columns, strict=True)]
             results.append({'image': str(path), 'classes': classes})
     return results

@@ -164,6 +164,8 @@ def report(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f'{run} holds no finished run: metrics.json is missing. Train first.')
     metrics = json.loads((run / 'metrics.json').read_text())
     recipe = metrics['recipe']
+    if recipe['task'] != 'classify':
+        raise ValueError(f'The run in {run} learnt {recipe["task"]}, no classes: a report is of a classifier.')
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Give its command again without --no-test.')
     model = load_model(run / 'model')

@@ -133,8 +133,6 @@ def main(
     lines, figure = table(spectrum, K, name), draw(spectrum, K, f'{model}, {spectrum.num_samples} images')
     report = {'model': model, 'tokens': tokens, 'proj_len': K, 'projection': name, 'num_samples': spectrum.num_samples}
     report |= {'energy': rounded(spectrum.energy), 'projected': spectrum.projected.tolist()}
-    if recommend:
-        report['recommended'] = {'loss': recommend, 'proj_len': spectrum.lengths(recommend)}
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / 'spectrum.json').write_text(json.dumps(report) + '\n')
     (output_dir / 'spectrum.md').write_text(lines + '\n')
@@ -144,7 +142,10 @@ def main(
         writer.add_text('spectrum', lines)
     print(lines)
     if recommend:
-        print(f"proj_len={report['recommended']['proj_len']}, sharing='key_value' loses at most {recommend:g} a layer")
+        lengths = spectrum.lengths(recommend)
+        report['recommended'] = {'loss': recommend, 'proj_len': lengths}
+        (output_dir / 'spectrum.json').write_text(json.dumps(report) + '\n')
+        print(f"proj_len={lengths}, sharing='key_value' loses at most {recommend:g} a layer")
 
 
 if __name__ == '__main__':

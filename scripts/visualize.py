@@ -141,7 +141,7 @@ def main(
         images: Image files, or folders of them.
         output_dir: Folder for PNG files and TensorBoard's events.
         block: Whose heads and whose E are drawn; negative numbers count from the last.
-        limit: How many images at most.
+        limit: How many images at most, 0 for all.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -152,7 +152,7 @@ def main(
         )
     config = resolve_model_data_config(net)
     transform = create_transform(**config)
-    paths = find_images(images)[:limit]
+    paths = find_images(images)[: limit or None]
     batch = torch.stack([transform(read_image(path, net.in_chans)) for path in paths])
     looks, names = shown(batch, config['mean'], config['std']), [path.stem[:24] for path in paths]
     figures = {

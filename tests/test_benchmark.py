@@ -1,14 +1,17 @@
 """The benchmarks' own arithmetic, and a reduced run of both scripts."""
 
 import json
+import sys
 
 import pytest
+import torch
 
 import benchmark
 import gpu_report
 import profile_step
 from benchmark_tables import markdown
 from contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
+from trials import ROOT
 
 D, DEPTH, HEADS = SIZE.values()
 
@@ -48,6 +51,31 @@ def test_attention_that_cannot_fit_is_predicted():
     assert predicted_gib(Case('ViT, fused', 65536, False, 'fp32')) < 1
 
 
+def test_what_fits_is_not_predicted_to_be_too_large():
+    rows = json.loads((ROOT / 'docs' / 'benchmark.json').read_text())['rows']
+    for row in rows:
+        if row['steps'] and row['peak_gib'] > 0.08:  # below it, what the process itself needs comes and goes
+            assert predicted_gib(Case(*(row[k] for k in benchmark.KEY))) < row['peak_gib'], row['model']
+
+
+def test_a_missing_package_is_a_reason_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'linformer', None)
+    monkeypatch.setitem(sys.modules, 'linformer_pytorch', None)
+    (row,) = benchmark.measure([Case('linformer', 64, False, 'fp32')], 1, float('inf'), 60, 1e9, 1, print)
+    assert row['why_not'] == "linformer is missing: pip install -e '.[bench]'" and not row['steps']
+    (row, _) = gpu_report.whole_models(
+        gpu_report.Meter(torch.device('cpu'), float('inf')), (64,), ('linformer-pytorch',), repeats=1
+    )
+    assert row['why_not'].startswith('linformer_pytorch is missing')
+
+
+def test_tokens_that_make_no_square_are_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(ValueError, match='must be a square number, for a square image, got 1,000'):
+        benchmark.main(tmp_path / 'b', tokens=(64, 1000))
+    with pytest.raises(ValueError, match='got 1,000'):
+        gpu_report.main(tmp_path / 'g', device='cpu', tokens=(64, 1000))
+
+
 def test_the_table_gives_medians_ratios_and_reasons():
     def row(model, seconds):
         row = {'model': model, 'tokens': 4096, 'training': False, 'precision': 'fp32', 'multiply_adds': 10**9}
@@ -80,6 +108,11 @@ def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
         assert len(row['steps']) == 2 and row['seconds'] > 0 and 0 < row['peak_gib'] < 1
         assert row['peak_gib'] >= 4 * row['parameters'] / 2**30  # the gradients at least
     assert (tmp_path / 'b.png').stat().st_size > 10_000
+    updated = {'models': ('linvision',), 'tokens': (64,), 'modes': ('training',), 'precisions': ('fp32',)}
+    benchmark.main(tmp_path / 'b', **updated, repeats=1, threads=1, update=True)
+    again = json.loads((tmp_path / 'b.json').read_text())
+    assert again['rows'][0] == found['rows'][1] and len(again['rows'][1]['steps']) == 1  # the other model is kept
+    (tmp_path / 'b.json').write_text(json.dumps(found))
     kept = benchmark.earlier(tmp_path / 'b.json', {'machine': found['machine'], 'command': 'again'})
     assert kept['rows'] == found['rows'] and kept['command'] == found['command'] + '; again'
     with pytest.raises(ValueError, match='measured with another threads'):
@@ -89,7 +122,7 @@ def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
 def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):
     names = ('linvision', 'ViT, fused')
     gpu_report.main(
-        tmp_path / 'g', device='cpu', tokens=(64,), models_=names, attention_batch=1, batch_limit=2, repeats=1
+        tmp_path / 'g', device='cpu', tokens=(64,), models=names, attention_batch=1, batch_limit=2, repeats=1
     )
     found = json.loads((tmp_path / 'g.json').read_text())
     assert [row['model'] for row in found['rows']] == [*names, *names]
@@ -100,7 +133,7 @@ def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):
 
 @pytest.mark.gpu
 def test_the_gpu_report_measures_memory_and_finds_the_largest_batch(tmp_path):
-    gpu_report.main(tmp_path / 'g', tokens=(1024,), models_=('linvision',), batch_limit=4, repeats=2, max_minutes=2)
+    gpu_report.main(tmp_path / 'g', tokens=(1024,), models=('linvision',), batch_limit=4, repeats=2, max_minutes=2)
     found = json.loads((tmp_path / 'g.json').read_text())
     assert all(row['peak_gib'] > 0 for row in found['rows']) and found['largest_batch']['batch_size'] == 4
 

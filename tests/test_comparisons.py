@@ -75,8 +75,9 @@ def test_scores_of_rates_are_kept_for_runs_of_the_same_length(tmp_path):
     scores = {0.01: 0.8, 0.02: 0.7}
     short, long = (compare_attention.Known(tmp_path / 'rates.json', {'epochs': epochs}) for epochs in (0.5, 1.0))
     short.write({'K = 16': {'lr': 0.01, 'val_top1': scores}})
-    assert short.read() == {'K = 16': scores}
-    assert long.read() == {}
+    assert short.read() == {'K = 16': scores} and long.read() == {}
+    long.write({'K = 16': {'lr': 0.01, 'val_top1': {0.01: 0.9}}})
+    assert short.read() == {'K = 16': scores} and long.read() == {'K = 16': {0.01: 0.9}}
 
 
 def test_runs_that_are_recorded_are_not_repeated(tmp_path, monkeypatch):

@@ -34,7 +34,11 @@ def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
     write, read = export.FORMATS['.pt2']
     wrong = {'.pt2': (write, lambda file: lambda images: read(file)(images) * 1.001)}
     monkeypatch.setattr(export, 'FORMATS', wrong)
-    with pytest.raises(ValueError, match='from the model: removed'):
+    with pytest.raises(ValueError, match='from those of the model: removed'):
+        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.pt2')
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(export, 'FORMATS', {'.pt2': (write, lambda file: lambda images: read(file)(images)[:, :2])})
+    with pytest.raises(ValueError, match=r'gave \(\d+, 2\) outputs'):
         export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.pt2')
     assert not list(tmp_path.iterdir())
 

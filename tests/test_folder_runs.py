@@ -227,5 +227,7 @@ def test_images_that_may_have_changed_sides_are_not_scored(bars, tmp_path, capsy
     evaluate.main(recipe.output_dir, device='cpu')
     assert json.loads(capsys.readouterr().out)['top1'] == metrics['top1']
     sorted((tmp_path / 'all').rglob('*.png'))[0].unlink()
-    with pytest.raises(ValueError, match='learnt may be among them now.*--split all'):
-        evaluate.main(recipe.output_dir, device='cpu')
+    elsewhere = tmp_path / 'run' / '..' / 'all'  # the same folder
+    for data_dir in (None, elsewhere):
+        with pytest.raises(ValueError, match='learnt may be among them now.*--split all'):
+            evaluate.main(recipe.output_dir, data_dir=data_dir, device='cpu')

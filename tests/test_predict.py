@@ -60,6 +60,14 @@ def test_classes_come_likeliest_first_and_at_most_all(model_folder, tmp_path):
         assert sum(probabilities) == pytest.approx(1)
 
 
+def test_an_image_that_is_named_twice_is_answered_twice(model_folder, tmp_path):
+    (path,) = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 1)
+    results = predict.predict(predict.load_model(model_folder), [path, path])
+    assert [result['image'] for result in results] == [str(path)] * 2
+    first, second = ([c['probability'] for c in result['classes']] for result in results)
+    assert first == pytest.approx(second)
+
+
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'P', '1', 'LA'])
 def test_any_kind_of_image_is_read(model_folder, tmp_path, mode):
     path = tmp_path / 'image.png'

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from runs import data_config
+from timm.models import save_for_hf
 
 import evaluate
 import report
@@ -175,6 +176,12 @@ def test_evaluate_gives_exactly_the_score_that_training_reported(finished_run, c
     found = json.loads(capsys.readouterr().out)
     for name in ('top1', 'top5', 'loss', 'num_samples', 'tokens'):
         assert found[name] == metrics[name], name
+
+
+def test_a_model_of_classes_without_names_is_scored_on_as_many_only(tmp_path):
+    save_for_hf(timm.create_model('test_linformer_vit', num_classes=5), tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match='The model tells 5 classes apart, the set has 10'):
+        evaluate.main(tmp_path, dataset='fake', device='cpu')
 
 
 def test_scoring_a_folder_without_a_model_says_what_is_missing(tmp_path):
