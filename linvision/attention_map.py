@@ -9,7 +9,7 @@ normalised (`row_norm`), it is the weight before that norm.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linvision.network import LinformerVisionTransformer
 from linvision.reduction import Conv, MaxPool, MeanPool
@@ -46,8 +46,13 @@ def attention_maps(
     if not -len(model.blocks) <= block < len(model.blocks):
         raise IndexError(f'block must be one of the {len(model.blocks)} there are, got {block}.')
     attention = model.blocks[block].attn
-    captured: list[Tensor] = []
-    hook = attention.attn_drop.register_forward_hook(lambda module, args, output: captured.append(output))
+    P, captured = model.num_prefix_tokens, []
+
+    def capture(module: nn.Module, args: tuple[Tensor, ...], weights: Tensor) -> None:  # (B, H, P + N, P + K)
+        rows = weights if query is None else weights[:, :, P + query[0] * grid[1] + query[1], None]
+        captured.append(rows[..., P:].mean(dim=2))  # (B, H, K)
+
+    hook = attention.attn_drop.register_forward_hook(capture)
     fused, training = attention.fused_attn, model.training
     attention.fused_attn = False
     try:
@@ -56,12 +61,7 @@ def attention_maps(
         hook.remove()
         attention.fused_attn = fused
         model.train(training)
-    weights = captured[0]  # (B, H, P + N, P + K)
-    P = model.num_prefix_tokens
-    if query is None:
-        maps = weights[..., P:].mean(dim=2)  # (B, H, K)
-    else:
-        maps = weights[:, :, P + query[0] * grid[1] + query[1], P:]  # (B, H, K)
+    (maps,) = captured
     if not attention.is_full(grid):
         reduce, _, factors = projections(model, block, grid)
         maps = lift(maps.movedim(0, -1), reduce, factors, grid, attention.rows).movedim(-1, 0)  # (B, H, N)

@@ -74,7 +74,7 @@ def from_vit(
         model = timm.create_model(model, pretrained=True)
     arguments = architecture(model)
     for name, value in kwargs.items():
-        if name in arguments and name not in ('img_size', 'dynamic_img_size'):
+        if arguments.get(name, value) != value and name not in ('img_size', 'dynamic_img_size'):
             raise ValueError(f'{name} is {arguments[name]!r} in the original, and cannot become {value!r}.')
     own = {'proj_len': proj_len, 'projection': projection, 'sharing': sharing, 'local_size': 0, 'row_norm': False}
     arguments |= own | kwargs
@@ -110,6 +110,8 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
         raise ValueError('The model is a Linformer ViT already.')
     refuse_type(model, VisionTransformer, 'the model')
     refuse_type(model.patch_embed, PatchEmbed, 'its patch embedding')
+    if model.patch_embed.dynamic_img_pad:
+        raise ValueError('The model cannot be converted: it pads images of any size (dynamic_img_pad), ours does not.')
     for block in model.blocks:
         refuse_type(block, Block, 'a block')
         refuse_type(block.attn, Attention, 'an attention')
@@ -233,18 +235,21 @@ def fit_projection(
         original: The plain ViT.
         batches: Images as the original reads them, (B, C, height, width); labels are not needed.
         steps: Steps, at most as many as there are batches.
-        lr: Learning rate at the start; it falls to zero as a cosine.
+        lr: Learning rate at the start; it falls as a cosine, to zero after `steps`.
 
     Returns:
         The relative error (the root of the loss) at each step.
 
     Raises:
-        ValueError: There is no E to fit: the projection has no parameters, or K is not below N.
+        ValueError: There is no E to fit: the projection has no parameters, or K is not below N. Or the weights are of
+            half precision, in which the sums of squares overflow.
     """
     grid = model.patch_embed.grid_size
     weights = [] if model.projection is None else list(model.projection.parameters())
     if not weights:
         raise ValueError('There is nothing to fit: this projection has no parameters.')
+    if weights[0].dtype != torch.promote_types(weights[0].dtype, torch.float32):
+        raise ValueError(f'E is fitted in fp32, and the weights are {weights[0].dtype}: call float() on both models.')
     if any(block.attn.is_full(grid) for block in model.blocks):
         raise ValueError(f'There is nothing to fit: with K not below {grid[0] * grid[1]} tokens attention is full.')
     optimizer = torch.optim.Adam(weights, lr=lr)

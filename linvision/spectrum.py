@@ -55,7 +55,7 @@ class Spectrum:
             ValueError: So little is not lost with as many singular values as are known.
         """
         kept = self.energy.mean(1)  # (layers, R)
-        enough = kept >= 1 - loss
+        enough = kept >= 1 - loss - 1e-9  # what rounding leaves of a whole
         if not enough.any(1).all():
             raise ValueError(
                 f'The first {kept.shape[1]} singular values lose up to {1 - kept[:, -1].min().item():.3f} of the '
@@ -84,7 +84,7 @@ def attention_spectrum(
         exact: Tokens up to which whole matrices are decomposed.
 
     Raises:
-        ValueError: The model's attention is of another kind.
+        ValueError: The model's attention is of another kind, or there are no images.
     """
     layers = attention_layers(model)
     total: dict[str, list[Tensor]] = {}
@@ -102,6 +102,8 @@ def attention_spectrum(
                         sums.append(torch.zeros_like(value))
                     sums[layer] += value
         count += len(images)
+    if not count:
+        raise ValueError('There are no images to look at: batches is empty.')
     mean = {name: torch.stack(sums).cpu() / count for name, sums in total.items()}
     return Spectrum(tokens, mean['energy'], mean.get('cumulative'), mean.get('projected'), count)
 
@@ -153,9 +155,8 @@ def exact_shares(query: Tensor, key: Tensor) -> dict[str, Tensor]:
 def randomised_shares(query: Tensor, key: Tensor, rank: int) -> dict[str, Tensor]:
     """Shares from the largest singular values of each head, (H, rank), by subspace iteration."""
     attention = Chunks(query, key)
-    start = torch.randn(
-        len(query), key.shape[-2], min(rank + OVERSAMPLING, key.shape[-2]), dtype=query.dtype, device=query.device
-    )
+    size = len(query), key.shape[-2], min(rank + OVERSAMPLING, key.shape[-2])
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=query.dtype).to(query.device)
     basis = torch.linalg.qr(attention.times(start)).Q
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(attention.times(torch.linalg.qr(attention.transposed_times(basis)).Q)).Q

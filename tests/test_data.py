@@ -47,10 +47,20 @@ def test_smaller_sizes_are_means_over_areas():
 
 
 def test_evaluation_is_complete_ordered_and_not_augmented():
-    found = batches(image_set(n=21))
+    found = batches(image_set(n=21), augmentation=Augmentation('kornia', hflip=1.0, erase=1.0))
     images, labels = (torch.cat(part) for part in zip(*found.ordered(8), strict=True))
     assert labels.tolist() == list(range(21))
     torch.testing.assert_close(images, found.preparation.plain(found.images, 8))
+
+
+def test_batches_that_nothing_fills_or_nobody_can_share_are_refused():
+    with pytest.raises(ValueError, match='batch_size must be at most the 40 images that there are, got 41'):
+        next(batches(image_set(), batch_size=41).stream(0, 0, 8))
+    shared = create_batches(image_set(), 7, (0.5,), (0.25,), CPU, count=2)
+    with pytest.raises(ValueError, match='batch_size must be a multiple of the 2 processes, got 7'):
+        next(shared.stream(0, 0, 8))
+    with pytest.raises(ValueError, match=r'img_size must be at least that of the images, \(6, 6\), got 4'):
+        ImageSet(image_set().images, image_set().labels, ('a',), 4)
 
 
 def test_statistics_are_those_of_the_pixels():

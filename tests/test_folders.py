@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from runs import CPU, small
+from timm.data import ImageNetInfo
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import cifar, imagenette
 
 from linvision.data import create_dataset
+from linvision.data.folders import ImageFiles, in_words
 from linvision.data.image_file import read_image
 from linvision.train.data import TrainingData
 from linvision.train.parallel import Processes
@@ -55,7 +57,23 @@ def test_of_val_and_test_the_test_is_scored_if_it_has_classes(tmp_path, caplog):
     assert names(create_dataset('image_folder', tmp_path, 'test')) == [('b.png', 'cat')] and not caplog.messages
     pictures(tmp_path, 'test/cat/d.png')
     assert names(create_dataset('image_folder', tmp_path, 'test')) == [('d.png', 'cat')]
-    assert caplog.messages[-1] == f'{tmp_path}/test is the test; val beside it is left aside'
+    assert caplog.messages[-1] == f'the test is {tmp_path}/test; val beside it is left aside'
+
+
+@pytest.mark.parametrize('other', ['eval/cat/d.png', 'test/d.png'])  # an unknown name; images without labels
+def test_a_folder_with_classes_that_is_called_train_is_the_training_set(tmp_path, other, caplog):
+    pictures(tmp_path, *(f'train/{c}/{i}.png' for c in ('cat', 'dog') for i in range(5)), other)
+    train, test = (create_dataset('image_folder', tmp_path, split) for split in ('train', 'test'))
+    assert train.classes == ('cat', 'dog') and len(train) == 8
+    assert names(test) == [('4.png', 'cat'), ('4.png', 'dog')]
+    beside = other.split('/')[0]
+    assert caplog.messages == [f'the test is every fifth image of {tmp_path}/train; {beside} beside it is left aside']
+
+
+def test_images_without_folders_of_classes_are_refused(tmp_path):
+    pictures(tmp_path, 'train/a.png', 'test/b.png')
+    with pytest.raises(FileNotFoundError, match='Expected images in folders of classes'):
+        create_dataset('image_folder', tmp_path, 'train')
 
 
 @pytest.mark.parametrize('below', ['', 'train'])
@@ -68,6 +86,8 @@ def test_without_val_every_fifth_image_of_a_class_is_for_the_test(tmp_path, belo
 
 def test_empty_folders_and_those_of_systems_are_no_classes(tmp_path):
     pictures(tmp_path / 'train', 'cat/a.png', 'dog/b.gif', '.cache/c.png', '__MACOSX/d.png', 'dog/.hidden.png')
+    pictures(tmp_path / 'train/cat', '.thumbnails/a.png', '__MACOSX/a.png')
+    (tmp_path / 'train/cat/up').symlink_to(tmp_path / 'train', target_is_directory=True)  # whose cat was seen
     (tmp_path / 'train/bird').mkdir()
     pictures(tmp_path / 'val', 'dog/c.png')
     train = create_dataset('image_folder', tmp_path, 'train')
@@ -160,6 +180,8 @@ def test_sixteen_bits_become_eight_and_thirty_two_are_refused(tmp_path):
     for in_chans in (1, 3):
         found = np.asarray(read_image(tmp_path / 'deep.png', in_chans)).reshape(8, 8, in_chans)
         assert (found == (deep // 256)[:, :, None]).all()
+    (tmp_path / 'deep.pgm').write_bytes(b'P5 8 8 65535\n' + deep.astype('>u2').tobytes())
+    assert abs(np.asarray(read_image(tmp_path / 'deep.pgm', 1)).astype(int) - deep // 256).max() <= 1
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / 'real.tif')
     with pytest.raises(OSError, match='real.tif cannot be read as an image .*32 bits'):
         read_image(tmp_path / 'real.tif', 1)
@@ -176,11 +198,12 @@ def test_photographs_stand_upright_and_what_is_transparent_lies_on_white(tmp_pat
     assert np.asarray(read_image(tmp_path / 'clear.png', 3)).min() == 255
 
 
-def test_size_is_the_median_of_the_shorter_sides_and_statistics_are_those_of_the_pixels(tmp_path):
+@pytest.mark.parametrize('side', [8, 64])
+def test_size_is_the_median_of_the_shorter_sides_and_statistics_are_those_of_the_pixels(tmp_path, side):
     for i, size in enumerate([(20, 31), (40, 16), (18, 50)]):
         pictures(tmp_path / 'sizes', f'a/{i}.png', size=size)
     assert create_dataset('image_folder', tmp_path / 'sizes', 'train').img_size == 18
-    images = np.random.default_rng(0).integers(0, 200, (8, 64, 64, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 200, (8, side, side, 3), dtype=np.uint8)
     (tmp_path / 'noise/a').mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f'noise/a/{i}.png')
@@ -243,6 +266,13 @@ def test_imagenets_ids_become_words(tmp_path, below):
         assert images.classes == ('tench', 'goldfish') and images.in_chans == 3
         assert images.statistics() == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         assert names(images) == [('a.JPEG', 'tench'), ('b.JPEG', 'goldfish')]
+
+
+def test_each_of_imagenets_classes_has_a_name_of_its_own():
+    ids = tuple(ImageNetInfo().label_names())
+    classes = in_words(ImageFiles([], ids)).classes
+    assert len(set(classes)) == len(ids) == 1000
+    assert {'crane (n02012849)', 'crane (n03126707)', 'tench'} <= set(classes)  # the bird, the machine
 
 
 def test_imagenette_is_read_where_it_lies(tmp_path, monkeypatch):

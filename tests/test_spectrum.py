@@ -120,6 +120,7 @@ def test_pooling_with_as_many_rows_as_tokens_keeps_all():
 def test_the_recommended_k_is_the_smallest_that_loses_no_more():
     energy = torch.tensor([[[0.5, 0.8, 0.95, 1.0], [0.7, 0.9, 0.97, 1.0]], [[0.9, 0.99, 1.0, 1.0]] * 2])
     spectrum = Spectrum(4, energy, None, None, 1)
+    assert Spectrum(4, energy - 5e-16, None, None, 1).lengths(0.0) == [4, 3]  # as rounding leaves it
     assert spectrum.lengths(0.15) == [2, 1] and spectrum.lengths(0.149) == [3, 1] and spectrum.lengths(0.0) == [4, 3]
     with pytest.raises(ValueError, match='lose up to 0.150 of the energy, more than 0.1'):
         Spectrum(9, energy[..., :2], None, None, 1).lengths(0.1)
@@ -133,6 +134,15 @@ def test_the_table_shows_the_head_that_needs_most():
     energy[0, 1, 2] = 0.981  # the mean has 99 % at K = 3, this head not before K = 4
     line = command.table(Spectrum(4, energy, None, torch.ones(1, 2), 1), 2, 'pooling').splitlines()[-1]
     assert line == '| 0 | 1 | 3 | 3 | 3 | 4 | 85.0 % | 100.0 % |'
+
+
+def test_looking_into_a_model_leaves_it_and_the_random_numbers_as_they_were():
+    model, state = vit().train(), torch.get_rng_state()
+    first, second = (attention_spectrum(model, [torch.ones(1, 3, 32, 32)], rank=4, exact=0) for _ in range(2))
+    assert torch.equal(first.energy, second.energy) and torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    with pytest.raises(ValueError, match='no images to look at'):
+        attention_spectrum(model, [])
 
 
 def test_models_without_such_attention_are_refused():

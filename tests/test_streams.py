@@ -117,6 +117,17 @@ def test_workers_of_two_processes_read_different_samples(shards):
     assert len(set(sum(sum(halves, []), []))) == 16
 
 
+def test_no_two_readers_draw_the_same(shards):
+    augmentation, areas, n = Augmentation('torchvision', erase=1.0), set(), 0
+    for rank in (0, 1):
+        found = batches(shards, rank=rank, count=2, workers=2, augmentation=augmentation)
+        for x, labels in islice(found.stream(0, 0, 32), 4):
+            shown = x[labels > 0]  # what is erased is zero, as image 0 is
+            areas |= {tuple((image == 0).flatten().tolist()) for image in shown}
+            n += len(shown)
+    assert len(areas) == n >= 15
+
+
 @pytest.mark.parametrize('count', [1, 2, 3])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_evaluation_counts_every_sample_once_over_all_processes(shards, count, workers):
@@ -134,8 +145,8 @@ def test_evaluation_is_never_augmented(shards):
 
 
 def test_too_few_shards_for_the_workers_are_refused(shards):
-    with pytest.raises(ValueError, match='wds/x has 4 shards, but 6 processes read it'):
-        next(batches(shards, workers=2, count=3).stream(0, 0, 8))
+    with pytest.raises(ValueError, match='wds/x has 4 shards, but 8 processes read it'):
+        next(batches(shards, workers=2, count=4).stream(0, 0, 8))
 
 
 def test_what_a_stream_must_say_is_asked_for(tmp_path, shards):

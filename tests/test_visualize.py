@@ -44,7 +44,9 @@ def test_lifted_attention_times_the_tokens_values_is_what_attention_puts_out(kin
     every = attention_maps(model, images, 1, per_head=True)
     wanted = (every.flatten(2).unsqueeze(2) @ values).squeeze(2).flatten(1)
     torch.testing.assert_close(wanted, heads.mean(1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(attention_maps(model, images, 1), every.mean(1))
+    fused = model.blocks[1].attn.fused_attn
+    torch.testing.assert_close(attention_maps(model.train(), images, 1), every.mean(1))
+    assert model.training and model.blocks[1].attn.fused_attn == fused
 
 
 @pytest.mark.parametrize('sharing', SHARING)

@@ -25,7 +25,10 @@ def create_batches(
     augmentation: Augmentation | None = None,
     rank: int = 0,
     count: int = 1,
-    **reading: Any,
+    crop_pct: float = 1.0,
+    crop_mode: str = 'center',
+    workers: int = 0,
+    on_bad_image: str = 'stop',
 ) -> Batches:
     """Batches of a set, for training (`stream`) or evaluation (`ordered`), normalised on the device.
 
@@ -38,8 +41,7 @@ def create_batches(
         augmentation: What is changed at random in training; nothing by default.
         rank: Number of this process.
         count: How many processes share a batch; it must divide `batch_size` in training.
-        reading: For sets that are read from files: `crop_pct`, `crop_mode`, `workers`, `on_bad_image`; see
-            `LoaderBatches`.
+        crop_pct, crop_mode, workers, on_bad_image: For sets that are read one by one: see `LoaderBatches`.
 
     Raises:
         ValueError: What the augmentation's library cannot do to such images, or a mean of other channels.
@@ -55,7 +57,7 @@ def create_batches(
     if isinstance(images, ImageSet) and (preparation.augments or not augmentation.active):
         return DeviceBatches(images, order, preparation)
     kind = StreamBatches if isinstance(images, TimmStream) else LoaderBatches
-    return kind(images, order, preparation, augmentation, **reading)
+    return kind(images, order, preparation, augmentation, crop_pct, crop_mode, workers, on_bad_image)
 
 
 def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center') -> ImageSet:

@@ -66,12 +66,12 @@ class ImageFiles:
     def names(self) -> list[str]:
         """The images' paths within the folder that holds them all."""
         paths = [path for path, _ in self.samples]
-        start = len(os.path.commonpath(paths))
+        start = len(os.path.commonpath([min(paths), max(paths)]))  # that of all, and soon said of a million
         return [path[start:] for path in paths]
 
     def subset(self, index: Tensor) -> 'ImageFiles':
         """The images at the given positions."""
-        return replace(self, samples=[self.samples[i] for i in index])
+        return replace(self, samples=[self.samples[i] for i in index.tolist()])
 
     def labelled(self, classes: tuple[str, ...]) -> 'ImageFiles':
         """The same images with labels among other classes, which hold all of theirs."""
@@ -91,6 +91,8 @@ class ImageFiles:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, of some images; ImageNet's where it is ImageNet.
 
+        Images of more than 64×64 pixels are shrunk to that, which models see too.
+
         Raises:
             OSError: None of them can be read.
         """
@@ -102,7 +104,9 @@ class ImageFiles:
                 image = read_image(path, self.in_chans, smallest=64)
             except OSError:  # named when training meets it
                 continue
-            pixels.append(torch.from_numpy(np.array(image.resize((64, 64)))).view(-1, self.in_chans))
+            if image.width * image.height > 64 * 64:
+                image = image.resize((64, 64))
+            pixels.append(torch.from_numpy(np.array(image)).view(-1, self.in_chans))
         if not pixels:
             raise OSError(none_readable(self.samples[0][0]))
         return statistics(torch.cat(pixels).T)
@@ -149,6 +153,11 @@ def image_folder(root: Path, split: str) -> ImageFiles:
     """
     train, test = split_folders(root)
     images = scan(train, root, quiet=split == 'test')
+    beside = [] if train == root else [path for path in visible(root) if path not in (train, test)]
+    aside = [path.name for path in beside if test is None or visible(path)]
+    if aside and split != 'train':
+        scored = test or f'every fifth image of {train}'
+        _logger.warning(f'the test is {scored}; {", ".join(aside)} beside it is left aside')
     classes = tuple(images)
     modes = [mode for mode, _ in look([path for paths in images.values() for path in paths])]
     in_chans = 1 if all(map(is_grey, modes)) else 3
@@ -161,9 +170,6 @@ def image_folder(root: Path, split: str) -> ImageFiles:
         }
     elif test is not None and split != 'train':
         of_test = scan(test, root)
-        aside = [p.name for p in visible(root) if p.name.lower() in TEST_FOLDERS and p != test and visible(p)]
-        if aside:
-            _logger.warning(f'{test} is the test; {", ".join(aside)} beside it is left aside')
         if unknown := set(of_test) - set(classes):
             raise ValueError(f'{test} has classes that {train} lacks: {sorted(unknown)}. Both need the same folders.')
         kept = images if split == 'all' else {}
@@ -179,7 +185,8 @@ def image_folder(root: Path, split: str) -> ImageFiles:
 def split_folders(root: Path) -> tuple[Path, Path | None]:
     """The folders with the classes for training and for the test; None where one folder serves both.
 
-    A folder called `train` beside others that are no split is a class, of trains.
+    A folder called `train` that holds images, beside others that are no split, is a class, of trains. Where the folder
+    for the test holds no folders, its images have no labels, and are of no use here.
 
     Raises:
         FileNotFoundError: There is a folder for the test, and nothing to train on beside it.
@@ -187,12 +194,12 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     folders = {path.name.lower(): path for path in visible(root)}
     train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
     there = [folders[name] for name in TEST_FOLDERS if name in folders]
-    test = next((path for path in there if visible(path)), there[0] if there else None)
-    if test is not None and len(folders) == 1 and visible(test):
+    test = next((path for path in there if visible(path)), None)
+    if test is not None and len(folders) == 1:
         raise FileNotFoundError(
             f'{root} holds {test.name}/ alone: put the images to train on into {root}/train/CLASS/.'
         )
-    if train is None or test is None and len(folders) > 1:
+    if train is None or not there and len(folders) > 1 and not visible(train):
         return root, None
     return train, test
 
@@ -226,18 +233,17 @@ def scan(folder: Path, root: Path, quiet: bool = False) -> dict[str, list[str]]:
     """
     images: dict[str, list[str]] = {}
     for path in visible(folder):
-        walk = os.walk(path, followlinks=True)
-        files = sorted(os.path.join(where, n) for where, _, names in walk for n in names if not n.startswith('.'))
+        files = files_in(path)
         found = [file for file in files if file.lower().endswith(SUFFIXES)]
-        others = sorted({os.path.splitext(file)[1] for file in set(files) - set(found)})
+        others = sorted(set(files) - set(found))
         if files and not found:
             raise ValueError(
-                f'The folder {path} holds no image that can be read, but files with the endings {others[:5]}. Expected '
-                f'{", ".join(SUFFIXES)}: convert them, or take the folder away if it is no class.'
+                f'The folder {path} holds no image that can be read, but files with the endings '
+                f'{sorted({os.path.splitext(file)[1] for file in others})[:5]}. Expected {", ".join(SUFFIXES)}: '
+                'convert them, or take the folder away if it is no class.'
             )
         if others and not quiet:
-            one = next(file for file in files if file not in found)
-            _logger.warning(f'{len(files) - len(found)} file(s) in {path} left aside, no images to be read: {one} …')
+            _logger.warning(f'{len(others)} file(s) in {path} left aside, no images to be read: {others[0]} …')
         if not files and not quiet:
             _logger.warning(f'{path} is empty, and so no class')
         if found:
@@ -252,6 +258,19 @@ def scan(folder: Path, root: Path, quiet: bool = False) -> dict[str, list[str]]:
             + f'Name your folder with --data-dir{f" {folder / whole[0]}" if whole else ""}.'
         )
     return images
+
+
+def files_in(folder: Path) -> list[str]:
+    """Paths of all files below a folder, by name, but for hidden files and folders; a link is followed, not back."""
+    files, seen = [], {str(path) for path in folder.resolve().parents}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(('.', '__'))]
+        files += [os.path.join(where, name) for name in names if not name.startswith('.')]
+    return sorted(files)
 
 
 def imagenet(root: Path, split: str) -> ImageFiles:
@@ -293,5 +312,6 @@ def in_words(found: ImageFiles) -> ImageFiles:
     known = set(info.label_names())
     whole = [info.label_name_to_description(c) if c in known else c for c in found.classes]
     first = [words.split(',')[0] for words in whole]
-    names = (long if first.count(short) > 1 else short for short, long in zip(first, whole, strict=True))  # two cranes
+    names = [long if first.count(short) > 1 else short for short, long in zip(first, whole, strict=True)]
+    names = [f'{n} ({c})' if names.count(n) > 1 else n for n, c in zip(names, found.classes, strict=True)]  # two cranes
     return ImageFiles(found.samples, tuple(names), 3, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

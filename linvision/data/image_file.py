@@ -1,4 +1,4 @@
-"""Reading an image file, the same way in training, evaluation and prediction.
+"""Reading an image file, the same way in training, evaluation and prediction (streams are decoded by timm).
 
 A photograph is turned upright as its EXIF data says; what is transparent lies on white; 16-bit grey keeps its upper 8
 bits.
@@ -34,6 +34,8 @@ def read_image(source: Any, in_chans: int, name: str | Path = '', smallest: int 
         with Image.open(source) as image:
             if smallest:
                 image.draft(None, (smallest, smallest))
+            if image.mode == 'I' and image.format == 'PPM':  # 16 bits, which PIL keeps in 32
+                image = image.point(lambda value: value / 256).convert('L')
             return eight_bits(ImageOps.exif_transpose(image)).convert(MODES[in_chans])
     except UNREADABLE as error:
         reason = type(error).__name__ if str(source) in str(error) else f'{type(error).__name__}: {error}'

@@ -25,6 +25,12 @@ class ImageSet:
     img_size: int
     whole: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if max(self.images.shape[2:]) > self.img_size:
+            raise ValueError(
+                f'img_size must be at least that of the images, {tuple(self.images.shape[2:])}, got {self.img_size}.'
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -33,7 +33,15 @@ class Order:
         return max(1, round(epochs * self.n / self.batch_size))
 
     def epochs(self, step: int) -> Iterator[tuple[int, int]]:
-        """Epochs without end from a step of the run on, each with its first batch."""
+        """Epochs without end from a step of the run on, each with its first batch.
+
+        Raises:
+            ValueError: There is no full batch, or processes cannot share one equally.
+        """
+        if not len(self):
+            raise ValueError(f'batch_size must be at most the {self.n} images that there are, got {self.batch_size}.')
+        if self.batch_size % self.count:
+            raise ValueError(f'batch_size must be a multiple of the {self.count} processes, got {self.batch_size}.')
         epoch, start = divmod(step, len(self))
         while True:
             yield epoch, start
