@@ -179,7 +179,7 @@ def test_evaluate_gives_exactly_the_score_that_training_reported(finished_run, c
 
 
 def test_a_model_of_classes_without_names_is_scored_on_as_many_only(tmp_path):
-    save_for_hf(timm.create_model('test_linformer_vit', num_classes=5), tmp_path, safe_serialization=True)
+    save_for_hf(timm.create_model('test_linformer_vit', num_classes=5, in_chans=1), tmp_path, safe_serialization=True)
     with pytest.raises(ValueError, match='The model tells 5 classes apart, the set has 10'):
         evaluate.main(tmp_path, dataset='fake', device='cpu')
 
