@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import timm
 import torch
 from runs import CPU, weights
+from timm.optim import muon as timm_muon
+from timm.optim.muon import zeropower_via_newtonschulz
 
 from linvision.data import create_batches, create_dataset
 from linvision.data.preparation import Preparation
@@ -78,6 +81,25 @@ def test_muon_leaves_projection_embedding_and_head_to_its_fallback(recipe):
     assert 'blocks.0.attn.qkv.weight' not in fallback
     decayed = {names[id(p)] for g in optimizer.param_groups if g['weight_decay'] > 0 for p in g['params']}
     assert not any(n.startswith(('projection', 'position')) for n in decayed)
+
+
+def test_muon_on_a_cpu_steps_as_in_float64_and_not_as_in_bf16(recipe, monkeypatch):
+    def step(precision):
+        torch.manual_seed(0)
+        model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        before = model.blocks[0].attn.qkv.weight.clone()
+        create_optimizer(dataclasses.replace(recipe, lr=1.0, weight_decay=0.0), model, precision).step()
+        return (model.blocks[0].attn.qkv.weight - before).detach()
+
+    ours, theirs = step('fp32'), step('bf16')
+    assert timm_muon.zeropower_via_newtonschulz is zeropower_via_newtonschulz  # of other optimizers
+    exact = partial(zeropower_via_newtonschulz, dtype=torch.float64)
+    monkeypatch.setattr(timm_muon, 'zeropower_via_newtonschulz', lambda *args, **kwargs: exact(*args, **kwargs).float())
+    exact_step = step('bf16')
+    torch.testing.assert_close(ours, exact_step, rtol=1e-4, atol=1e-5)
+    assert (theirs - exact_step).abs().max() > 1e-3
 
 
 def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):

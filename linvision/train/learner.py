@@ -100,7 +100,7 @@ class Learner:
             # a depth-wise kernel has one input channel: its gradient's strides differ in name only
             warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
             self.task.prepare_distributed(device_ids=[device.index] if device.type == 'cuda' else None)
-        self.optimizer = create_optimizer(self.recipe, model)
+        self.optimizer = create_optimizer(self.recipe, model, self.precision)
         self.schedule = create_schedule(self.recipe, self.optimizer, self.updates)
 
     @property
