@@ -1,6 +1,6 @@
 """scikit-learn's digits as a folder of images: 1,797 grey 8×8 pictures in ten classes, to fine-tune a backbone on.
 
-    pip install 'linvision[digits]'
+    pip install -e '.[digits]'
     python scripts/digits_folder.py --output-dir data/digits
 
 From the test part of the UCI set of handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0). Every fifth image of a
@@ -26,7 +26,7 @@ def main(output_dir: Path = Path('data/digits')) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        sys.exit("error: scikit-learn is missing: pip install 'linvision[digits]'")
+        sys.exit("error: scikit-learn is missing: pip install -e '.[digits]'")
     digits = load_digits()
     seen = [0] * 10
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):

@@ -4,7 +4,7 @@
     python scripts/export.py outputs/demo --output outputs/demo.pt2
 
 The first argument is the folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights. ONNX needs
-`pip install 'linvision[onnx]'`. Before it reports success the file is read again, by `torch.export.load` or
+`pip install -e '.[onnx]'`. Before it reports success the file is read again, by `torch.export.load` or
 onnxruntime, and must give the model's own outputs on batches of one, two and five images; a file that does not is
 removed. Prints one line of JSON: how images are to be read, what the classes are, and the largest difference found.
 """
@@ -145,6 +145,6 @@ if __name__ == '__main__':
     try:
         tyro.cli(main, description=__doc__)
     except ImportError as error:
-        sys.exit(f"error: {error}. ONNX needs: pip install 'linvision[onnx]'")
+        sys.exit(f"error: {error}. ONNX needs: pip install -e '.[onnx]'")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f'error: {error}')

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from linvision.attention_map import attention_maps
 from linvision.data import Batches, ImageSet, create_batches, create_dataset, in_memory
+from linvision.train.checkpoint import check_same_images
+from linvision.train.data import fingerprint
 from predict import load_model
 from softmax_regression import softmax_regression
 
@@ -90,7 +92,7 @@ def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, boo
     bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), colours), ax=axes, location='bottom', aspect=70, shrink=0.6)
     bar.set_label(
         "what the last block attends to: weight of each pixel, relative to its image's strongest "
-        '(stripes are rows of E, much alike from image to image)',
+        '(signed; stripes are rows of the projection E, much alike from image to image)',
         size=11,
     )
     figure.savefig(path, dpi=100)
@@ -159,6 +161,7 @@ def report(run: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
+        ValueError: The run was not scored, is of no classifier, or its images have changed since.
     """
     if not (run / 'metrics.json').is_file():
         raise FileNotFoundError(f'{run} holds no finished run: metrics.json is missing. Train first.')
@@ -169,14 +172,19 @@ def report(run: Path) -> dict[str, Any]:
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Give its command again without --no-test.')
     model = load_model(run / 'model')
-    found = create_dataset(recipe['dataset'], recipe['data_dir'], 'test', **recipe['dataset_args'])
-    test_set = in_memory(found, model.patch_embed.img_size[0], recipe['crop_mode'])
+    where = recipe['dataset'], recipe['data_dir']
+    train_set = create_dataset(*where, 'train', **recipe['dataset_args'])
+    check_same_images(run, fingerprint(train_set), metrics.get('images', {}))
+    found, known = create_dataset(*where, 'test', **recipe['dataset_args']), metrics['num_samples']
+    if len(found) != known + metrics.get('num_left_out', 0):
+        raise ValueError(f'{recipe["data_dir"]} has {len(found):,} test images, and {known:,} when {run} was scored.')
+    reading = {'crop_mode': recipe['crop_mode'], 'on_bad_image': recipe['on_bad_image']}
+    test_set = in_memory(found, model.patch_embed.img_size[0], **reading)
     score = f'it is right on {100 * metrics["top1"]:.2f} % of all {metrics["num_samples"]:,}'
     picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
     files = recipe['dataset'] == 'image_folder'
-    shrink = {'img_size': 16, 'l2': 'auto', 'crop_mode': recipe['crop_mode']}
-    baseline, reading = ('16×16 pixels', shrink) if files else ('raw pixels', {})
-    reading['dataset_args'] = recipe['dataset_args']
+    baseline, shrink = ('16×16 pixels', {'img_size': 16, 'l2': 'auto'}) if files else ('raw pixels', {})
+    reading |= {'dataset_args': recipe['dataset_args'], **shrink}
     rows = {
         recipe['model']: {
             'top1': metrics['top1'],
@@ -199,7 +207,7 @@ def main(run: Path = Path('outputs/demo')) -> None:
     """
     try:
         rows = report(run)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
     print(table(rows))
 

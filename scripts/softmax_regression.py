@@ -71,6 +71,7 @@ def softmax_regression(
     img_size: int = 0,
     l2: float | Literal['auto'] = 0.0,
     crop_mode: str = 'center',
+    on_bad_image: str = 'stop',
     dataset_args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train on the whole training set, score on the whole test set.
@@ -83,17 +84,18 @@ def softmax_regression(
         img_size: Size that image files are shrunk to (0: their own).
         l2: Penalty of the weights; 'auto' chooses it.
         crop_mode: What becomes of files that are not square: 'center', 'border' or 'squash'.
+        on_bad_image: 'stop' or 'skip' files that cannot be read.
         dataset_args: Arguments of the dataset.
 
     Returns:
         `top1` (a fraction), `num_samples`, `num_parameters`, `train_seconds`, `l2`.
     """
-    arguments = dataset_args or {}
-    train_set = in_memory(create_dataset(dataset, data_dir, 'train', **arguments), img_size, crop_mode)
+    arguments, reading = dataset_args or {}, (img_size, crop_mode, on_bad_image)
+    train_set = in_memory(create_dataset(dataset, data_dir, 'train', **arguments), *reading)
     if val_fraction:
         train_set, test_set = split_validation(train_set, val_fraction, seed=0)
     else:
-        test_set = in_memory(create_dataset(dataset, data_dir, 'test', **arguments), img_size, crop_mode)
+        test_set = in_memory(create_dataset(dataset, data_dir, 'test', **arguments), *reading)
     start = time.perf_counter()
     penalty = choose_l2(train_set, steps) if l2 == 'auto' else l2
     weight, bias = fit(train_set, steps, penalty)

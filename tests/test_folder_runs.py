@@ -17,6 +17,7 @@ from runs import CPU, image_set, save_folder, small
 from timm.data import create_transform, resolve_model_data_config
 
 import evaluate
+import report
 from linvision.data import create_batches, create_dataset
 from linvision.train import train
 
@@ -215,6 +216,26 @@ def test_a_folder_with_a_run_on_other_images_is_refused(recipe, tmp_path):
     (copied / 'val/bar 1').rename(copied / 'val/bar 3')
     with pytest.raises(ValueError, match='on other training images'):
         train(dataclasses.replace(recipe, data_dir=copied))
+
+
+def test_a_finished_run_and_its_report_know_their_images(recipe):
+    recipe.on_bad_image = 'skip'
+    damaged = spoil(recipe.data_dir / 'train', 'truncated')
+    metrics = train(recipe)
+    rows = report.report(recipe.output_dir)  # which leaves out what training left out
+    assert rows[recipe.model]['top1'] == metrics['top1'] and len(rows) == 2
+    test_image = sorted((recipe.data_dir / 'val').rglob('*.png'))[0]
+    content = test_image.read_bytes()
+    test_image.unlink()
+    with pytest.raises(ValueError, match='has 8 test images, and 9 when .* was scored'):
+        report.report(recipe.output_dir)
+    test_image.write_bytes(content)
+    damaged.unlink()
+    for look in (lambda: train(recipe), lambda: report.report(recipe.output_dir)):
+        with pytest.raises(ValueError, match=r'on other training images \(30 there, 29 now\)'):
+            look()
+    shutil.rmtree(recipe.data_dir)  # a finished run is told of without its images
+    assert train(recipe) == metrics
 
 
 def test_images_that_may_have_changed_sides_are_not_scored(bars, tmp_path, capsys):

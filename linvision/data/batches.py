@@ -60,16 +60,17 @@ def create_batches(
     return kind(images, order, preparation, augmentation, crop_pct, crop_mode, workers, on_bad_image)
 
 
-def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center') -> ImageSet:
+def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center', on_bad_image: str = 'stop') -> ImageSet:
     """All images of a set that is read one by one, each read as in evaluation; a set in memory is given back as it is.
 
     Args:
         images: What `create_dataset` gave, but for a stream.
         img_size: Size of the images (0: the set's own).
         crop_mode: What becomes of images that are not square: timm's 'center', 'border' or 'squash'.
+        on_bad_image: 'stop' or 'skip' what cannot be read.
 
     Raises:
-        OSError: An image cannot be read.
+        OSError: An image cannot be read, with 'stop', or none can.
         ValueError: No size is named, and the set has none.
     """
     if isinstance(images, ImageSet):
@@ -79,5 +80,14 @@ def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center') -> Imag
         raise ValueError('The images have no size of their own: name one.')
     mean = images.statistics()[0] if crop_mode == 'border' else (0.0,) * images.in_chans  # the border's colour
     change = evaluation_transform(mean, size, 1.0, crop_mode)
-    pixels, labels = zip(*((change(image), label) for image, label in images), strict=True)
+    pixels, labels = [], []
+    for i in range(len(images)):
+        try:
+            image, label = images[i]
+        except OSError:
+            if on_bad_image == 'stop' or not pixels and i == len(images) - 1:
+                raise
+            continue
+        pixels.append(change(image))
+        labels.append(label)
     return ImageSet(torch.stack(pixels), torch.tensor(labels), images.classes, size)

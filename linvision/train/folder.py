@@ -75,7 +75,9 @@ def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
         return {}
     found = json.loads(metrics.read_text())
     check_same_run(folder, recipe.to_dict(), found['recipe'])
-    if 'images' in found and str(recipe.data_dir) != found['recipe']['data_dir']:
+    moved = str(recipe.data_dir) != found['recipe']['data_dir']
+    may_change = recipe.dataset == 'image_folder' and Path(recipe.data_dir).is_dir()  # else they are gone, or fixed
+    if 'images' in found and (moved or may_change):
         images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download, **recipe.dataset_args)
         check_same_images(folder, fingerprint(images), found['images'])
     to_score = recipe.test and 'loss' not in found and checkpoints(folder / 'checkpoints')

@@ -142,9 +142,10 @@ class Run:
         self.make_learner(found, path)
         self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
         self.board.say(
-            f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters, '
+            f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters at '
+            f'{self.img_size}×{self.img_size}, '
             f'{recipe.dataset}: {len(self.data.train_set):,} training images, {joined.device}, '
-            f'{self.learner.precision}, {torch.get_num_threads()} threads'
+            f'{self.learner.precision}, {torch.get_num_threads()} thread(s)'
             + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.at.step}' if found else '')
         )
@@ -211,7 +212,9 @@ class Run:
                 self.board.say(f'stopped after {self.at.step} steps as asked; the same command goes on')
                 return {}
         self.save()
-        self.board.say(f'{self.at.step} steps are taken; scoring')
+        skipped = len(self.data.bad_images())
+        left_out = f'; {skipped:,} of the training images could not be read and were left out' * bool(skipped)
+        self.board.say(f'{self.at.step} steps are taken{left_out}; scoring')
         return self.finish()
 
     def train_stage(self, interrupted: Callable[[], bool]) -> bool:

@@ -14,7 +14,10 @@ from linvision.train.recipe import Recipe
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM, noted: the run ends after its step, with a checkpoint. A second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM, noted: the run ends after its step, with a checkpoint, or after its scores.
+
+    A second Ctrl-C ends it at once.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -27,7 +30,7 @@ class Interrupt:
             raise KeyboardInterrupt
         if not self.number:
             # print is not reentrant
-            os.write(2, b'noted: the run stops after its step; Ctrl-C once more stops at once\n')
+            os.write(2, b'noted: the run stops after its step, or its scores; Ctrl-C once more stops at once\n')
         self.number = number
 
     def __call__(self) -> bool:
