@@ -126,8 +126,8 @@ def table(teacher: dict[str, Any], found: dict[int, dict[str, Any]]) -> str:
 
 
 def main(
-    teacher_epochs: float = 6.0,
-    epochs: float = 1.0,
+    teacher_epochs: float = 8.0,
+    epochs: float = 0.5,
     search: float = 0.25,
     steps: int = 200,
     workers: int = 2,
