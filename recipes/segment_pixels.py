@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from timm.layers import LayerNorm2d
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
@@ -52,8 +53,12 @@ class Settings:
     """Start from the backbone's weights."""
     minutes: float = 30.0
     """Minutes of training."""
-    lr: float = 2e-3
-    """Highest learning rate, of AdamW."""
+    opt: str = 'muon'
+    """Optimizer, by timm's name."""
+    lr: float = 0.01
+    """Highest learning rate."""
+    precision: Literal['fp32', 'bf16'] = 'fp32'
+    """bf16: matrix products and convolutions in bfloat16 (autocast)."""
     batch_size: int = 8
     """Scenes in a step."""
     canvas: int = 64
@@ -171,7 +176,7 @@ def network(settings: Settings, num_classes: int) -> nn.Module:
 
 def train(model: nn.Module, items: Images, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Train for the minutes of the settings, with a checkpoint every minute, from the last one on."""
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.05)
+    optimizer = create_optimizer_v2(model, settings.opt, lr=settings.lr, weight_decay=0.01)
     file, at = settings.output_dir / 'checkpoint.pt', {'step': 0, 'seconds': 0.0}
     if file.is_file():
         saved = torch.load(file, map_location=device, weights_only=True)
@@ -186,7 +191,9 @@ def train(model: nn.Module, items: Images, settings: Settings, device: torch.dev
             group['lr'] = settings.lr * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
         first = at['step'] * settings.batch_size
         pixels, classes = scenes(items, first, settings.batch_size, settings.seed + 1, settings.canvas)
-        loss = F.cross_entropy(model(pixels.to(device)), classes.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == 'bf16'):
+            logits = model(pixels.to(device))
+        loss = F.cross_entropy(logits.float(), classes.to(device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 
 import compare_segmentation
 import segment_pixels
@@ -78,14 +79,14 @@ def test_a_run_is_scored_drawn_and_goes_on_where_it_was_stopped(kind, items, tmp
 def test_training_goes_on_from_its_checkpoint(items, tmp_path):
     settings = Settings('unet', minutes=0.05, canvas=32, output_dir=tmp_path, device='cpu')
     model, device = UNet(11), torch.device('cpu')
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr)
+    optimizer = create_optimizer_v2(model, settings.opt, lr=settings.lr, weight_decay=0.01)
     at = {'step': 1234, 'seconds': 2.9}
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'at': at}, tmp_path / 'checkpoint.pt')
     found = segment_pixels.train(UNet(11), items, settings, device)
     assert found['scenes_seen'] > 1234 * 8 and found['train_minutes'] >= 0.05
 
 
-def test_networks_are_compared_at_the_rate_that_validation_chose(tmp_path, monkeypatch):
+def test_networks_are_compared_with_what_validation_chose(tmp_path, monkeypatch):
     asked, tables = {}, {}
 
     def segment_all(runs, workers):
@@ -94,7 +95,7 @@ def test_networks_are_compared_at_the_rate_that_validation_chose(tmp_path, monke
         for name, own in runs.items():
             own['output_dir'].mkdir(parents=True)
             (own['output_dir'] / 'scenes.png').write_bytes(name.encode())
-            score = 0.5 if own['lr'] == 3e-3 else 0.4
+            score = 0.5 if own['lr'] == 0.02 else 0.4
             found[name] = {'mean_iou': score, 'pixel_accuracy': 0.9, 'iou': {}, 'scenes_seen': 8000}
             found[name] |= {'train_minutes': own['minutes'], 'num_parameters': 1234}
         return found
@@ -104,10 +105,10 @@ def test_networks_are_compared_at_the_rate_that_validation_chose(tmp_path, monke
     monkeypatch.setattr(compare_segmentation, 'write_table', tables.__setitem__)
     (tmp_path / 'docs').mkdir()
     compare_segmentation.main(minutes=10.0, data_dir=tmp_path, output_dir=tmp_path / 'runs')
-    assert [(own['network'], own['lr']) for own in asked.values() if own['minutes'] == 10.0] == [
-        ('linformer', 3e-3),
-        ('unet', 3e-3),
+    assert [(own['network'], own['opt'], own['lr']) for own in asked.values() if own['minutes'] == 10.0] == [
+        ('linformer', 'muon', 0.02),
+        ('unet', 'muon', 0.02),
     ]
-    assert all(own.get('validation', False) == (own['minutes'] == 2.0) for own in asked.values()) and len(asked) == 6
+    assert all(own.get('validation', False) == (own['minutes'] == 1.5) for own in asked.values()) and len(asked) == 9
     assert (tmp_path / 'docs/results/segmentation_unet.png').read_bytes() == b'unet'
-    assert tables['segmentation'].splitlines()[3] == '| U-Net | 1,234 | 0.003 | 50.0 % | 90.0 % | 8,000 | 10.0 |'
+    assert tables['segmentation'].splitlines()[3] == '| U-Net | 1,234 | muon, 0.02 | 50.0 % | 90.0 % | 8,000 | 10.0 |'
