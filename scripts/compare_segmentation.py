@@ -59,8 +59,8 @@ def table(found: dict[str, dict[str, Any]], chosen: dict[str, str]) -> str:
 
 
 def main(
-    minutes: float = 30.0,
-    search: float = 0.15,
+    minutes: float = 20.0,
+    search: float = 0.2,
     workers: int = 2,
     precision: Literal['fp32', 'bf16'] = 'fp32',
     data_dir: Path = Path('data'),
