@@ -19,6 +19,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +28,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 from timm.layers import LayerNorm2d
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import Images, create_dataset
 from linvision.train.metrics import machine
+from linvision.train.optimizer import FALLBACK, orthogonalise_in_fp32
 from linvision.train.parallel import choose_device
 from linvision.train.setup import split_validation
 
@@ -174,9 +176,18 @@ def network(settings: Settings, num_classes: int) -> nn.Module:
     return PixelClassifier(settings.backbone, settings.pretrained, settings.canvas, num_classes)
 
 
+def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """timm's; Muon takes the matrices within the network, AdamW what is no such matrix, as in `linvision.train`."""
+    others = partial(param_groups_weight_decay, weight_decay=0.0, fallback_list=[f'*.{name}' for name in FALLBACK])
+    optimizer = create_optimizer_v2(model, settings.opt, lr=settings.lr, param_group_fn=others)
+    if settings.opt == 'muon' and settings.precision == 'fp32':
+        orthogonalise_in_fp32(optimizer)
+    return optimizer
+
+
 def train(model: nn.Module, items: Images, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Train for the minutes of the settings, with a checkpoint every minute, from the last one on."""
-    optimizer = create_optimizer_v2(model, settings.opt, lr=settings.lr, weight_decay=0.01)
+    optimizer = create_optimizer(model, settings)
     file, at = settings.output_dir / 'checkpoint.pt', {'step': 0, 'seconds': 0.0}
     if file.is_file():
         saved = torch.load(file, map_location=device, weights_only=True)

@@ -25,7 +25,7 @@ from trials import ROOT, recipe_module, write_table
 NETWORKS = {'linformer': 'linformer_vit_pico_patch1_32.fashion_mnist', 'unet': 'U-Net'}
 TRIED = {  # optimizers and learning rates
     'linformer': (('muon', 0.01), ('muon', 0.02), ('adamw', 0.01)),
-    'unet': (('muon', 0.01), ('muon', 0.02), ('adamw', 0.003), ('adamw', 0.01)),
+    'unet': (('muon', 0.01), ('muon', 0.02), ('adamw', 0.01)),
 }
 FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', 'num_parameters')
 
@@ -60,7 +60,7 @@ def table(found: dict[str, dict[str, Any]], chosen: dict[str, str]) -> str:
 
 def main(
     minutes: float = 20.0,
-    search: float = 0.2,
+    search: float = 0.15,
     workers: int = 2,
     precision: Literal['fp32', 'bf16'] = 'fp32',
     data_dir: Path = Path('data'),
