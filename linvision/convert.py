@@ -95,6 +95,7 @@ def from_vit(
         ours.projection.pool()
     cfg = getattr(model, 'pretrained_cfg', None) or {}  # timm's factory sets it, the class does not
     kept = {k: cfg[k] for k in DATA if cfg.get(k) is not None}
+    kept['input_size'] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': model.num_classes, **kept}
     weight = model.patch_embed.proj.weight
     return ours.to(weight.device, weight.dtype).train(model.training)
@@ -305,7 +306,7 @@ def agreement(model: nn.Module, original: nn.Module, batches: Iterable[Tensor]) 
     modes = model.training, original.training
     model.eval(), original.eval()
     for images in batches:
-        ours, theirs = model(images).double(), original(images).double()
+        ours, theirs = model(images).cpu().double(), original(images).cpu().double()
         error, norm = error + (ours - theirs).square().sum().item(), norm + theirs.square().sum().item()
         same, count = same + (ours.argmax(1) == theirs.argmax(1)).sum().item(), count + len(images)
     model.train(modes[0]), original.train(modes[1])

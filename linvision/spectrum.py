@@ -142,9 +142,14 @@ def queries_and_keys(model: nn.Module, layers: list[nn.Module], images: Tensor) 
         yield layer.q_norm(query).to(dtype) * layer.scale, layer.k_norm(key).to(dtype)
 
 
+def double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
+
 def exact_shares(query: Tensor, key: Tensor) -> dict[str, Tensor]:
     """Shares from all singular values of each head, (H, N)."""
-    values = torch.linalg.svdvals((query @ key.transpose(-1, -2)).softmax(-1).double())
+    values = torch.linalg.svdvals(double((query @ key.transpose(-1, -2)).softmax(-1)))
     squares = values.square()
     return {
         'energy': squares.cumsum(-1) / squares.sum(-1, keepdim=True),
@@ -160,7 +165,7 @@ def randomised_shares(query: Tensor, key: Tensor, rank: int) -> dict[str, Tensor
     basis = torch.linalg.qr(attention.times(start)).Q
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(attention.times(torch.linalg.qr(attention.transposed_times(basis)).Q)).Q
-    values = torch.linalg.svdvals(attention.transposed_times(basis).double())[:, :rank]
+    values = torch.linalg.svdvals(double(attention.transposed_times(basis)))[:, :rank]
     return {'energy': values.square().cumsum(-1) / attention.square_norm().unsqueeze(-1)}
 
 
@@ -195,7 +200,7 @@ class Chunks:
 
     def square_norm(self) -> Tensor:
         """‖P‖² of each head, (H)."""
-        return sum(rows.double().square().sum((-1, -2)) for _, rows in self.rows())
+        return sum(double(rows).square().sum((-1, -2)) for _, rows in self.rows())
 
 
 def projected_share(query: Tensor, key: Tensor, E: Tensor, values: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ def projected_share(query: Tensor, key: Tensor, E: Tensor, values: Tensor) -> Te
     E, values = (matrix.to(query.dtype).expand(len(query), -1, -1) for matrix in (E, values))  # (H, K, N)
     weights = (query @ (E @ key).transpose(-1, -2)).softmax(-1)  # (H, N, K)
     attention = Chunks(query, key)
-    parts = ((rows - weights[:, part] @ values).double().square().sum((-1, -2)) for part, rows in attention.rows())
+    parts = (double(rows - weights[:, part] @ values).square().sum((-1, -2)) for part, rows in attention.rows())
     return 1 - sum(parts) / attention.square_norm()
 
 

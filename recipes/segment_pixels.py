@@ -39,6 +39,7 @@ from linvision.train.optimizer import FALLBACK, orthogonalise_in_fp32
 from linvision.train.parallel import choose_device
 from linvision.train.setup import split_validation
 
+ITEM = 28  # pixels of an item's side
 VISIBLE = 25  # of 255: darker pixels of an item are not its own
 WARMUP = 0.05
 
@@ -64,7 +65,7 @@ class Settings:
     batch_size: int = 8
     """Scenes in a step."""
     canvas: int = 64
-    """Side of a scene in pixels."""
+    """Side of a scene in pixels, a multiple of 4 from 28, the size of an item."""
     test_scenes: int = 500
     """Scenes that are scored."""
     validation: bool = False
@@ -93,7 +94,7 @@ def scene(items: Images, index: int, seed: int, canvas: int) -> tuple[Tensor, Te
 
     pixels, classes = torch.zeros(1, canvas, canvas), torch.zeros(canvas, canvas, dtype=torch.int64)
     for _ in range(draw(2, 6)):
-        i, side = draw(0, len(items)), draw(14, 29)
+        i, side = draw(0, len(items)), draw(ITEM // 2, ITEM + 1)
         item = F.interpolate(items.images[i][None].float(), size=(side, side), mode='area')[0]
         top, left = draw(0, canvas - side + 1), draw(0, canvas - side + 1)
         place = (slice(top, top + side), slice(left, left + side))
@@ -131,8 +132,9 @@ class PixelClassifier(nn.Module):
         self.head = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, h, w) -> logits (B, num_classes, h, w)."""
-        return self.head(self.features(x)[-1])
+        """(B, 1, h, w) -> logits (B, num_classes, h, w), interpolated where a token is more than a pixel."""
+        logits = self.head(self.features(x)[-1])
+        return logits if logits.shape[-2:] == x.shape[-2:] else F.interpolate(logits, x.shape[-2:], mode='bilinear')
 
 
 class UNet(nn.Module):
@@ -270,6 +272,8 @@ def main(settings: Settings) -> dict[str, Any]:
     """Train, score and draw; the contents of `metrics.json`."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.canvas < ITEM or settings.canvas % 4:
+        raise SystemExit(f'error: canvas must be a multiple of 4, and {ITEM} pixels at least, got {settings.canvas}.')
     folder, device = settings.output_dir, choose_device(settings.device)
     own = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     folder.mkdir(parents=True, exist_ok=True)

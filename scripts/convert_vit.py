@@ -24,7 +24,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from linvision.convert import agreement, fit_projection, from_vit
-from linvision.data import create_batches, create_dataset
+from linvision.data import create_batches, create_dataset, part
 from linvision.train.parallel import choose_device
 from linvision.train.setup import source_of, split_validation
 
@@ -57,11 +57,11 @@ class ImagesOf:
         self.batch_size, self.device = batch_size, device
 
     def batches(self, split: str, limit: int = 0, without: float = 0.0) -> Any:
-        """A split of the set, or its first images, cut into batches.
+        """A split of the set, or a part of it, cut into batches.
 
         Args:
             split: 'train' or 'test'.
-            limit: Take the first so many images, 0 for all.
+            limit: Take so many images, 0 for all.
             without: Leave out the validation slice of a run with this `val_fraction` and seed 0.
 
         Raises:
@@ -75,8 +75,7 @@ class ImagesOf:
             )
         if without:
             images, _ = split_validation(images, without, 0)
-        if limit:
-            images = images.subset(torch.arange(min(limit, len(images))))
+        images = part(images, limit)
         cropping = {'crop_pct': min(config['crop_pct'], 1.0), 'crop_mode': config['crop_mode']}
         batch_size = min(self.batch_size, len(images))
         return create_batches(images, batch_size, config['mean'], config['std'], self.device, **cropping)

@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from linvision.data import Images, create_batches, create_dataset
+from linvision.data import Images, create_batches, create_dataset, part
 from linvision.data.folders import ImageFiles, split_folders
 from linvision.nearest import nearest
 from linvision.train.data import fingerprint
@@ -101,7 +100,7 @@ def main(
         data_dir: Folder that holds the data; by default the run's own with its data set, `data` with another.
         split: 'train', 'test' (of a folder without `val/`, every fifth image of a class), or 'all' images of a folder.
         img_size: Image size, 0 for the model's own.
-        limit: Score the first so many images, 0 for all.
+        limit: Score so many images, 0 for all: the first, or some evenly over a folder.
         batch_size: Images in a step.
         device: Torch device; 'auto' takes the accelerator if there is one.
         precision: 'fp32', 'bf16' or 'fp16'.
@@ -132,8 +131,7 @@ def main(
     if data_dir.resolve() == Path(trained.get('data_dir', '')).resolve() and split not in ('train', 'all'):
         check_unseen(data_dir, dataset, metrics)
     images = with_classes_of(net, images)
-    if limit:
-        images = images.subset(torch.arange(min(limit, len(images))))
+    images = part(images, limit)
     size = img_size or net.patch_embed.img_size[0]
     set_size(net, size)
     cropping = {'crop_pct': config['crop_pct'], 'crop_mode': config['crop_mode']}

@@ -10,6 +10,7 @@ removed. Prints one line of JSON: how images are to be read, what the classes ar
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -102,22 +103,28 @@ def export(model: nn.Module, file: Path) -> dict[str, Any]:
         What a user of the file needs to know.
 
     Raises:
-        ValueError: An unknown suffix, or a file whose outputs are not the model's; it is removed.
+        ValueError: An unknown suffix, a model without tokens, or a file whose outputs are not the model's; it is
+            removed, and one that was there before stays.
     """
     if file.suffix not in FORMATS:
         raise ValueError(f'The name of the file must end in {" or ".join(FORMATS)}, got {file.name!r}.')
+    if not hasattr(model, 'patch_embed'):
+        raise ValueError(
+            f'Exports are of models with a patch_embed, whose image size is known, got {type(model).__name__}.'
+        )
     write, read = FORMATS[file.suffix]
     model.eval()
     if hasattr(model, 'set_chunk_size'):
         model.set_chunk_size(0)  # whole blocks, which can be traced
     images = torch.randn(max(BATCHES), model.in_chans, *model.patch_embed.img_size)
     file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f'part-{file.name}')  # nobody shall find what is not known to be right
     try:
-        write(model, images[:2], file)
-        difference = largest_difference(model, read(file), images)
-    except BaseException:
-        file.unlink(missing_ok=True)  # nobody shall find what is not known to be right
-        raise
+        write(model, images[:2], part)
+        difference = largest_difference(model, read(part), images)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
     config = resolve_model_data_config(model)
     return {
         'file': str(file),

@@ -22,7 +22,7 @@ import tyro
 
 from convert_vit import ImagesOf, load_vit
 from linvision.network import LinformerVisionTransformer
-from linvision.spectrum import Spectrum, attention_spectrum, own_projection, pooling
+from linvision.spectrum import Spectrum, attention_layers, attention_spectrum, own_projection, pooling
 from linvision.train.parallel import choose_device
 
 LOSSES = (0.5, 0.1, 0.05, 0.01)
@@ -117,14 +117,16 @@ def main(
 
     where = choose_device(device)
     net = load_vit(model, checkpoint, img_size).to(where)
+    attention_layers(net)  # refuses what has none
+    projects = isinstance(net, LinformerVisionTransformer) and net.projection is not None
     # rows that are normalised have lost their scale: E alone says nothing of P
-    own = isinstance(net, LinformerVisionTransformer) and net.projection is not None and not net.blocks[0].attn.row_norm
+    own = projects and not net.blocks[0].attn.row_norm
     if own and len(set(net.projection.proj_len)) > 1:
         raise ValueError(f'The layers have different K, {net.projection.proj_len}: pictures are of one K.')
     if own and proj_len not in (0, net.projection.proj_len[0]):
         raise ValueError(f'The model projects to {net.projection.proj_len[0]} rows, and not to {proj_len}.')
     tokens = net.patch_embed.num_patches
-    K = net.projection.proj_len[0] if own else proj_len or tokens // 4
+    K = proj_len or (net.projection.proj_len[0] if projects else tokens // 4)
     if not 1 <= K <= tokens:
         raise ValueError(f'proj_len must lie between 1 and the {tokens:,} tokens, got {K}.')
     projection, name = (own_projection(net), 'its projection') if own else (pooling(net, K), 'pooling')

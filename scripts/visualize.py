@@ -24,11 +24,12 @@ import tyro
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
+from convert_vit import load_vit
 from linvision.attention_map import attention_maps, projection_matrices
 from linvision.data.image_file import read_image
 from linvision.network import LinformerVisionTransformer
 from linvision.position import SeparablePosition
-from predict import find_images, load_model
+from predict import find_images
 
 SIGNED = 'the weight of each token, lifted from K rows by E: signed, not normalised; red above zero, blue below'
 Panel = tuple[Tensor, str, bool]  # what is drawn, (h, w) or (h, w, 3), its title, and whether it is signed
@@ -128,7 +129,7 @@ def position_similarity(model: LinformerVisionTransformer, side: int = 4) -> Any
 
 
 def main(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     images: tyro.conf.Positional[list[Path]],
     output_dir: Path = Path('outputs/pictures'),
     block: int = -1,
@@ -137,7 +138,7 @@ def main(
     """Draw a model.
 
     Args:
-        model: Folder of a run or a model.
+        model: Folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights.
         images: Image files, or folders of them.
         output_dir: Folder for PNG files and TensorBoard's events.
         block: Whose heads and whose E are drawn; negative numbers count from the last.
@@ -145,7 +146,7 @@ def main(
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    net = load_model(model)
+    net = load_vit(model, '', 0)
     if not isinstance(net, LinformerVisionTransformer):
         raise ValueError(
             f"Pictures are of linformer_vit_* models, got {type(net).__name__}: see timm's AttentionExtract."

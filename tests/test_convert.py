@@ -188,6 +188,7 @@ def test_a_converted_model_is_saved_and_loaded_with_the_originals_data_config(tm
     original = vit('deit3_small_patch16_224')
     original.pretrained_cfg = {**original.pretrained_cfg, 'mean': (0.1, 0.2, 0.3), 'crop_pct': 0.8}
     converted = from_vit(original, 4, sharing='key_value')
+    assert resolve_model_data_config(converted)['input_size'] == (3, 32, 32)
     save_for_hf(converted, str(tmp_path), safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(images()), converted(images()))

@@ -43,8 +43,22 @@ def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_was_there_stays_where_the_new_one_is_wrong(tmp_path, monkeypatch):
+    def broken(model, images, file):
+        file.write_bytes(b'half')
+        raise ImportError('no onnxscript')
+
+    (tmp_path / 'model.onnx').write_bytes(b'good')
+    monkeypatch.setitem(export.FORMATS, '.onnx', (broken, None))
+    with pytest.raises(ImportError):
+        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.onnx')
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'good']
+
+
 def test_an_unknown_format_or_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must end in .pt2 or .onnx, got 'model.tflite'"):
         export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.tflite')
+    with pytest.raises(ValueError, match='got ResNet'):
+        export.export(timm.create_model('resnet10t'), tmp_path / 'model.onnx')
     with pytest.raises(ValueError, match="'nowhere': it is neither a folder"):
         export.main('nowhere', tmp_path / 'model.onnx')

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import cifar, imagenette
 
-from linvision.data import create_dataset
+from linvision.data import create_dataset, part
 from linvision.data.folders import ImageFiles, in_words
 from linvision.data.image_file import read_image
 from linvision.train.data import TrainingData
@@ -106,6 +106,16 @@ def test_what_is_left_aside_is_named_once(tmp_path, caplog):
         f'{tmp_path}/train/bird is empty, and so no class',
     }
     assert len(caplog.records) == 2
+
+
+def test_a_part_of_a_folder_is_of_all_its_classes_and_of_another_set_its_first_images(tmp_path):
+    for split in ('train', 'val'):
+        pictures(tmp_path / split, *(f'{name}/{i}.png' for name in 'abcd' for i in range(3)))
+    images = create_dataset('image_folder', tmp_path, 'test')
+    assert [label for _, label in part(images, 4).samples] == [0, 1, 2, 3]
+    assert part(images, 0) is images and part(images, 99) is images
+    fake = create_dataset('fake', tmp_path, 'test')
+    assert torch.equal(part(fake, 5).images, fake.images[:5])
 
 
 def test_all_is_every_image_and_val_another_name_of_the_test(tmp_path):
@@ -306,9 +316,9 @@ def test_cifar_is_read_from_its_files(tmp_path, monkeypatch, name, classes):
         folder, kind, meta = 'cifar-100-python', 'fine_labels', ('meta', {'fine_label_names': words})
         parts = {'train': slice(0, 5), 'test': slice(5, 6)}
     (tmp_path / folder).mkdir()
-    contents = {part: {'data': pixels[where], kind: labels[where]} for part, where in parts.items()}
-    for part, content in [*contents.items(), meta]:
-        (tmp_path / folder / part).write_bytes(pickle.dumps(content))
+    contents = {file: {'data': pixels[where], kind: labels[where]} for file, where in parts.items()}
+    for file, content in [*contents.items(), meta]:
+        (tmp_path / folder / file).write_bytes(pickle.dumps(content))
     with pytest.raises(FileNotFoundError, match=f'{folder}, or not whole'):
         create_dataset(name, tmp_path, 'train')
     monkeypatch.setattr(cifar, 'check_integrity', lambda path, md5=None: True)

@@ -60,6 +60,29 @@ def test_both_networks_are_of_one_size_and_see_whole_scenes():
     assert difference[63, 63] > 0 and difference[0, 0] == 0  # convolutions reach only so far
 
 
+def test_muon_takes_the_matrices_within_the_networks_alone():
+    model = torch.nn.Sequential(torch.nn.Identity(), network(Settings(), 11))
+    groups = segment_pixels.create_optimizer(model, Settings()).param_groups
+    fallback = {id(p) for group in groups if group.get('use_fallback') for p in group['params']}
+    by_adamw = {name for name, p in model.named_parameters() if id(p) in fallback and p.ndim > 1}
+    parts = ('patch_embed.proj.', 'position.local.', 'projection.weights.0', 'projection.weights.1', 'head.1.')
+    assert len(by_adamw) == 5 and all(any(part in name for name in by_adamw) for part in parts)
+
+
+@torch.no_grad()
+def test_tokens_of_several_pixels_give_a_class_for_every_pixel():
+    model = network(Settings(backbone='linformer_vit_tiny_patch2_224', pretrained=False, canvas=32), 11).eval()
+    x = torch.randn(1, 1, 32, 32)
+    coarse = model.head(model.features(x)[-1])
+    torch.testing.assert_close(model(x), torch.nn.functional.interpolate(coarse, size=(32, 32), mode='bilinear'))
+
+
+@pytest.mark.parametrize('canvas', [24, 50])
+def test_a_canvas_that_cannot_be_is_refused(canvas, tmp_path):
+    with pytest.raises(SystemExit, match=f'multiple of 4, and 28 pixels at least, got {canvas}'):
+        segment_pixels.main(Settings(canvas=canvas, output_dir=tmp_path))
+
+
 @pytest.mark.parametrize('kind', ['linformer', 'unet'])
 def test_a_run_is_scored_drawn_and_goes_on_where_it_was_stopped(kind, items, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(segment_pixels, 'create_dataset', lambda *_: items)

@@ -176,3 +176,13 @@ def test_the_command_refuses_a_k_that_cannot_be(tmp_path):
     save_for_hf(from_vit(vit(in_chans=1), 16), str(tmp_path / 'ours'), safe_serialization=True)
     with pytest.raises(ValueError, match='projects to 16 rows, and not to 8'):
         command.main(str(tmp_path / 'ours'), tmp_path, proj_len=8, device='cpu')
+    save_for_hf(timm.create_model('resnet10t'), str(tmp_path / 'resnet'), safe_serialization=True)
+    with pytest.raises(ValueError, match='ResNet has no attention'):
+        command.main(str(tmp_path / 'resnet'), tmp_path, device='cpu')
+
+
+def test_the_command_looks_at_as_many_pooled_rows_as_a_model_with_normalised_rows_has(tmp_path, capsys):
+    model = timm.create_model('test_linformer_vit', in_chans=1, proj_len=9, row_norm=True)
+    save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    command.main(str(tmp_path / 'model'), tmp_path, dataset='fake', limit=2, device='cpu')
+    assert 'pooling to 9 rows' in capsys.readouterr().out

@@ -112,10 +112,11 @@ def test_positions_are_those_that_are_added_to_the_tokens():
 
 
 def test_pictures_are_written_and_logged(tmp_path):
-    save_for_hf(model_of(pos_embed='separable', img_size=16), str(tmp_path / 'model'), safe_serialization=True)
+    net = model_of(pos_embed='separable', img_size=16, num_classes=0)
+    save_for_hf(net, str(tmp_path / 'model'), safe_serialization=True)
     for i in range(3):
         Image.new('RGB', (20, 16), (80 * i, 10, 10)).save(tmp_path / f'{i}.png')
-    visualize.main(tmp_path / 'model', [tmp_path], tmp_path / 'out', block=0, limit=2)
+    visualize.main(str(tmp_path / 'model'), [tmp_path], tmp_path / 'out', block=0, limit=2)
     names = {'attention_blocks', 'attention_heads', 'projection', 'positions'}
     assert {path.stem for path in (tmp_path / 'out').glob('*.png')} == names
     for name in names:
@@ -129,4 +130,4 @@ def test_pictures_are_written_and_logged(tmp_path):
 def test_a_model_of_another_kind_is_refused(tmp_path):
     save_for_hf(timm.create_model('test_vit'), str(tmp_path), safe_serialization=True)
     with pytest.raises(ValueError, match="got VisionTransformer: see timm's AttentionExtract"):
-        visualize.main(tmp_path, [tmp_path])
+        visualize.main(str(tmp_path), [tmp_path])
