@@ -5,7 +5,7 @@
 
 A scene is a 64×64 canvas (4,096 tokens, one a pixel) with two to five Fashion-MNIST items, each from half to its whole
 size, one over the other; scenes for training are made of training items, those for the score of test items, and scene i
-is the same at every call. `features_only=True` gives one vector a pixel; a norm and a linear layer make classes of it.
+is the same at every call. `features_only=True` gives one vector a pixel; a norm and a 3×3 convolution make classes of it.
 `unet` is a small U-Net of equal size. Both have the same minutes. Scores mean IoU, without the background, on 500
 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `model.pt`. The same command goes on where a
 run was stopped, from at most a minute before.
@@ -49,7 +49,7 @@ class Settings:
     """A run."""
 
     network: Literal['linformer', 'unet'] = 'linformer'
-    """What is trained: the backbone with a linear layer, or the U-Net."""
+    """What is trained: the backbone with a convolution, or the U-Net."""
     backbone: str = 'linformer_vit_pico_patch1_32.fashion_mnist'
     """Name of the backbone, a timm name, `local-dir:…` or `hf-hub:…`."""
     pretrained: bool = True
@@ -114,7 +114,10 @@ def scenes(items: Images, first: int, count: int, seed: int, canvas: int) -> tup
 
 
 class PixelClassifier(nn.Module):
-    """A backbone's last features, one vector a pixel, and a linear layer over them.
+    """A backbone's last features, one vector a pixel, and a 3×3 convolution over them.
+
+    On a canvas of twice the size that the backbone was trained at, its own convolutions are spread to every other
+    pixel, so that with a layer that looks at one pixel at a time the classes come out as a chequerboard.
 
     Args:
         backbone: Name of the backbone.
@@ -129,7 +132,7 @@ class PixelClassifier(nn.Module):
             backbone, pretrained=pretrained, features_only=True, out_indices=(-1,), img_size=canvas, in_chans=1
         )
         width = self.features.feature_info.channels()[-1]
-        self.head = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, num_classes, 1))
+        self.head = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, num_classes, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, h, w) -> logits (B, num_classes, h, w), interpolated where a token is more than a pixel."""

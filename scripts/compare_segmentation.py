@@ -24,7 +24,7 @@ from trials import ROOT, recipe_module, write_table
 
 NETWORKS = {'linformer': 'linformer_vit_pico_patch1_32.fashion_mnist', 'unet': 'U-Net'}
 TRIED = {  # optimizers and learning rates
-    'linformer': (('muon', 0.01), ('muon', 0.02), ('adamw', 0.01)),
+    'linformer': (('muon', 0.01), ('muon', 0.02)),
     'unet': (('muon', 0.01), ('muon', 0.02), ('adamw', 0.01)),
 }
 FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', 'num_parameters')
