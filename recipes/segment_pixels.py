@@ -5,8 +5,8 @@
 
 A scene is a 64×64 canvas (4,096 tokens, one a pixel) with two to five Fashion-MNIST items, each from half to its whole
 size, one over the other; scenes for training are made of training items, those for the score of test items, and scene i
-is the same at every call. `features_only=True` gives one vector a pixel; a norm and a 3×3 convolution make classes of it.
-`unet` is a small U-Net of equal size. Both have the same minutes. Scores mean IoU, without the background, on 500
+is the same at every call. `features_only=True` gives one vector a pixel; a norm and a 3×3 convolution make classes of
+it. `unet` is a small U-Net of equal size. Both have the same minutes. Scores mean IoU, without the background, on 500
 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `model.pt`. The same command goes on where a
 run was stopped, from at most a minute before.
 
