@@ -10,7 +10,8 @@ it. `unet` is a small U-Net of equal size. Both have the same minutes. Scores me
 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `model.pt`. The same command goes on where a
 run was stopped, from at most a minute before.
 
-Not yet run in earnest. Not yet run on a GPU.
+Result: mean IoU 53.5 % after 20 minutes on one CPU thread in bf16, the U-Net 70.6 % (one seed;
+`python scripts/compare_segmentation.py --precision bf16`). Not yet run on a GPU.
 
 An example of your own loop around a backbone, in one file; the other recipes share the engine in `linvision.train`.
 """
