@@ -25,7 +25,7 @@ STARTS: dict[str, dict[str, Any]] = {
     'linear probe': {'freeze': -1, 'layer_decay': 1.0},
     'fine-tuned': {},
 }
-RATES = {'from scratch': (1e-3, 3e-3, 1e-2), 'linear probe': (3e-3, 1e-2, 3e-2), 'fine-tuned': (1e-3, 3e-3, 1e-2)}
+RATES = {'from scratch': (3e-3, 1e-2, 3e-2), 'linear probe': (1e-2, 3e-2, 1e-1), 'fine-tuned': (3e-3, 1e-2, 3e-2)}
 FIELDS = ('top1', 'val_top1', 'num_samples', 'images_seen', 'train_minutes', 'seed')
 
 
