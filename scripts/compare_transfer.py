@@ -92,11 +92,11 @@ def main(
             for start in STARTS
         }
         rates[str(n)] = {start: max(scores, key=scores.get) for start, scores in validation[str(n)].items()}
-        variants = {f'{start}, {n} epochs': settings(start, n, rates[str(n)][start], common) for start in STARTS}
+        names = {start: f'{start}, {n} epochs, lr {rate:g}' for start, rate in rates[str(n)].items()}
+        variants = {names[start]: settings(start, n, rate, common) for start, rate in rates[str(n)].items()}
         scored = run_trials('finetune', variants, range(seeds), workers, output_dir / 'scores', record=record)
         found[str(n)] = {
-            start: [{k: run[k] for k in FIELDS if k in run} for run in scored[f'{start}, {n} epochs']]
-            for start in STARTS
+            start: [{k: run[k] for k in FIELDS if k in run} for run in scored[name]] for start, name in names.items()
         }
     result = {'img_size': img_size, 'precision': precision, 'rates': validation, **machine(torch.device('cpu'))}
     (ROOT / 'docs' / 'results').mkdir(exist_ok=True)

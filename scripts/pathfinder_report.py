@@ -1,18 +1,19 @@
 """What Pathfinder images look like, how fast they are made, and what of the label leaks past the paths.
 
     python scripts/pathfinder_report.py
+    python scripts/pathfinder_report.py --contour-length 6 --counts 20000 0 0 0
 
-For paths of 14 dashes: a picture of each size; images/s on one core; and, on test images that no classifier was trained
-on, how often the label is found (1) from statistics of the pixels, (2) from the distance between the markers, which is
-part of the published stimulus, and (3) by a small CNN on images without markers, at 32 pixels. Writes
-`docs/results/pathfinder.json`, `docs/pathfinder.png` and the table in `docs/pathfinder.md`.
+A picture of each size; images/s on one core; and, on test images that no classifier was trained on, how often the label
+is found (1) from statistics of the pixels, (2) from the distance between the markers, which is part of the published
+stimulus, and by a small CNN at 32 pixels, (3) on images without markers and (4) on images with them, which is no leak.
+Writes `docs/results/pathfinder_14.json`, `docs/pathfinder_14.png` (or 6, or 9) and the table in `docs/pathfinder.md`.
 """
 
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from linvision.train.metrics import machine
 from trials import ROOT, write_table
 
 BINS = 16  # of a histogram of brightness
-LENGTH = 14
+WIDTHS = ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 96, 2), (96, 96, 1))  # of the CNN
 
 
 def features(images: Tensor) -> Tensor:
@@ -68,11 +69,11 @@ def histogram_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, 
 
 
 def small_cnn() -> nn.Sequential:
-    """Three convolutions, each halving the image, a mean, and a linear layer: 23,538 parameters."""
+    """Seven convolutions, three of which halve the image, a mean, and a linear layer: 208,498 parameters."""
     layers: list[nn.Module] = []
-    for before, after in ((1, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    for before, after, stride in WIDTHS:
+        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 2))
 
 
 def cnn_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, epochs: int) -> float:
@@ -80,8 +81,8 @@ def cnn_score(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, epochs
     torch.manual_seed(0)
     model = small_cnn()
     steps = epochs * (len(train) // 100)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     order = torch.cat([torch.randperm(len(train))[: len(train) // 100 * 100] for _ in range(epochs)])
     for index in order.split(100):
         optimizer.zero_grad()
@@ -115,20 +116,20 @@ class Looked:
         self.distances = torch.tensor([math.dist(*scene.marked(label)) for scene, label in made])
 
 
-def images_per_s(size: int, count: int = 300) -> float:
+def images_per_s(size: int, length: int, count: int = 300) -> float:
     """How many images one core makes in a second of its own time."""
-    images = create_dataset('pathfinder', '', 'train', img_size=size, contour_length=LENGTH)
+    images = create_dataset('pathfinder', '', 'train', img_size=size, contour_length=length)
     start = time.process_time()
     for i in range(count):
         images[i]
     return count / (time.process_time() - start)
 
 
-def leaks(size: int, count: int, cnn_epochs: int) -> dict[str, Any]:
+def leaks(size: int, length: int, count: int, cnn_epochs: int) -> dict[str, Any]:
     """What is found out about one size from `count` training and as many test images."""
     with_cnn = bool(cnn_epochs) and size == 32
     train, test = (
-        Looked(create_dataset('pathfinder', '', split, img_size=size, contour_length=LENGTH), count, with_cnn)
+        Looked(create_dataset('pathfinder', '', split, img_size=size, contour_length=length), count, with_cnn)
         for split in ('train', 'test')
     )
     labels = {'labels': train.labels, 'truth': test.labels}
@@ -139,16 +140,17 @@ def leaks(size: int, count: int, cnn_epochs: int) -> dict[str, Any]:
     }
     if with_cnn:
         found['cnn_without_markers'] = cnn_score(train=train.plain, test=test.plain, epochs=cnn_epochs, **labels)
+        found['cnn'] = cnn_score(train=train.marked, test=test.marked, epochs=cnn_epochs, **labels)
     return found
 
 
-def draw_samples(path: Path, columns: int = 6) -> None:
+def draw_samples(path: Path, length: int, columns: int = 6) -> None:
     """Samples of each size, with their labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2 * columns, 8.6), layout='constrained')
     for row, size in zip(figure.subplots(len(SIZES), columns), SIZES, strict=True):
-        images = create_dataset('pathfinder', '', 'train', img_size=size, contour_length=LENGTH)
+        images = create_dataset('pathfinder', '', 'train', img_size=size, contour_length=length)
         row[0].set_ylabel(f'{size}×{size}')
         for axis, i in zip(row, range(columns), strict=True):
             image, label = images[i]
@@ -163,19 +165,20 @@ def table(found: dict[int, dict[str, Any]]) -> str:
     """A line for each size."""
     lines = [
         '| size | tokens | images/s, one core | statistics of the pixels | distance of the markers | CNN without '
-        'markers | test images |',
-        '| --- ' * 7 + '|',
+        'markers | CNN with markers | test images |',
+        '| --- ' * 8 + '|',
     ]
     for size, of in found.items():
-        cnn = f'{100 * of["cnn_without_markers"]:.1f} %' if 'cnn_without_markers' in of else ''
+        cnn, seeing = (f'{100 * of[name]:.1f} %' if name in of else '' for name in ('cnn_without_markers', 'cnn'))
         lines.append(
             f'| {size} | {size**2:,} | {of["images_per_s"]:.0f} | {100 * of["statistics"]:.1f} % | '
-            f'{100 * of["marker_distance"]:.1f} % | {cnn} | {of["num_samples"]:,} |'
+            f'{100 * of["marker_distance"]:.1f} % | {cnn} | {seeing} | {of["num_samples"]:,} |'
         )
     return '\n'.join(lines)
 
 
 def main(
+    contour_length: Literal[6, 9, 14] = 14,
     counts: tuple[int, int, int, int] = (20_000, 4_000, 2_000, 1_000),
     cnn_epochs: int = 4,
     output: Path = ROOT / 'docs',
@@ -183,23 +186,30 @@ def main(
     """Look into the images.
 
     Args:
-        counts: Training images, and as many test images, of 32, 64, 128 and 256 pixels.
+        contour_length: Dashes of a path.
+        counts: Training images, and as many test images, of 32, 64, 128 and 256 pixels (0: none of this size).
         cnn_epochs: Epochs of the CNN (0: none).
-        output: Folder for the picture and `results/pathfinder.json`; the table goes into `docs/pathfinder.md` of the
+        output: Folder for the picture and the JSON in `results/`; the table goes into `docs/pathfinder.md` of the
             repository.
     """
     torch.set_num_threads(1)
     (output / 'results').mkdir(parents=True, exist_ok=True)
-    draw_samples(output / 'pathfinder.png')
-    rates = {size: images_per_s(size) for size in SIZES}
+    draw_samples(output / f'pathfinder_{contour_length}.png', contour_length)
+    sizes = {size: count for size, count in zip(SIZES, counts, strict=True) if count}
+    rates = {size: images_per_s(size, contour_length) for size in sizes}
     print({size: round(rate) for size, rate in rates.items()}, flush=True)
     found = {
-        size: {'images_per_s': rates[size], **leaks(size, count, cnn_epochs)}
-        for size, count in zip(SIZES, counts, strict=True)
+        size: {'images_per_s': rates[size], **leaks(size, contour_length, count, cnn_epochs)}
+        for size, count in sizes.items()
     }
-    result = {'contour_length': LENGTH, 'cnn_epochs': cnn_epochs, **machine(torch.device('cpu')), 'sizes': found}
-    (output / 'results' / 'pathfinder.json').write_text(json.dumps(result, indent=2) + '\n')
-    write_table('images', table(found), ROOT / 'docs' / 'pathfinder.md')
+    result = {
+        'contour_length': contour_length,
+        'cnn_epochs': cnn_epochs,
+        **machine(torch.device('cpu')),
+        'sizes': found,
+    }
+    (output / 'results' / f'pathfinder_{contour_length}.json').write_text(json.dumps(result, indent=2) + '\n')
+    write_table(f'images_{contour_length}', table(found), ROOT / 'docs' / 'pathfinder.md')
     print(table(found))
 
 
