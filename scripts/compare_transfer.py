@@ -4,13 +4,16 @@
     python scripts/compare_transfer.py --data-dir data/digits
 
 `recipes/finetune.py` on another real set, for few and for many epochs, with as many seeds as asked for. The learning
-rate is chosen for each number of epochs and each start on a fifth of the training images, kept apart; the test images
-are for the scores alone. Writes `docs/results/transfer.json`, and its table in `docs/results.md`; what runs gave is
-kept in `docs/results/transfer_runs.json`, and they are not repeated.
+rate is chosen for each number of epochs and each start on a fifth of the training images, kept apart: the one whose
+neighbours, three times as large and as small, are no better. The test images are for the scores alone. Writes
+`docs/results/transfer.json`, and its table in `docs/results.md`, after each number of epochs; what runs gave is kept in
+`docs/results/transfer_runs.json`, and they are not repeated.
 """
 
 import json
 import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +28,42 @@ STARTS: dict[str, dict[str, Any]] = {
     'linear probe': {'freeze': -1, 'layer_decay': 1.0},
     'fine-tuned': {},
 }
-RATES = {'from scratch': (3e-3, 1e-2, 3e-2), 'linear probe': (1e-2, 3e-2, 1e-1), 'fine-tuned': (3e-3, 1e-2, 3e-2)}
+RATES = (
+    3e-4,
+    1e-3,
+    3e-3,
+    1e-2,
+    3e-2,
+    1e-1,
+    3e-1,
+)  # the best is looked for from the middle, until both next to it are worse
 FIELDS = ('top1', 'val_top1', 'num_samples', 'images_seen', 'train_minutes', 'seed')
 
 
 def settings(start: str, epochs: float, lr: float, common: dict[str, Any]) -> dict[str, Any]:
     """Fields of a run."""
     return {**common, **STARTS[start], 'epochs': epochs, 'lr': lr, 'hflip': 0.0, 'shift': 1}
+
+
+def choose_rates(
+    around: dict[str, float], validate: Callable[[Iterable[tuple[str, float]]], dict[tuple[str, float], float]]
+) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
+    """The rate of each start whose neighbours in `RATES` are no better, and the scores that say so.
+
+    Args:
+        around: Where to begin.
+        validate: Scores of pairs of a start and a rate.
+    """
+    scores: dict[str, dict[float, float]] = {start: {} for start in around}
+    best = dict(around)
+    while True:
+        near = {start: RATES[max(RATES.index(lr) - 1, 0) : RATES.index(lr) + 2] for start, lr in best.items()}
+        asked = [(start, lr) for start, rates in near.items() for lr in rates if lr not in scores[start]]
+        if not asked:
+            return best, {start: dict(sorted(found.items())) for start, found in scores.items()}
+        for (start, lr), score in validate(asked).items():
+            scores[start][lr] = score
+        best = {start: max(found, key=found.get) for start, found in scores.items()}
 
 
 def table(found: dict[str, dict[str, list[dict[str, Any]]]], rates: dict[str, dict[str, float]]) -> str:
@@ -77,31 +109,30 @@ def main(
     common = {'data_dir': data_dir.resolve(), 'img_size': img_size, 'threads': 1, 'precision': precision}
     held_out = {**common, 'val_fraction': 0.2, 'test': False}
     record = Record(ROOT / 'docs' / 'results' / 'transfer_runs.json', FIELDS, again)
+
+    def validate(n: int, asked: Iterable[tuple[str, float]]) -> dict[tuple[str, float], float]:
+        names = {(start, lr): f'{start}, {n} epochs, lr {lr:g}' for start, lr in asked}
+        tried = {name: settings(start, n, lr, held_out) for (start, lr), name in names.items()}
+        runs = run_trials('finetune', tried, range(1), workers, output_dir / 'rates', record=record)
+        return {pair: runs[name][0]['val_top1'] for pair, name in names.items()}
+
     validation: dict[str, dict[str, dict[float, float]]] = {}
     rates: dict[str, dict[str, float]] = {}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    best = dict.fromkeys(STARTS, RATES[len(RATES) // 2])
+    (ROOT / 'docs' / 'results').mkdir(exist_ok=True)
     for n in epochs:
-        tried = {
-            f'{start}, {n} epochs, lr {lr:g}': settings(start, n, lr, held_out)
-            for start in STARTS
-            for lr in RATES[start]
-        }
-        runs = run_trials('finetune', tried, range(1), workers, output_dir / 'rates', record=record)
-        validation[str(n)] = {
-            start: {lr: runs[f'{start}, {n} epochs, lr {lr:g}'][0]['val_top1'] for lr in RATES[start]}
-            for start in STARTS
-        }
-        rates[str(n)] = {start: max(scores, key=scores.get) for start, scores in validation[str(n)].items()}
-        names = {start: f'{start}, {n} epochs, lr {rate:g}' for start, rate in rates[str(n)].items()}
-        variants = {names[start]: settings(start, n, rate, common) for start, rate in rates[str(n)].items()}
+        best, validation[str(n)] = choose_rates(best, partial(validate, n))
+        rates[str(n)] = best
+        names = {start: f'{start}, {n} epochs, lr {lr:g}' for start, lr in best.items()}
+        variants = {names[start]: settings(start, n, lr, common) for start, lr in best.items()}
         scored = run_trials('finetune', variants, range(seeds), workers, output_dir / 'scores', record=record)
         found[str(n)] = {
             start: [{k: run[k] for k in FIELDS if k in run} for run in scored[name]] for start, name in names.items()
         }
-    result = {'img_size': img_size, 'precision': precision, 'rates': validation, **machine(torch.device('cpu'))}
-    (ROOT / 'docs' / 'results').mkdir(exist_ok=True)
-    (ROOT / 'docs' / 'results' / 'transfer.json').write_text(json.dumps(result | {'runs': found}, indent=2) + '\n')
-    write_table('transfer', table(found, rates))
+        result = {'img_size': img_size, 'precision': precision, 'rates': validation, **machine(torch.device('cpu'))}
+        (ROOT / 'docs' / 'results' / 'transfer.json').write_text(json.dumps(result | {'runs': found}, indent=2) + '\n')
+        write_table('transfer', table(found, rates))
     print(table(found, rates))
 
 

@@ -1,6 +1,7 @@
 """What the comparisons choose, count and write, on figures that are known."""
 
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -147,6 +148,20 @@ def test_baselines_are_trained_once(tmp_path):
     found = model_card.baselines(tmp_path, recipe, Path(), minutes=0.01)
     assert found == model_card.baselines(tmp_path, recipe, Path(), minutes=100.0)
     assert found['softmax regression']['num_parameters'] == 2570
+
+
+def test_rates_are_tried_until_those_next_to_the_best_are_worse():
+    peaks, asked = {'from scratch': 1e-3, 'fine-tuned': 3e-2, 'linear probe': 3e-1}, []
+
+    def validate(pairs):
+        asked.extend(pairs)
+        return {(start, lr): -abs(math.log(lr / peaks[start])) for start, lr in pairs}
+
+    best, scores = compare_transfer.choose_rates(dict.fromkeys(peaks, 1e-2), validate)
+    assert best == peaks and len(asked) == len(set(asked))
+    assert list(scores['from scratch']) == [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    assert list(scores['fine-tuned']) == [3e-3, 1e-2, 3e-2, 1e-1]
+    assert list(scores['linear probe']) == [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 
 
 def test_transfer_shows_the_distance_from_scratch_seed_by_seed():
