@@ -215,8 +215,8 @@ def entry_point(arguments: dict[str, Any]) -> str:
     """The registered name of this width, patch and image size, or else another: all arguments are given anyhow."""
     size = next((k for k, v in SIZES.items() if v['embed_dim'] == arguments['embed_dim']), '')
     patch_size, img_size = (to_2tuple(arguments[k])[0] for k in ('patch_size', 'img_size'))
-    name = f'linformer_vit_{size}_patch{patch_size}_{img_size}'
-    return name if name in default_cfgs else 'linformer_vit_base_patch16_224'
+    names = (f'linformer_vit_{size}_patch{patch_size}_{img_size}', f'linformer_vit_{size}_patch16_224')
+    return next((name for name in names if name in default_cfgs), 'linformer_vit_base_patch16_224')
 
 
 def fit_projection(

@@ -12,9 +12,10 @@ too). Fitting takes training images of the set, without labels; agreement is tha
 import json
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -50,11 +51,20 @@ class ImagesOf:
         data_dir: Folder that holds it.
         batch_size: Images in a batch.
         device: Where they go.
+        on_bad_image: 'stop', or 'skip' to leave out what cannot be read.
     """
 
-    def __init__(self, model: nn.Module, dataset: str, data_dir: Path, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: str,
+        data_dir: Path,
+        batch_size: int,
+        device: torch.device,
+        on_bad_image: str = 'stop',
+    ) -> None:
         self.model, self.dataset, self.data_dir = model, dataset, data_dir
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.on_bad_image = batch_size, device, on_bad_image
 
     def batches(self, split: str, limit: int = 0, without: float = 0.0) -> Any:
         """A split of the set, or a part of it, cut into batches.
@@ -78,7 +88,8 @@ class ImagesOf:
         images = part(images, limit)
         cropping = {'crop_pct': min(config['crop_pct'], 1.0), 'crop_mode': config['crop_mode']}
         batch_size = min(self.batch_size, len(images))
-        return create_batches(images, batch_size, config['mean'], config['std'], self.device, **cropping)
+        reading = {'on_bad_image': self.on_bad_image, **cropping}
+        return create_batches(images, batch_size, config['mean'], config['std'], self.device, **reading)
 
     @property
     def size(self) -> int:
@@ -87,11 +98,28 @@ class ImagesOf:
 
     def training(self, without: float = 0.0) -> Iterator[Tensor]:
         """Batches of training images in random order, without end; a validation slice may be left out."""
-        return (images for images, _ in self.batches('train', without=without).stream(0, 0, self.size))
+        return readable(self.batches('train', without=without).stream(0, 0, self.size))
 
     def test(self, limit: int) -> Iterator[Tensor]:
         """Batches of test images."""
-        return (images for images, _ in self.batches('test', limit).ordered(self.size))
+        return readable(self.batches('test', limit).ordered(self.size))
+
+
+def readable(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The images that could be read, which have a label, batch by batch."""
+    return (images[labels >= 0] for images, labels in batches if (labels >= 0).any())
+
+
+def counted(batches: Iterable[Tensor], steps: int, seconds: float = 10.0) -> Iterator[Tensor]:
+    """The batches; on the way it is said, every so many seconds, how many were asked for and how long it will take."""
+    start = said = time.perf_counter()
+    for step, images in enumerate(batches):
+        now = time.perf_counter()
+        if step and now - said > seconds:
+            said = now
+            left = (now - start) / step * (steps - step) / 60
+            print(f'fitting: step {step} of {steps}, {left:.1f} min left', file=sys.stderr, flush=True)
+        yield images
 
 
 def main(
@@ -99,7 +127,7 @@ def main(
     output_dir: Path = Path('outputs/converted'),
     checkpoint: str = '',
     img_size: int = 0,
-    proj_len: int = 64,
+    proj_len: int | tuple[int, ...] = 64,
     projection: str = 'linear',
     sharing: str = 'layerwise',
     steps: int = 200,
@@ -108,6 +136,7 @@ def main(
     data_dir: Path = Path('data'),
     batch_size: int = 32,
     limit: int = 1000,
+    on_bad_image: Literal['stop', 'skip'] = 'stop',
     device: str = 'auto',
 ) -> None:
     """Convert a model.
@@ -117,7 +146,7 @@ def main(
         output_dir: Folder for the converted model.
         checkpoint: File with the weights, for a timm name.
         img_size: Image size, 0 for the model's own.
-        proj_len: K, the number of projected rows.
+        proj_len: K, the number of projected rows; or one for each layer, where each has an E (`--sharing key_value`).
         projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool' or 'none'.
         sharing: 'layerwise', 'key_value', 'headwise' or 'none'.
         steps: Steps of fitting E, a batch each; 0 leaves it as pooling by area.
@@ -126,12 +155,13 @@ def main(
         data_dir: Folder that holds the data.
         batch_size: Images in a batch.
         limit: Test images to compare on, 0 for all.
+        on_bad_image: What becomes of an image that cannot be read: it stops the conversion, or is left out.
         device: Torch device; 'auto' takes the accelerator if there is one.
     """
     where = choose_device(device)
     original = load_vit(model, checkpoint, img_size).to(where)
     converted = from_vit(original, proj_len, projection, sharing)
-    images = ImagesOf(original, dataset, data_dir, batch_size, where)
+    images = ImagesOf(original, dataset, data_dir, batch_size, where, on_bad_image)
     report = {
         'original': model,
         'proj_len': proj_len,
@@ -141,8 +171,10 @@ def main(
         'pooled': agreement(converted, original, images.test(limit)),
     }
     if steps and projection not in ('none', 'mean_pool', 'max_pool'):
-        errors = fit_projection(converted, original, images.training(), steps, lr)
+        errors = fit_projection(converted, original, counted(images.training(), steps), steps, lr)
         report['fitted'] = agreement(converted, original, images.test(limit))
+        if report['fitted']['relative_error'] > report['pooled']['relative_error']:
+            logging.warning('the fitted E is further from the original than pooling: try more steps, or a smaller lr.')
         report['attention_error'] = {'first': errors[0], 'last': errors[-1], 'steps': steps}
     save_for_hf(converted, str(output_dir), safe_serialization=True)
     (output_dir / 'conversion.json').write_text(json.dumps(report, indent=2) + '\n')

@@ -26,26 +26,28 @@ from linvision.train.setup import model_folder
 _logger = logging.getLogger(__name__)
 
 
-def load_model(folder: Path) -> nn.Module:
-    """The model in a folder, in eval mode.
+def load_model(name: str | Path) -> nn.Module:
+    """A model with its weights, in eval mode.
 
     Args:
-        folder: Folder with `config.json` and `model.safetensors`, or a run's output folder.
+        name: Folder with `config.json` and `model.safetensors`, a run's output folder, `hf-hub:OWNER/MODEL`, or a name
+            with weights.
 
     Raises:
-        FileNotFoundError: The folder lacks one of the two.
+        FileNotFoundError: There is no such folder, or it lacks one of the two.
         ValueError: They cannot be loaded, or the model takes no ordinary images.
     """
-    folder = model_folder(folder)
+    known = ':' in str(name) or timm.is_model(str(name))
+    source = str(name) if known and not Path(name).is_dir() else f'local-dir:{model_folder(Path(name))}'
     try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        model = timm.create_model(source, pretrained=True).eval()
     except Exception as error:  # whatever timm, json and safetensors make of a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f'The model in {folder} cannot be loaded: {reason}') from error
+        raise ValueError(f'The model in {name} cannot be loaded: {reason}') from error
     if not model.num_classes:
-        raise ValueError(f'The model in {folder} is a backbone without classes: start a recipe from it with --init.')
+        raise ValueError(f'The model in {name} is a backbone without classes: start a recipe from it with --init.')
     if model.in_chans not in MODES:
-        raise ValueError(f'The model in {folder} takes images of {model.in_chans} channels; 1 or 3 were expected.')
+        raise ValueError(f'The model in {name} takes images of {model.in_chans} channels; 1 or 3 were expected.')
     return model
 
 
@@ -116,7 +118,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(
     images: tyro.conf.Positional[tuple[Path, ...]],
-    model: Path,
+    model: str,
     topk: int = 5,
     on_bad_image: Literal['stop', 'skip'] = 'stop',
     as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name='json')] = False,
@@ -125,7 +127,8 @@ def main(
 
     Args:
         images: Image files, and folders of images.
-        model: Folder with `config.json` and `model.safetensors`, or the output folder of a run.
+        model: Output folder of a run, folder with `config.json` and `model.safetensors`, `hf-hub:OWNER/MODEL`, or a
+            name with weights.
         topk: Classes to print for each image.
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         as_json: Print JSON, not a table.

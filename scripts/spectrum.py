@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -95,6 +95,7 @@ def main(
     data_dir: Path = Path('data'),
     limit: int = 32,
     batch_size: int = 8,
+    on_bad_image: Literal['stop', 'skip'] = 'stop',
     device: str = 'auto',
 ) -> None:
     """Look into a model.
@@ -111,6 +112,7 @@ def main(
         data_dir: Folder that holds the data.
         limit: Test images, 0 for all.
         batch_size: Images in a batch.
+        on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         device: Torch device; 'auto' takes the accelerator if there is one.
     """
     from torch.utils.tensorboard import SummaryWriter
@@ -130,7 +132,7 @@ def main(
     if not 1 <= K <= tokens:
         raise ValueError(f'proj_len must lie between 1 and the {tokens:,} tokens, got {K}.')
     projection, name = (own_projection(net), 'its projection') if own else (pooling(net, K), 'pooling')
-    images = ImagesOf(net, dataset, data_dir, batch_size, where)
+    images = ImagesOf(net, dataset, data_dir, batch_size, where, on_bad_image)
     spectrum = attention_spectrum(net, images.test(limit), max(rank, K), projection)
     lines, figure = table(spectrum, K, name), draw(spectrum, K, f'{model}, {spectrum.num_samples} images')
     report = {'model': model, 'tokens': tokens, 'proj_len': K, 'projection': name, 'num_samples': spectrum.num_samples}
@@ -147,7 +149,8 @@ def main(
         lengths = spectrum.lengths(recommend)
         report['recommended'] = {'loss': recommend, 'proj_len': lengths}
         (output_dir / 'spectrum.json').write_text(json.dumps(report) + '\n')
-        print(f"proj_len={lengths}, sharing='key_value' loses at most {recommend:g} a layer")
+        print(f"proj_len={lengths}, sharing='key_value' loses at most {recommend:g} a layer; in convert_vit.py:")
+        print(f'  --proj-len {" ".join(map(str, lengths))} --sharing key_value')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
@@ -221,6 +222,8 @@ def test_every_architecture_that_is_converted_can_be_saved_and_loaded(name, argu
 def test_a_registered_name_stands_for_a_vit_of_its_size():
     converted = from_vit(timm.create_model('vit_tiny_patch16_224'))
     assert converted.pretrained_cfg['architecture'] == 'linformer_vit_tiny_patch16_224'
+    small = from_vit(timm.create_model('vit_tiny_patch16_224', img_size=64, patch_size=4, depth=2))
+    assert small.pretrained_cfg['architecture'] == 'linformer_vit_tiny_patch16_224'
 
 
 @pytest.fixture(scope='module')
@@ -247,6 +250,36 @@ def test_the_command_converts_a_runs_model_and_reports_what_evaluation_finds(vit
     assert found['num_samples'] == len(test) and found['same_top1'] == report['fitted']['same_top1']
     assert found['relative_error'] == pytest.approx(report['fitted']['relative_error'], rel=1e-4)
     assert converted.pretrained_cfg['label_names'] == original.pretrained_cfg['label_names']
+
+
+def test_the_command_takes_timms_own_folders_a_k_for_each_layer_and_leaves_out_bad_images(tmp_path, capsys, caplog):
+    shape = {'in_chans': 1, 'num_classes': 2, 'img_size': 32, 'patch_size': 4}
+    original = timm.create_model('test_vit', **shape)
+    save_for_hf(original, str(tmp_path / 'vit'), model_args=shape, safe_serialization=False)  # pytorch_model.bin
+    for i in range(20):
+        (tmp_path / 'images' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new('L', (32, 32), 10 * i).save(tmp_path / 'images' / 'ab'[i % 2] / f'{i:02}.png')
+    for bad in ('a/08.png', 'b/01.png'):  # of the test, and of training
+        (tmp_path / 'images' / bad).write_bytes(b'no image')
+    lengths = tuple(range(4, 4 + len(original.blocks)))
+    flags = {'data_dir': tmp_path / 'images', 'steps': 3, 'batch_size': 4, 'device': 'cpu', 'sharing': 'key_value'}
+    with pytest.raises(OSError, match='on-bad-image skip'):
+        convert_vit.main(str(tmp_path / 'vit'), tmp_path / 'out', proj_len=lengths, **flags)
+    convert_vit.main(str(tmp_path / 'vit'), tmp_path / 'out', proj_len=lengths, on_bad_image='skip', **flags)
+    report = json.loads(capsys.readouterr().out)
+    assert report['proj_len'] == list(lengths) and report['pooled']['num_samples'] == 3  # a fifth of 20, but for one
+    worse = report['fitted']['relative_error'] > report['pooled']['relative_error']
+    assert ('further from the original than pooling' in caplog.text) == worse
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert [block.attn.rows[0] * block.attn.rows[1] for block in loaded.blocks] == list(lengths)
+
+
+def test_fitting_says_how_far_it_is(capsys):
+    seen = list(convert_vit.counted(iter([1, 2, 3]), 4, seconds=-1.0))
+    assert seen == [1, 2, 3] and capsys.readouterr().err.splitlines() == [
+        'fitting: step 1 of 4, 0.0 min left',
+        'fitting: step 2 of 4, 0.0 min left',
+    ]
 
 
 def test_the_command_refuses_unknown_models_and_other_channels(vit_folder, tmp_path):

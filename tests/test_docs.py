@@ -56,7 +56,7 @@ def test_finetune(tmp_path, monkeypatch, capsys):
 def test_pixel_features(tmp_path, monkeypatch):
     names, _ = run('pixel_features.md', tmp_path, monkeypatch)
     assert names['last'].shape == (1, 64, 32, 32) and names['maps'].shape == (1, 2, 32, 32)
-    alike = np.asarray(Image.open(tmp_path / 'alike.png'))
+    alike = np.asarray(Image.open(tmp_path / 'outputs/alike.png'))
     assert alike[128, 128] >= 254  # itself
     assert alike[100:220, 100:160].mean() > alike[:, :20].mean() + 20  # the shirt; the ground
     weights = names['weights']['blocks.0.attn.attn_drop']

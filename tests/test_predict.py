@@ -120,6 +120,17 @@ def test_a_mistake_ends_with_an_error_that_names_it(model_folder, tmp_path, monk
         run(monkeypatch, *(model_folder if word == 'MODEL' else word for word in words))
 
 
+def test_a_model_is_named_as_timm_names_it(model_folder, tmp_path):
+    paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 1)
+    results = [predict.predict(predict.load_model(f'{kind}{model_folder}'), paths) for kind in ('', 'local-dir:')]
+    assert results[0] == results[1]
+    assert (
+        predict.load_model('linformer_vit_pico_patch1_32.fashion_mnist').pretrained_cfg['label_names'][1] == 'Trouser'
+    )
+    with pytest.raises(FileNotFoundError, match='nowhere holds no model'):
+        predict.load_model('nowhere')
+
+
 def test_a_truncated_image_is_named(model_folder, tmp_path):
     path = tmp_path / 'half.png'
     Image.effect_noise((64, 64), 50).save(path)

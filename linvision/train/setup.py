@@ -159,12 +159,12 @@ def model_folder(folder: Path) -> Path:
     """The folder with the weights: itself, or `model/` of a run's output folder.
 
     Raises:
-        FileNotFoundError: It lacks `config.json` or `model.safetensors`.
+        FileNotFoundError: It lacks `config.json`, or `model.safetensors` and what timm writes in its place.
     """
     inner = folder / 'model'
     folder = inner if not (folder / 'config.json').is_file() and inner.is_dir() else folder
-    for name in ('config.json', 'model.safetensors'):
-        if not (folder / name).is_file():
+    for name, other in (('config.json', ''), ('model.safetensors', 'pytorch_model.bin')):
+        if not any((folder / file).is_file() for file in (name, other)):
             raise FileNotFoundError(
                 f'{folder} holds no model: {name} is missing. A run leaves one in OUTPUT_DIR/model at its end, and '
                 'goes on by the same command.'
