@@ -186,7 +186,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
     """timm's; Muon takes the matrices within the network, AdamW what is no such matrix, as in `linvision.train`."""
     others = partial(param_groups_weight_decay, weight_decay=0.0, fallback_list=[f'*.{name}' for name in FALLBACK])
     optimizer = create_optimizer_v2(model, settings.opt, lr=settings.lr, param_group_fn=others)
-    if settings.opt == 'muon' and settings.precision == 'fp32':
+    if settings.opt == 'muon' and settings.precision == 'fp32' and next(model.parameters()).device.type == 'cpu':
         orthogonalise_in_fp32(optimizer)
     return optimizer
 

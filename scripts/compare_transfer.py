@@ -28,15 +28,7 @@ STARTS: dict[str, dict[str, Any]] = {
     'linear probe': {'freeze': -1, 'layer_decay': 1.0},
     'fine-tuned': {},
 }
-RATES = (
-    3e-4,
-    1e-3,
-    3e-3,
-    1e-2,
-    3e-2,
-    1e-1,
-    3e-1,
-)  # the best is looked for from the middle, until both next to it are worse
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # the search begins in the middle
 FIELDS = ('top1', 'val_top1', 'num_samples', 'images_seen', 'train_minutes', 'seed')
 
 
