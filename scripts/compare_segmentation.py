@@ -30,6 +30,11 @@ TRIED = {  # optimizers and learning rates
 FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', 'num_parameters')
 
 
+def in_words(opt: str, lr: float) -> str:
+    """An optimizer and its learning rate."""
+    return f'{opt}, {lr:g}'
+
+
 def segment(settings: dict[str, Any]) -> dict[str, Any]:
     """Metrics of a run of the recipe; one that is finished in its folder is not repeated."""
     recipe = recipe_module('segment_pixels')
@@ -87,8 +92,8 @@ def main(
     runs = segment_all({name: settings(name, *choice, **short) for name, choice in choices.items()}, workers)
     validation: dict[str, dict[str, float]] = {net: {} for net in NETWORKS}
     for name, (net, opt, lr) in choices.items():
-        validation[net][f'{opt}, {lr:g}'] = runs[name]['mean_iou']
-    best = {net: max(TRIED[net], key=lambda tried: validation[net]['{}, {:g}'.format(*tried)]) for net in NETWORKS}
+        validation[net][in_words(opt, lr)] = runs[name]['mean_iou']
+    best = {net: max(TRIED[net], key=lambda tried: validation[net][in_words(*tried)]) for net in NETWORKS}
     found = segment_all({net: settings(net, net, *best[net], minutes=minutes) for net in NETWORKS}, workers)
     results = ROOT / 'docs' / 'results'
     results.mkdir(exist_ok=True)
@@ -98,7 +103,7 @@ def main(
     device = machine(torch.device('cpu'))
     result = {'minutes': minutes, 'search': search, 'precision': precision, 'tried': validation, **device, 'runs': kept}
     (results / 'segmentation.json').write_text(json.dumps(result, indent=2) + '\n')
-    lines = table(found, {net: '{}, {:g}'.format(*best[net]) for net in NETWORKS})
+    lines = table(found, {net: in_words(*best[net]) for net in NETWORKS})
     write_table('segmentation', lines)
     print(lines)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from linvision.convert import agreement, fit_projection, from_vit
 from linvision.data import create_batches, create_dataset, part
 from linvision.train.parallel import choose_device
-from linvision.train.setup import source_of, split_validation
+from linvision.train.setup import is_source, source_of, split_validation
 
 
 def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
@@ -36,7 +36,7 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
     Raises:
         ValueError: Neither is there.
     """
-    if not Path(name).is_dir() and ':' not in name and not timm.is_model(name):
+    if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
     size = {'img_size': img_size} if img_size else {}
     return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()

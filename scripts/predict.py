@@ -21,7 +21,7 @@ from torch import nn
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES, SUFFIXES, read_image
-from linvision.train.setup import model_folder
+from linvision.train.setup import is_source, model_folder, source_of
 
 _logger = logging.getLogger(__name__)
 
@@ -37,8 +37,7 @@ def load_model(name: str | Path) -> nn.Module:
         FileNotFoundError: There is no such folder, or it lacks one of the two.
         ValueError: They cannot be loaded, or the model takes no ordinary images.
     """
-    known = ':' in str(name) or timm.is_model(str(name))
-    source = str(name) if known and not Path(name).is_dir() else f'local-dir:{model_folder(Path(name))}'
+    source = source_of(str(name)) if is_source(str(name)) else f'local-dir:{model_folder(Path(name))}'
     try:
         model = timm.create_model(source, pretrained=True).eval()
     except Exception as error:  # whatever timm, json and safetensors make of a damaged file

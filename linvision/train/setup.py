@@ -81,9 +81,14 @@ def resolved(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=name, model_args=kept | recipe.model_args, img_size=size)
 
 
+def is_source(name: str) -> bool:
+    """Whether it can hold weights: a folder, `hf-hub:…` and the like, or a name of timm's."""
+    return Path(name).is_dir() or ':' in name or timm.is_model(name)
+
+
 def check_source(name: str) -> None:
     """Raise ValueError for what can hold no weights."""
-    if not Path(name).is_dir() and ':' not in name and not timm.is_model(name):
+    if not is_source(name):
         raise ValueError(
             f"No weights to start from in {name!r}: it is neither a folder nor a name of timm's. If it is a run's "
             "folder, that run comes first; --init '' starts from scratch."
