@@ -16,6 +16,32 @@ from linvision.streaming import stream
 MLPS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPacked}  # timm has no names for them
 
 
+class TokenNorm(nn.Module):
+    """Normalise each channel over the tokens of an image (instance norm): (B, P + N, D) -> (B, P + N, D).
+
+    Layer norm makes all tokens equally large, each by itself. This keeps how much larger one is than the others, and
+    takes away what all have in common: what helps where a few bright tokens stand before an empty background.
+
+    Args:
+        dim: Width D of the tokens.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
+
+
 class LinformerBlock(nn.Module):
     """Pre-norm block with timm's names and arguments; the attention runs over K projected rows.
 
@@ -27,6 +53,7 @@ class LinformerBlock(nn.Module):
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows.
+        token_norm: Normalise each channel over an image's tokens, in place of `norm_layer` before attention and MLP.
         mlp_layer: A class of timm's, or its name in `MLPS`.
         attn_layer: Must stay timm's default: the attention of this block is its own.
         depth: Index of this block.
@@ -45,6 +72,7 @@ class LinformerBlock(nn.Module):
         local_size: int = 0,
         local_grid: tuple[int, int] = (0, 0),
         row_norm: bool = False,
+        token_norm: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         qk_norm: bool = False,
@@ -66,7 +94,7 @@ class LinformerBlock(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
         self.attn = LinformerAttention(
             dim,
             num_heads=num_heads,
@@ -88,7 +116,7 @@ class LinformerBlock(nn.Module):
         )
         self.ls1 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
+        self.norm2 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
         self.mlp = MLPS.get(mlp_layer, mlp_layer)(
             in_features=dim,
             hidden_features=int(dim * mlp_ratio),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, PatchDropout, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
-from torch import Tensor
+from torch import Tensor, nn
 
 from linvision.block import LinformerBlock
 from linvision.checks import check_arguments, check_image, check_sizes, refuse_mask
@@ -52,8 +52,13 @@ class LinformerVisionTransformer(VisionTransformer):
             are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.
+        token_norm: In the blocks, normalise each channel over the tokens of an image (instance norm) in place of layer
+            norm over the channels of a token. Such blocks run whole, and take no padding.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         norm_eps: Epsilon of all norms, 0 for that of `norm_layer`.
+        head_norm: Normalise the pooled features over the images of a batch before the classifier (batch norm without
+            weights, as in the linear probe of MAE, arXiv 2111.06377): for images that differ in few tokens, whose means
+            are nearly equal. In training a batch must then hold two images.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
         kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`; `mlp_layer` may be a name,
             'mlp', 'glu', 'swiglu' or 'swiglu_packed', which can be saved where a class cannot.
@@ -77,11 +82,13 @@ class LinformerVisionTransformer(VisionTransformer):
         local_size: int = 0,
         local_grid: int | tuple[int, int] = 0,
         row_norm: bool = False,
+        token_norm: bool = False,
         chunk_size: int | str = 'auto',
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
         norm_eps: float = 0.0,
+        head_norm: bool = False,
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -105,6 +112,7 @@ class LinformerVisionTransformer(VisionTransformer):
             local_size=local_size,
             local_grid=local_grid,
             row_norm=row_norm,
+            token_norm=token_norm,
         )
         if norm_eps:
             kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer')) or LayerNorm, eps=norm_eps)
@@ -122,9 +130,11 @@ class LinformerVisionTransformer(VisionTransformer):
             **dd,
         )
         self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
+        self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
         if projection != 'none':
             self.projection = Projection(projection, sharing, lengths, grid, depth, num_heads, embed_dim, **dd)
+        self.token_norm = token_norm
         self.hidden = int(embed_dim * kwargs.get('mlp_ratio', 4.0))
         self.set_chunk_size(chunk_size)
         self.longest = 0 if projection == 'none' else max(lengths)
@@ -198,6 +208,8 @@ class LinformerVisionTransformer(VisionTransformer):
         """
         if chunk_size != 'auto' and (not isinstance(chunk_size, int) or chunk_size < 0):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
+        if self.token_norm and chunk_size not in ('auto', 0):
+            raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")
         self.chunk_size = chunk_size
         for block in self.blocks:
             block.compiled = compiled
@@ -222,6 +234,8 @@ class LinformerVisionTransformer(VisionTransformer):
         inside: Tensor | None = None
         if key_padding_mask is not None:
             check_padding(key_padding_mask, x.shape[0], grid)
+            if self.token_norm:
+                raise ValueError('token_norm takes no key_padding_mask: padding would count in the norms of an image.')
             inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)
             x = x.masked_fill(padded_pixels(key_padding_mask, grid, self.patch_embed.patch_size), 0.0)
         x = self.patch_embed(x)
@@ -231,7 +245,7 @@ class LinformerVisionTransformer(VisionTransformer):
         if inside is not None:
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
         chunk_size = 0
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and not self.token_norm:
             if self.training and isinstance(self.patch_drop, PatchDropout):  # what is left is no grid: whole blocks
                 if inside is not None:
                     raise ValueError(
@@ -294,7 +308,10 @@ class LinformerVisionTransformer(VisionTransformer):
             x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask, self.pool_include_prefix)
         else:
             x = self.pool(x)
-        x = self.head_drop(self.fc_norm(x))
+        x = self.fc_norm(x)
+        if self.global_pool:  # tokens that were not pooled are no images' features
+            x = self.head_norm(x)
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward_features(

@@ -112,6 +112,53 @@ def test_export_with_a_dynamic_batch_gives_the_same_logits(kwargs):
         torch.testing.assert_close(program(images := batch(n), None, False), model(images))
 
 
+@pytest.mark.parametrize('class_token', [False, True])
+def test_head_norm_is_batch_norm_of_the_pooled_features_and_touches_nothing_else(class_token):
+    pool = dict(class_token=class_token, global_pool='token' if class_token else 'avg')
+    model, images = create(head_norm=True, **pool), batch(6)
+    plain = create(**pool)
+    assert plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys == [
+        f'head_norm.{name}' for name in ('running_mean', 'running_var', 'num_batches_tracked')
+    ]
+    features = plain.forward_head(plain.forward_features(images), pre_logits=True)
+    spread = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
+    model.train()
+    torch.testing.assert_close(model(images), model.head(spread))
+    model.eval()
+    kept = (features - 0.1 * features.mean(0)) / (0.9 + 0.1 * features.var(0) + 1e-5).sqrt()
+    torch.testing.assert_close(model(images), model.head(kept))
+    model.reset_classifier(4, '')  # a head for every token
+    torch.testing.assert_close(model(images), model.head(plain.fc_norm(plain.forward_features(images))))
+
+
+def test_token_norm_is_instance_norm_over_the_tokens_of_an_image():
+    model, images = create(token_norm=True, class_token=True, reg_tokens=1), batch(4)
+    seen = []
+    for module in (model.blocks[1].norm1, model.blocks[1].norm2):
+        module.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output)))
+    together = model(images)
+    for norm, x, out in seen:
+        assert x.shape == (4, 2 + 64, 32)
+        expected = nn.functional.instance_norm(x.mT, weight=norm.weight, bias=norm.bias, eps=1e-5).mT
+        torch.testing.assert_close(out, expected)
+    assert len(seen) == 2
+    torch.testing.assert_close(torch.cat([model(image) for image in images.split(1)]), together)  # no batch norm
+
+
+def test_blocks_with_token_norm_run_whole_and_without_padding(monkeypatch):
+    model, images = create(token_norm=True, img_size=32), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    whole = create(token_norm=True, img_size=32, chunk_size=0)
+    whole.load_state_dict(model.state_dict())
+    monkeypatch.setattr('linvision.chunk_size.CACHE_BYTES', 1)  # a streamed block would have chunks of a few rows
+    monkeypatch.setattr('linvision.chunk_size.FUSED_TOKENS', 0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), whole(images))
+    with pytest.raises(ValueError, match='With token_norm blocks run whole.*got 64'):
+        create(token_norm=True, chunk_size=64)
+    with pytest.raises(ValueError, match='token_norm takes no key_padding_mask'):
+        model(images, key_padding_mask=torch.zeros(2, 1024, dtype=torch.bool))
+
+
 @pytest.mark.parametrize('sharing', SHARING)
 def test_copies_are_equal_and_independent(sharing):
     model, images = create(sharing=sharing), batch()

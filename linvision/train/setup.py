@@ -142,9 +142,10 @@ def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) ->
     try:
         state = checkpoint_filter_fn(other.state_dict(), model)
         same = classes and tuple(other.pretrained_cfg.get('label_names') or ()) == tuple(classes)
-        state = {k: v for k, v in state.items() if same or not k.startswith('head.')}
+        head = ('head.', 'head_norm.')
+        state = {k: v for k, v in state.items() if same or not k.startswith(head)}
         result = model.load_state_dict(state, strict=False)
-        missing = [k for k in result.missing_keys if not k.startswith('head.')]
+        missing = [k for k in result.missing_keys if not k.startswith(head)]
         wrong = f'lacks {missing[:3]}' if missing else f'has {result.unexpected_keys[:3]} besides'
         fits = not missing and not result.unexpected_keys
     except (RuntimeError, ValueError) as error:
