@@ -27,6 +27,7 @@ NAMES = {
     'fashion_mnist_vit',
     'masked_pixels',
     'pathfinder_1k',
+    'pathfinder_1k_pico',
     'pathfinder_4k',
     'pathfinder_16k',
     'pathfinder_65k',
@@ -66,7 +67,7 @@ def test_a_recipe_trains_by_its_command_line(recipe, tmp_path):
 @pytest.mark.parametrize('recipe', [p for p in RECIPES if 'pathfinder' in p.stem], ids=lambda p: p.stem)
 def test_a_pathfinder_recipe_trains_on_pathfinder(recipe, tmp_path):
     data = ['--data-dir', str(tmp_path / 'data'), '--dataset-args', 'img_size', '32', 'num_images', '128']
-    model = [*SMALL[SMALL.index('--model') :], '--batch-size', '32', '--epochs', '0.5']
+    model = [*SMALL[SMALL.index('--model') :], '--batch-size', '32', '--epochs', '0.5', '--max-minutes', '0']
     run(recipe, *data, *model, '--output-dir', str(tmp_path / 'run'))
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert metrics['steps'] == 2 and metrics['num_samples'] == 16

@@ -1,0 +1,45 @@
+"""Pathfinder at 32×32 pixels, 1,024 tokens, for one CPU core: paths of 6 dashes, and a model of 58,000 parameters.
+
+    python recipes/pathfinder_1k_pico.py --output-dir outputs/pathfinder_1k_pico
+
+Each channel is normalised over the tokens of an image (`token_norm`), and the mean of the tokens over the images of a
+batch (`head_norm`): with layer norm in their place the model was still at chance after 35,000 images (docs/pathfinder.md
+compares them). Coarse to fine: most of the time on images of half the size, 256 tokens.
+
+Result: RESULT
+"""
+
+from pathlib import Path
+
+from linvision.train import Recipe, main
+
+RECIPE = Recipe(
+    model='linformer_vit_pico_patch1_32',
+    model_args={
+        'embed_dim': 32,
+        'local_size': 7,
+        'local_grid': 16,
+        'token_norm': True,
+        'head_norm': True,
+        'weight_init': 'jax',
+    },
+    dataset='pathfinder',
+    dataset_args={'contour_length': 6, 'num_images': 64_000, 'cache': True},
+    output_dir=Path('outputs/pathfinder_1k_pico'),
+    max_minutes=40.0,
+    stages=((16, 0.7), (32, 0.3)),
+    batch_size=100,
+    opt='muon',
+    lr=0.005,
+    weight_decay=0.01,
+    augmentation='kornia',
+    hflip=0.5,
+    val_fraction=0.02,
+    eval_every=1.0,
+    precision='fp32',
+    threads=1,
+    workers=0,
+)
+
+if __name__ == '__main__':
+    main(RECIPE, __doc__)
