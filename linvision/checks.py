@@ -21,7 +21,7 @@ def check_arguments(
     num_heads: int,
     projection: str,
     local_size: int,
-    row_norm: bool,
+    norms: dict[str, bool],
     pos_embed: str,
     class_token: bool,
 ) -> None:
@@ -30,6 +30,7 @@ def check_arguments(
     Args:
         model: The model's class; its signature and timm's say which arguments there are.
         kwargs: Arguments that only timm's class names.
+        norms: Arguments that are True or False.
     """
     known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(model).parameters} - {'kwargs'}
     for name in kwargs:
@@ -38,10 +39,11 @@ def check_arguments(
     for name in ('block_fn', 'dynamic_img_pad'):
         if kwargs.get(name):
             raise ValueError(f'{name} cannot be chosen: a Linformer ViT has no use for it, got {kwargs[name]!r}.')
-    if not isinstance(local_size, int) or not isinstance(row_norm, bool):
-        raise ValueError(
-            f'local_size must be a whole number and row_norm True or False, got {local_size!r} and {row_norm!r}.'
-        )
+    if not isinstance(local_size, int):
+        raise ValueError(f'local_size must be a whole number, got {local_size!r}.')
+    for name, value in norms.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}.')
     if kwargs.get('global_pool', 'token') == 'token' and not class_token:
         raise ValueError("global_pool='token' needs a class token; give class_token=True or global_pool='avg'.")
     if pos_embed not in ('', 'none', 'learn', *POSITIONS):

@@ -144,6 +144,8 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
         'pos_embed': 'none' if model.pos_embed is None else 'learn',
         'no_embed_class': model.no_embed_class,
         'pool_include_prefix': model.pool_include_prefix,
+        'token_norm': False,
+        'head_norm': False,
         'dynamic_img_size': model.dynamic_img_size,
         'pre_norm': there(model.norm_pre),
         'final_norm': there(model.norm) or there(model.fc_norm),

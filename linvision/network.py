@@ -93,9 +93,8 @@ class LinformerVisionTransformer(VisionTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        check_arguments(
-            type(self), kwargs, embed_dim, num_heads, projection, local_size, row_norm, pos_embed, class_token
-        )
+        norms = {'row_norm': row_norm, 'token_norm': token_norm, 'head_norm': head_norm}
+        check_arguments(type(self), kwargs, embed_dim, num_heads, projection, local_size, norms, pos_embed, class_token)
         lengths = projected_lengths(projection, sharing, proj_len, depth)
         check_sizes(img_size, patch_size)
         dd = {'device': device, 'dtype': dtype}

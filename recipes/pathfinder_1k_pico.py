@@ -3,8 +3,8 @@
     python recipes/pathfinder_1k_pico.py --output-dir outputs/pathfinder_1k_pico
 
 Each channel is normalised over the tokens of an image (`token_norm`), and the mean of the tokens over the images of a
-batch (`head_norm`): with layer norm in their place the model was still at chance after 35,000 images (docs/pathfinder.md
-compares them). Coarse to fine: most of the time on images of half the size, 256 tokens.
+batch (`head_norm`); docs/pathfinder.md says what the model does without. Coarse to fine: most of the time on images of
+half the size, 256 tokens.
 
 Result: RESULT
 """

@@ -138,6 +138,8 @@ def test_gates_wide_heads_and_other_norms_are_refused():
 def test_an_argument_that_contradicts_the_original_is_refused():
     with pytest.raises(ValueError, match='depth is 2 in the original, and cannot become 3'):
         from_vit(vit(), depth=3)
+    with pytest.raises(ValueError, match='token_norm is False in the original, and cannot become True'):
+        from_vit(vit(), token_norm=True)
 
 
 @torch.no_grad()
