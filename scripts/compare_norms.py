@@ -30,10 +30,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """A line for each change."""
     lines = ['| | top-1 | training, min | seeds |', '| --- | --- | --- | --- |']
     for name, runs in found.items():
-        score, minutes = (
-            mean_and_spread([100 * run['val_top1'] for run in runs]),
-            min(run['train_minutes'] for run in runs),
-        )
+        score = mean_and_spread([100 * run['val_top1'] for run in runs])
+        minutes = min(run['train_minutes'] for run in runs)
         lines.append(f'| {name} | {score} % | {minutes:.1f} | {len(runs)} |')
     return '\n'.join(lines)
 
