@@ -44,6 +44,19 @@ def test_arguments_of_the_weights_model_come_with_it(tmp_path):
     assert not {'img_size', 'in_chans', 'num_classes'} & set(recipe.model_args)
 
 
+def test_a_head_comes_along_only_with_the_norm_before_it(tmp_path):
+    classes = tuple(train(small(tmp_path / 'run', epochs=0.2, model_args={'head_norm': True}))['classes'])
+    source = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True).state_dict()
+    assert source['head_norm.running_mean'].any()
+    for head_norm in (True, False):
+        recipe = Recipe(model='test_linformer_vit', model_args={'head_norm': head_norm})
+        model = create_model(recipe, {'in_chans': 1, 'num_classes': 10}, 16)
+        load_backbone(model, str(tmp_path / 'run'), classes)
+        found = model.state_dict()
+        different = {k for k in found if not torch.equal(found[k], source[k])}
+        assert different == (set() if head_norm else {'head.weight', 'head.bias'})
+
+
 def test_convolutions_of_a_larger_model_span_as_much_of_the_image_as_those_of_its_weights():
     source = 'linformer_vit_pico_patch1_32.fashion_mnist'
     recipe = resolved(Recipe(model='linformer_vit_pico_patch1_64', init=source, model_args={'proj_len': 64}))

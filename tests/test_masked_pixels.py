@@ -273,6 +273,7 @@ def test_a_run_that_starts_from_a_backbone_is_another_run_and_trains(pretrained,
         ({'depth': 2}, r'has .*blocks.2.* besides'),
         ({'projection': 'linear'}, 'linear'),
         ({'pos_embed': 'learn'}, 'lacks .*pos_embed'),
+        ({'token_norm': True}, "'token_norm': False.*'token_norm': True"),
     ],
     ids=str,
 )
@@ -291,6 +292,7 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path):
     'change, message',
     [
         ({'model': 'test_vit', 'stages': ((160, 1.0),)}, 'only linformer_vit_.* models can; got VisionTransformer'),
+        ({'model_args': {'token_norm': True}}, 'hides tokens as padding, of which token_norm takes none'),
         ({'mask_size': 16}, 'mask_size leaves one cell on a grid of 8×8 tokens'),
         ({'mask_ratio': 1.0}, 'mask_ratio must lie between 0 and 1, got 1.0'),
         ({'mixup': 0.2}, 'masked_pixels looks at no labels'),

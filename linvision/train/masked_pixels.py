@@ -29,6 +29,8 @@ def adapt(model: nn.Module) -> None:
             f'masked_pixels hides tokens, which only linformer_vit_* models can; got {type(model).__name__}. '
             "(--model-args projection none is a plain ViT's attention.)"
         )
+    if model.token_norm:
+        raise ValueError('masked_pixels hides tokens as padding, of which token_norm takes none: leave token_norm out.')
     pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1] * model.in_chans
     model.usual_pool = model.global_pool  # of the backbone that a run exports
     model.reset_classifier(pixels, '')

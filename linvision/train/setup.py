@@ -131,9 +131,8 @@ def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) ->
         other = timm.create_model(source_of(name), pretrained=True, in_chans=model.patch_embed.proj.in_channels)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f'No weights to start from in {name!r}: {first_line(error)}') from error
-    theirs, ours = (
-        {k: getattr(m, k, None) for k in ('embed_dim', 'has_class_token', 'num_reg_tokens')} for m in (other, model)
-    )
+    kind = {'embed_dim': None, 'has_class_token': None, 'num_reg_tokens': None, 'token_norm': False}
+    theirs, ours = ({k: getattr(m, k, default) for k, default in kind.items()} for m in (other, model))
     if theirs != ours:
         raise ValueError(
             f"The weights of {name} do not fit: it has {theirs}, the recipe's model {ours}. Choose a model of the same "
@@ -141,8 +140,10 @@ def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) ->
         )
     try:
         state = checkpoint_filter_fn(other.state_dict(), model)
-        same = classes and tuple(other.pretrained_cfg.get('label_names') or ()) == tuple(classes)
         head = ('head.', 'head_norm.')
+        heads = [{k for k in m.state_dict() if k.startswith(head)} for m in (other, model)]
+        names = tuple(other.pretrained_cfg.get('label_names') or ())
+        same = classes and names == tuple(classes) and heads[0] == heads[1]
         state = {k: v for k, v in state.items() if same or not k.startswith(head)}
         result = model.load_state_dict(state, strict=False)
         missing = [k for k in result.missing_keys if not k.startswith(head)]
