@@ -19,8 +19,8 @@ MLPS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPack
 class TokenNorm(nn.Module):
     """Normalise each channel over the tokens of an image (instance norm): (B, P + N, D) -> (B, P + N, D).
 
-    Layer norm makes all tokens equally large, each by itself. This keeps how much larger one is than the others, and
-    takes away what all have in common: what helps where a few bright tokens stand before an empty background.
+    Layer norm makes all tokens equally large, each by itself. This keeps how much larger one is than the others of its
+    image, and takes away what all have in common: what helps where a few bright tokens stand on an empty background.
 
     Args:
         dim: Width D of the tokens.
@@ -38,8 +38,9 @@ class TokenNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum of squares overflows in fp16
+        var, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
+        return ((wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
 
 
 class LinformerBlock(nn.Module):
@@ -94,6 +95,7 @@ class LinformerBlock(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
+        self.token_norm = token_norm
         self.norm1 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
         self.attn = LinformerAttention(
             dim,
@@ -156,7 +158,7 @@ class LinformerBlock(nn.Module):
         if projection is None or grid is None:
             raise ValueError('A block needs its projection tensors and token grid, which the model passes to it.')
         if not torch.jit.is_scripting():
-            if chunk_size > 0:
+            if chunk_size > 0 and not self.token_norm:
                 return stream(self, x, projection, grid, valid, chunk_size, out)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), projection, grid, valid)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

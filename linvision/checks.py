@@ -30,7 +30,7 @@ def check_arguments(
     Args:
         model: The model's class; its signature and timm's say which arguments there are.
         kwargs: Arguments that only timm's class names.
-        norms: Arguments that are True or False.
+        norms: Arguments that are True or False, by name.
     """
     known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(model).parameters} - {'kwargs'}
     for name in kwargs:

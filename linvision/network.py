@@ -53,12 +53,13 @@ class LinformerVisionTransformer(VisionTransformer):
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.
         token_norm: In the blocks, normalise each channel over the tokens of an image (instance norm) in place of layer
-            norm over the channels of a token. Such blocks run whole, and take no padding.
+            norm over the channels of a token. Such blocks run whole, and take no padding. The weights have the names of
+            those of layer norms: what loads them has to know which they are.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
-        norm_eps: Epsilon of all norms, 0 for that of `norm_layer`.
+        norm_eps: Epsilon of all layer norms, 0 for that of `norm_layer`.
         head_norm: Normalise the pooled features over the images of a batch before the classifier (batch norm without
             weights, as in the linear probe of MAE, arXiv 2111.06377): for images that differ in few tokens, whose means
-            are nearly equal. In training a batch must then hold two images.
+            are nearly equal. In training a batch must hold two images, and the engine takes one process and one part.
         dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
         kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`; `mlp_layer` may be a name,
             'mlp', 'glu', 'swiglu' or 'swiglu_packed', which can be saved where a class cannot.

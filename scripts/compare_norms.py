@@ -1,4 +1,4 @@
-"""What makes a pixel transformer leave chance on Pathfinder? Its recipe, with one thing changed at a time.
+"""What makes a pixel transformer leave chance on Pathfinder? Its recipe, with one thing changed, and with all.
 
     python scripts/compare_norms.py
 

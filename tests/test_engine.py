@@ -152,12 +152,16 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
 
 
 @pytest.mark.parametrize(
-    'name, limit, kept',  # numbers for each token and channel
-    [('test_linformer_vit', 2**40, 24 * 3), ('test_linformer_vit', 0, 3 + 3), ('test_vit', 0, 24 * 6)],
+    'name, limit, kept, arguments',  # numbers for each token and channel
+    [
+        ('test_linformer_vit', 2**40, 24 * 3, {}),
+        ('test_linformer_vit', 0, 3 + 3, {}),
+        ('test_linformer_vit', 0, 24 * 3, {'token_norm': True}),
+        ('test_vit', 0, 24 * 6, {'patch_size': 1}),
+    ],
 )
-def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, name, limit, kept):
+def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, name, limit, kept, arguments):
     monkeypatch.setattr('linvision.train.plan.whole_bytes', lambda device: limit)
-    arguments = {'patch_size': 1} if name == 'test_vit' else {}
     train(dataclasses.replace(recipe, dry_run=True, batch_size=128, model=name, model_args=arguments))
     model = timm.create_model(name, img_size=16, in_chans=1, num_classes=10, **arguments)
     parameters = sum(p.numel() for p in model.parameters())

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
+from linvision.block import TokenNorm
 from linvision.projection import SHARING
 
 CREATE = dict(num_classes=5, img_size=8, proj_len=6, depth=3)
@@ -98,12 +99,19 @@ def test_fused_attention_equals_attention_written_out(kind, sharing):
 @pytest.mark.parametrize('fused', [True, False])
 def test_torchscript_gives_the_same_logits(sharing, fused, tmp_path):
     set_fused_attn(fused)
-    model = create(sharing=sharing, class_token=True)
+    model = create(sharing=sharing, class_token=True, token_norm=not fused, head_norm=not fused)
     torch.jit.script(model).save(str(tmp_path / 'model.pt'))
     torch.testing.assert_close(torch.jit.load(str(tmp_path / 'model.pt'))(images := batch()), model(images))
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(projection='linear', sharing='none', class_token=True)])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(projection='linear', sharing='none', class_token=True),
+        dict(token_norm=True, head_norm=True),
+    ],
+)
 def test_export_with_a_dynamic_batch_gives_the_same_logits(kwargs):
     model = create(**kwargs)
     dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)}, None, None)
@@ -142,6 +150,9 @@ def test_token_norm_is_instance_norm_over_the_tokens_of_an_image():
         expected = nn.functional.instance_norm(x.mT, weight=norm.weight, bias=norm.bias, eps=1e-5).mT
         torch.testing.assert_close(out, expected)
     assert len(seen) == 2
+    wide = TokenNorm(5)
+    x = 300 * torch.randn(1, 64, 5).half()  # whose squares fp16 does not hold
+    torch.testing.assert_close(wide(x), wide(x.float()).half(), rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(torch.cat([model(image) for image in images.split(1)]), together)  # no batch norm
 
 

@@ -83,6 +83,13 @@ def test_a_batch_that_cannot_be_shared_is_an_error_with_both_numbers():
         Recipe(batch_size=32, accumulate=2).share(3)
 
 
+@pytest.mark.parametrize('batch_size, accumulate, count', [(32, 1, 2), (32, 2, 1), (1, 1, 1)])
+def test_a_norm_over_the_batch_that_would_fall_apart_is_an_error(batch_size, accumulate, count):
+    recipe = Recipe(batch_size=batch_size, accumulate=accumulate, model_args={'head_norm': True})
+    with pytest.raises(ValueError, match=f'got {count}, {accumulate} and a batch_size of {batch_size}'):
+        recipe.share(count)
+
+
 KILLED = """
 import os, signal, sys, dataclasses
 from pathlib import Path

@@ -58,7 +58,7 @@ def test_three_classes_have_no_top5(recipe, monkeypatch):
 def test_the_probe_leaves_weights_gradients_and_random_state_alone():
     import timm
 
-    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, drop_rate=0.5)
+    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, drop_rate=0.5, head_norm=True)
     images = torch.randn(4, 1, 16, 16)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     found, seconds = choose_precision('auto', model, images, Processes(torch.device('cpu')))

@@ -35,8 +35,11 @@ def memory_advice(recipe: Recipe, processes: Processes, where: Callable[[], str]
             raise
         share = recipe.share(processes.count)
         part = next((n for n in range(2, share + 1) if share % n == 0), 0)
-        ways = [f'--accumulate {part * recipe.accumulate} (the same batch in smaller parts)'] if part else []
-        if recipe.chunk_size in ('auto', 0) and not recipe.model_args.get('chunk_size'):
+        ways = []
+        if part and not recipe.model_args.get('head_norm'):
+            ways.append(f'--accumulate {part * recipe.accumulate} (the same batch in smaller parts)')
+        chunks = recipe.chunk_size not in ('auto', 0) or recipe.model_args.get('chunk_size')
+        if not chunks and not recipe.model_args.get('token_norm'):
             ways.append('--chunk-size 8192 (blocks in pieces, each computed again)')
         if not recipe.grad_checkpointing:
             ways.append('--grad-checkpointing')

@@ -66,7 +66,7 @@ def memory_gib(run: 'Run', parameters: int, tokens: int, share: int) -> float:
     held = 4 * parameters * copies / (run.processes.count if recipe.parallel == 'fsdp' else 1)
     numbers, depth, dtype = share * tokens * model.embed_dim, len(model.blocks), DTYPES[run.learner.precision]
     kept = kept_bytes(numbers, depth, dtype)
-    streams = isinstance(model, LinformerVisionTransformer) and not recipe.compile
+    streams = isinstance(model, LinformerVisionTransformer) and not (recipe.compile or model.token_norm)
     long = recipe.chunk_size == 'auto' and kept >= whole_bytes(run.processes.device)
     if streams and (long or recipe.chunk_size not in ('auto', 0)):
         kept = (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at

@@ -261,6 +261,11 @@ class Recipe:
                 f'{(self.batch_size // parts + 1) * parts}.'
             )
         share = self.batch_size // parts
+        if self.model_args.get('head_norm') and (parts > 1 or share < 2):
+            raise ValueError(
+                'head_norm normalises over the images that are together: it needs one process, accumulate 1 and at '
+                f'least 2 images, got {count}, {self.accumulate} and a batch_size of {self.batch_size}.'
+            )
         if self.mixes and self.batch_size // count % 2:
             raise ValueError(
                 f'Mixup and CutMix need an even number of images in each process, got {self.batch_size} for {count}.'
