@@ -20,8 +20,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     'layer norm in the blocks': {'token_norm': False},
     'no norm before the classifier': {'head_norm': False},
     "neither, and timm's initial weights": {'token_norm': False, 'head_norm': False, 'weight_init': ''},
-    "timm's initial weights": {'weight_init': ''},
-    '3×3 convolutions': {'local_size': 3},
 }
 FIELDS = ('val_top1', 'val_loss', 'images_seen', 'train_minutes', 'seed')
 
