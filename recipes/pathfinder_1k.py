@@ -13,8 +13,9 @@ Images are made on the spot (`linvision/data/pathfinder.py`), some 200 a second 
 not comparable to the digit with those on LRA's files, where Linformer has 76.3 and the Transformer 71.4
 (arXiv 2011.04006).
 
-Result: none yet. In runs of 11,000 to 29,000 images of 6 dashes the pico model was still at chance
-(`docs/pathfinder.md`); not run at full length, nor on a GPU.
+Result: none yet; not run at full length, nor on a GPU. On 6 dashes a small model leaves chance with two other norms and
+without them does not begin (`recipes/pathfinder_1k_pico.py`, `docs/pathfinder.md`); here they are not tried:
+`--model-args token_norm True head_norm True`, in one process, without masked pixels.
 """
 
 from pathlib import Path
