@@ -245,7 +245,7 @@ class LinformerVisionTransformer(VisionTransformer):
         if inside is not None:
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
         chunk_size = 0
-        if not torch.jit.is_scripting() and not self.token_norm:
+        if not torch.jit.is_scripting():
             if self.training and isinstance(self.patch_drop, PatchDropout):  # what is left is no grid: whole blocks
                 if inside is not None:
                     raise ValueError(

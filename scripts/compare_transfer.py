@@ -37,6 +37,11 @@ def settings(start: str, epochs: float, lr: float, common: dict[str, Any]) -> di
     return {**common, **STARTS[start], 'epochs': epochs, 'lr': lr, 'hflip': 0.0, 'shift': 1}
 
 
+def name_of(start: str, epochs: float, lr: float) -> str:
+    """What a run is called."""
+    return f'{start}, {epochs} epochs, lr {lr:g}'
+
+
 def choose_rates(
     around: dict[str, float], validate: Callable[[Iterable[tuple[str, float]]], dict[tuple[str, float], float]]
 ) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
@@ -103,7 +108,7 @@ def main(
     record = Record(ROOT / 'docs' / 'results' / 'transfer_runs.json', FIELDS, again)
 
     def validate(n: int, asked: Iterable[tuple[str, float]]) -> dict[tuple[str, float], float]:
-        names = {(start, lr): f'{start}, {n} epochs, lr {lr:g}' for start, lr in asked}
+        names = {(start, lr): name_of(start, n, lr) for start, lr in asked}
         tried = {name: settings(start, n, lr, held_out) for (start, lr), name in names.items()}
         runs = run_trials('finetune', tried, range(1), workers, output_dir / 'rates', record=record)
         return {pair: runs[name][0]['val_top1'] for pair, name in names.items()}
@@ -116,7 +121,7 @@ def main(
     for n in epochs:
         best, validation[str(n)] = choose_rates(best, partial(validate, n))
         rates[str(n)] = best
-        names = {start: f'{start}, {n} epochs, lr {lr:g}' for start, lr in best.items()}
+        names = {start: name_of(start, n, lr) for start, lr in best.items()}
         variants = {names[start]: settings(start, n, lr, common) for start, lr in best.items()}
         scored = run_trials('finetune', variants, range(seeds), workers, output_dir / 'scores', record=record)
         found[str(n)] = {
