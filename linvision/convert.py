@@ -31,11 +31,11 @@ from timm.layers import (
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from linvision.network import LinformerVisionTransformer
-from linvision.projection import Projection, row_grid
-from linvision.reduction import cell_size
-from linvision.resize import resized_table
-from linvision.variants import SIZES, default_cfgs
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.projection import Projection, row_grid
+from linvision.models.projection_kinds import cell_size
+from linvision.models.registry import SIZES, default_cfgs
+from linvision.models.resize import resized_table
 
 # as timm spells them: names can be saved, classes cannot
 ACTIVATIONS = {get_act_layer(name): name for name in ('gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu', 'mish')}

@@ -44,7 +44,7 @@ from contenders import (
     multiply_adds,
     predicted_gib,
 )
-from linvision import onednn
+from linvision.streaming import cpu_kernels
 
 KEY = tuple(field.name for field in dataclasses.fields(Case))
 LONGEST = {'linvision': 2**20}  # beyond the others' sizes
@@ -139,7 +139,7 @@ def product_gflops(m: int, k: int, n: int, dtype: torch.dtype, threads: int) -> 
     faster of PyTorch's and oneDNN's operators."""
     x, weight = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
     products = [torch.nn.functional.linear]
-    if onednn.supports(dtype):
+    if cpu_kernels.supports(dtype):
         products.append(lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], ''))
     timers = [
         Timer('product(x, weight)', globals={'product': p, 'x': x, 'weight': weight}, num_threads=threads)

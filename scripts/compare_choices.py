@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import tyro
 
-from linvision.projection import Projection
-from linvision.resize import area_matrix
+from linvision.models.projection import Projection
+from linvision.models.resize import area_matrix
 from trials import ROOT, mean_and_spread, run_trials
 
 FIELDS = ('val_top1', 'val_num_samples', 'images_seen', 'num_parameters', 'train_minutes')  # that are kept of a run

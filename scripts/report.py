@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from linvision.attention_map import attention_maps
+from linvision.analysis.attention_map import attention_maps
 from linvision.data import Batches, ImageSet, create_batches, create_dataset, in_memory
 from linvision.train.checkpoint import check_same_images
 from linvision.train.data import fingerprint

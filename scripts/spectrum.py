@@ -21,8 +21,8 @@ import torch
 import tyro
 
 from convert_vit import ImagesOf, load_vit
-from linvision.network import LinformerVisionTransformer
-from linvision.spectrum import Spectrum, attention_layers, attention_spectrum, own_projection, pooling
+from linvision.analysis.spectrum import Spectrum, attention_layers, attention_spectrum, own_projection, pooling
+from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.train.parallel import choose_device
 
 LOSSES = (0.5, 0.1, 0.05, 0.01)

@@ -25,10 +25,10 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from convert_vit import load_vit
-from linvision.attention_map import attention_maps, projection_matrices
+from linvision.analysis.attention_map import attention_maps, projection_matrices
 from linvision.data.image_file import read_image
-from linvision.network import LinformerVisionTransformer
-from linvision.position import SeparablePosition
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.position import SeparablePosition
 from predict import find_images
 
 SIGNED = 'the weight of each token, lifted from K rows by E: signed, not normalised; red above zero, blue below'

@@ -12,8 +12,8 @@ from timm.layers import Attention, set_fused_attn
 from torch import nn
 from torch.nn.utils import parametrize
 
-from linvision.attention import LinformerAttention
-from linvision.projection import SHARING, Projection
+from linvision.models.attention import LinformerAttention
+from linvision.models.projection import SHARING, Projection
 
 GRID = (4, 6)
 N, D, HEADS, DEPTH = 24, 12, 3, 3

@@ -17,8 +17,8 @@ from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from linvision.projection import SHARING
-from linvision.reduction import PROJECTIONS
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
 
 KINDS = [*PROJECTIONS, 'none']
 QUICK = ('linear', 'separable')  # what registered models have

@@ -5,8 +5,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from linvision.projection import SHARING
-from linvision.reduction import PROJECTIONS
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
 
 CREATE = dict(num_classes=5, img_size=8, proj_len=16, depth=2, dtype=torch.float64)
 KINDS = [*PROJECTIONS, 'none']

@@ -5,8 +5,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from linvision.local import LocalPath
-from linvision.position import POSITIONS, ConvPosition, SeparablePosition
+from linvision.models.local_conv import LocalPath
+from linvision.models.position import POSITIONS, ConvPosition, SeparablePosition
 
 GRID = (3, 5)
 N, D = 15, 4

@@ -8,8 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from linvision.projection import SHARING, Projection, row_grid
-from linvision.reduction import PROJECTIONS
+from linvision.models.projection import SHARING, Projection, row_grid
+from linvision.models.projection_kinds import PROJECTIONS
 
 GRID = (4, 6)  # not square, so that a swapped axis shows
 DEPTH, HEADS, DIM = 3, 2, 8

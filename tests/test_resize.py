@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linvision.local import spacing
-from linvision.projection import SHARING, Projection
-from linvision.resize import area_matrix, checkpoint_filter_fn, resize_axis, resize_rows
+from linvision.models.local_conv import spacing
+from linvision.models.projection import SHARING, Projection
+from linvision.models.resize import area_matrix, checkpoint_filter_fn, resize_axis, resize_rows
 
 SIZES = [(4, 8), (8, 4), (4, 6), (6, 4), (5, 7), (7, 5), (3, 3), (1, 5), (5, 1)]
 LIKE = torch.zeros((), dtype=torch.float64)

@@ -11,8 +11,8 @@ import torch
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from linvision.projection import SHARING
-from linvision.reduction import PROJECTIONS
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
 
 KINDS = [*PROJECTIONS, 'none']
 POSITIONS = ['conv', 'separable', 'learn', 'none']

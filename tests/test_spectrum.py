@@ -10,9 +10,9 @@ import torch
 from timm.models import save_for_hf
 
 from convert_vit import ImagesOf
-from linvision.attention_map import projection_matrices
+from linvision.analysis.attention_map import projection_matrices
+from linvision.analysis.spectrum import Spectrum, attention_spectrum, own_projection, pooling
 from linvision.convert import from_vit
-from linvision.spectrum import Spectrum, attention_spectrum, own_projection, pooling
 
 SPEC = importlib.util.spec_from_file_location('command', Path(__file__).parents[1] / 'scripts/spectrum.py')
 command = importlib.util.module_from_spec(SPEC)
@@ -79,7 +79,7 @@ def test_the_best_matrix_of_rank_k_misses_what_the_energy_says():
 
 
 def test_products_by_chunks_find_the_largest_singular_values(monkeypatch):
-    monkeypatch.setattr('linvision.spectrum.CHUNK_NUMBERS', 3 * 64 * 10)  # 7 chunks of 64 tokens
+    monkeypatch.setattr('linvision.analysis.spectrum.CHUNK_NUMBERS', 3 * 64 * 10)  # 7 chunks of 64 tokens
     model, images = vit(), torch.randn(2, 3, 32, 32)
     whole = attention_spectrum(model, [images])
     found = attention_spectrum(model, [images], rank=12, exact=10)

@@ -9,10 +9,10 @@ from timm.models import save_for_hf
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from linvision import onednn
-from linvision.chunk_size import auto_chunk_size
-from linvision.projection import SHARING
-from linvision.reduction import PROJECTIONS
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
+from linvision.streaming import cpu_kernels
+from linvision.streaming.chunks import auto_chunk_size
 
 KINDS = [*PROJECTIONS, 'none']
 CHUNKS = [1, 24, 30, 100, 1000]  # below a row of 8 × 6 tokens … above three images
@@ -52,10 +52,10 @@ def gradients(model: nn.Module, images: torch.Tensor, seed: int = 3, **kwargs) -
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """Chunk sizes of every streamed block."""
-    import linvision.block
+    import linvision.models.block
 
-    seen, stream = [], linvision.block.stream
-    monkeypatch.setattr(linvision.block, 'stream', lambda *args: seen.append(args[5]) or stream(*args))
+    seen, stream = [], linvision.models.block.stream
+    monkeypatch.setattr(linvision.models.block, 'stream', lambda *args: seen.append(args[5]) or stream(*args))
     return seen
 
 
@@ -116,8 +116,8 @@ def test_gradients_are_those_of_the_weights_that_the_forward_pass_had():
 
 @pytest.mark.parametrize('chunk_size', [24, 'auto'])
 def test_gradients_by_torch_func_are_those_of_whole_blocks(chunk_size, monkeypatch):
-    monkeypatch.setattr('linvision.chunk_size.KEPT_BYTES', 0)
-    monkeypatch.setattr('linvision.chunk_size.auto_chunk_size', lambda x, hidden: 24)
+    monkeypatch.setattr('linvision.streaming.chunks.KEPT_BYTES', 0)
+    monkeypatch.setattr('linvision.streaming.chunks.auto_chunk_size', lambda x, hidden: 24)
     model, images = create(), batch()
     weights = {n: p.detach() for n, p in model.named_parameters()}
     gradient = torch.func.grad(lambda w: torch.func.functional_call(model, w, (images,)).square().sum())
@@ -289,13 +289,14 @@ def test_automatic_chunks_fit_into_cache_and_small_inputs_stay_whole():
     assert 2**21 <= chunk * 768 * 4 <= 2**23
     assert auto_chunk_size(x.bfloat16(), 768) == 2 * chunk
     assert auto_chunk_size(x[:, :100], 768) == 0
-    assert auto_chunk_size(x[:, :2048], 768) == (chunk if onednn.supports(torch.float32) else 0)  # for its products
+    fused = cpu_kernels.supports(torch.float32)  # shorter sequences gain by its products
+    assert auto_chunk_size(x[:, :2048], 768) == (chunk if fused else 0)
 
 
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')  # dynamo looks at it on inputs within a graph
 @pytest.mark.parametrize('arguments', [dict(), dict(key_padding_mask=padding())])
 def test_compiled_chunks_give_the_same_and_one_function_serves_all_blocks_and_chunks(arguments, monkeypatch):
-    import linvision.streaming as streaming
+    from linvision.streaming import stream as streaming
 
     counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(streaming.map_tokens, backend=counter)
@@ -316,7 +317,7 @@ def test_compiled_chunks_give_the_same_and_one_function_serves_all_blocks_and_ch
 
 
 def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibibytes(calls, monkeypatch):
-    import linvision.chunk_size as chunk_size
+    from linvision.streaming import chunks as chunk_size
 
     model, images = create(chunk_size='auto'), batch()
     exact = gradients(model, images)

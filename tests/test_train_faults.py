@@ -80,7 +80,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatc
         def backward(ctx, grad):
             return grad * float('nan')
 
-    import linvision.network as network
+    import linvision.models.linformer_vit as network
 
     forward = network.LinformerVisionTransformer.forward_features
     spoilt = lambda self, x, *a, **k: Bad.apply(forward(self, x))  # noqa: E731

@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.models import save_for_hf
 
 import visualize
-from linvision.attention_map import attention_maps, projection_matrices
-from linvision.projection import SHARING
-from linvision.reduction import PROJECTIONS
+from linvision.analysis.attention_map import attention_maps, projection_matrices
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
 
 
 def model_of(**arguments):

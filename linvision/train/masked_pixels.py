@@ -13,7 +13,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from linvision.data import Batches
-from linvision.network import LinformerVisionTransformer
+from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.train.evaluate import evaluating
 from linvision.train.precision import autocast
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from linvision.attention_map import attention_maps
+from linvision.analysis.attention_map import attention_maps
 from linvision.data import Batches
-from linvision.network import LinformerVisionTransformer
-from linvision.padding import padded_pixels
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.padding import padded_pixels
 from linvision.train.masked_pixels import mask_for
 
 if TYPE_CHECKING:

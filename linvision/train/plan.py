@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.chunk_size import kept_bytes, whole_bytes
-from linvision.network import LinformerVisionTransformer
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.streaming.chunks import kept_bytes, whole_bytes
 from linvision.train.precision import DTYPES
 from linvision.train.setup import count_tokens, create_model, set_size
 

@@ -9,9 +9,9 @@ from timm.models import get_model_args
 from torch import nn
 
 from linvision.data import Images
-from linvision.local import LocalPath
+from linvision.models.local_conv import LocalPath
+from linvision.models.resize import checkpoint_filter_fn
 from linvision.nearest import nearest
-from linvision.resize import checkpoint_filter_fn
 from linvision.train import masked_pixels
 from linvision.train.checkpoint import first_line
 from linvision.train.recipe import Recipe
@@ -72,7 +72,7 @@ def resolved(recipe: Recipe) -> Recipe:
         raise ValueError(f'No model in {recipe.init!r}: {first_line(error)}') from error
     if recipe.model:
         grid = next((module.grid for module in source.modules() if isinstance(module, LocalPath)), None)
-        if grid is None or not timm.models.is_model_in_modules(recipe.model, ['variants']):
+        if grid is None or not timm.models.is_model_in_modules(recipe.model, ['registry']):
             return recipe
         return dataclasses.replace(recipe, model_args={'local_grid': grid} | recipe.model_args)
     kept = {k: v for k, v in get_model_args(source).items() if k not in ('img_size', 'in_chans', 'num_classes')}

@@ -19,8 +19,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from linvision.network import LinformerVisionTransformer
-from linvision.resize import checkpoint_filter_fn
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.resize import checkpoint_filter_fn
 
 __all__ = []  # timm's register_model adds the entry points
 
@@ -52,7 +52,7 @@ def _cfg(img_size: int, **kwargs: Any) -> dict[str, Any]:
 
 def _trained(name: str) -> dict[str, Any]:
     """The config of weights that come with the package, in `weights/NAME.TAG/`."""
-    folder = Path(__file__).parent / 'weights' / name
+    folder = Path(__file__).parents[1] / 'weights' / name
     config = json.loads((folder / 'config.json').read_text())
     return {
         **config['pretrained_cfg'],

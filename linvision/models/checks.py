@@ -9,9 +9,9 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from linvision.block import MLPS
+from linvision.models.block import MLPS
+from linvision.models.position import POSITIONS
 from linvision.nearest import nearest
-from linvision.position import POSITIONS
 
 
 def check_arguments(

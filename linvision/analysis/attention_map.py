@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from linvision.network import LinformerVisionTransformer
-from linvision.reduction import Conv, MaxPool, MeanPool
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.projection_kinds import Conv, MaxPool, MeanPool
 
 
 @torch.no_grad()

@@ -7,22 +7,22 @@ import timm
 import torch
 from torch import nn
 
-from linvision import onednn
+from linvision.streaming import cpu_kernels
 
-pytestmark = pytest.mark.skipif(not onednn.supports(torch.float32), reason='this PyTorch has no oneDNN')
+pytestmark = pytest.mark.skipif(not cpu_kernels.supports(torch.float32), reason='this PyTorch has no oneDNN')
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Images of 48 tokens count as long."""
-    monkeypatch.setattr(onednn, 'LONG', 6)
+    monkeypatch.setattr(cpu_kernels, 'LONG', 6)
 
 
 @pytest.fixture
 def used(monkeypatch) -> list[bool]:
     """Whether each block was fused."""
-    seen, applies = [], onednn.applies
-    monkeypatch.setattr(onednn, 'applies', lambda *args: seen.append(applies(*args)) or seen[-1])
+    seen, applies = [], cpu_kernels.applies
+    monkeypatch.setattr(cpu_kernels, 'applies', lambda *args: seen.append(applies(*args)) or seen[-1])
     return seen
 
 
@@ -75,7 +75,7 @@ def test_the_callers_tensor_and_the_parameters_stay_as_they_are(used):
 
 @pytest.mark.parametrize('autocast', [False, True])
 def test_bf16_errs_at_most_twice_as_much_as_plain_bf16(autocast, used):
-    if not onednn.supports(torch.bfloat16):
+    if not cpu_kernels.supports(torch.bfloat16):
         pytest.skip(reason='this CPU has no bf16 products')
     model = create(img_size=(32, 32), proj_len=16, embed_dim=64)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -136,6 +136,6 @@ def test_training_mode_padding_and_short_images_are_run_as_they_are(used, monkey
         assert torch.equal(model(batch()), model(batch()))
         del used[:]
         model.train()(batch())
-        monkeypatch.setattr(onednn, 'LONG', 10_000)
+        monkeypatch.setattr(cpu_kernels, 'LONG', 10_000)
         model.eval()(batch())
     assert used and not any(used)

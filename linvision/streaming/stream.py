@@ -23,11 +23,11 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from linvision import onednn
-from linvision.chunk_size import row_chunks
+from linvision.streaming import cpu_kernels
+from linvision.streaming.chunks import row_chunks
 
 if TYPE_CHECKING:
-    from linvision.block import LinformerBlock
+    from linvision.models.block import LinformerBlock
 
 
 def stream(
@@ -166,8 +166,8 @@ class Images:
                 key, value, mask = self.key_value_of_all(self.x, projection)
             fused = None
             plain = self.block.compiled or self.drop or drops(self.block)
-            if not plain and onednn.applies(self.block, self.x[:, : self.chunk_size], key, mask):
-                fused = onednn.FusedTokens(self.block, self.chunk_size, self.x, key, value)
+            if not plain and cpu_kernels.applies(self.block, self.x[:, : self.chunk_size], key, mask):
+                fused = cpu_kernels.FusedTokens(self.block, self.chunk_size, self.x, key, value)
             for own, context, area, inside in self.chunks():
                 x = self.at(self.x, context).flatten(1, 2)
                 if fused is not None:

@@ -10,8 +10,8 @@ import torch
 from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, LayerType, Mlp, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
-from linvision.attention import LinformerAttention
-from linvision.streaming import stream
+from linvision.models.attention import LinformerAttention
+from linvision.streaming.stream import stream
 
 MLPS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPacked}  # timm has no names for them
 
@@ -149,7 +149,7 @@ class LinformerBlock(nn.Module):
                 `nn.Sequential`, which TorchScript compiles with one argument.
             grid: Token grid (height, width). Required.
             valid: Which tokens are not padding, (B, P + N), boolean; all of them by default.
-            chunk_size: Images × tokens in a chunk, 0 for the whole sequence (see `streaming.py`).
+            chunk_size: Images × tokens in a chunk, 0 for the whole sequence (see `streaming/stream.py`).
             out: Where a streamed block without gradients may write its result.
 
         Raises:

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
-from linvision.local import LocalPath
-from linvision.projection import SHARING
-from linvision.reduction import PROJECTIONS
+from linvision.models.local_conv import LocalPath
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
 
 
 class LinformerAttention(nn.Module):

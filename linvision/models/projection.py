@@ -7,7 +7,7 @@ A projection reduces a sequence X (N tokens, D wide) to E X (K rows, D wide). No
   row sums E 1 travel beside E for that. Only `sharing='none'`, where every head has its own E, keeps the paper's order.
 - One `Projection` module, owned by the model, holds all parameters; `forward` gives each layer its tensors, which
   travel to the blocks as arguments. No block owns or shares a parameter of another (safetensors, FSDP2, TorchScript).
-- What E is, is said in `reduction.py`: a new kind of projection is a class there, and nothing else.
+- What E is, is said in `projection_kinds.py`: a new kind of projection is a class there, and nothing else.
 
 Symbols: B images, N tokens, K projected rows, D width, H heads. `grid` is the token grid (height, width) with
 N = height * width, `rows` the K rows seen as a grid (K_h, K_w) with K = K_h * K_w.
@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from linvision.models.projection_kinds import PROJECTIONS
 from linvision.nearest import nearest
-from linvision.reduction import PROJECTIONS
 
 SHARING = {'none': 2, 'headwise': 2, 'key_value': 1, 'layerwise': 1}  # matrices per layer: E and F, or E = F
 

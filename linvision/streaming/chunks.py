@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from linvision import onednn
+from linvision.streaming import cpu_kernels
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
@@ -38,7 +38,7 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, h
     if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
         return 0
     if chunk_size == 'auto' and torch.is_grad_enabled():
-        if kept_bytes(x.numel(), len(blocks), onednn.compute_dtype(x)) < whole_bytes(x.device):
+        if kept_bytes(x.numel(), len(blocks), cpu_kernels.compute_dtype(x)) < whole_bytes(x.device):
             return 0
     if chunk_size != 'auto':
         return chunk_size
@@ -70,9 +70,9 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
         x: Tokens, (B, N, D).
         hidden: Width of the hidden layer.
     """
-    tokens = (CACHE_BYTES if x.is_cpu else DEVICE_BYTES) // (hidden * onednn.compute_dtype(x).itemsize)
+    tokens = (CACHE_BYTES if x.is_cpu else DEVICE_BYTES) // (hidden * cpu_kernels.compute_dtype(x).itemsize)
     tokens = max(256, 2 ** (tokens.bit_length() - 1))
-    fused = x.is_cpu and x.shape[1] >= onednn.LONG and onednn.supports(onednn.compute_dtype(x))
+    fused = x.is_cpu and x.shape[1] >= cpu_kernels.LONG and cpu_kernels.supports(cpu_kernels.compute_dtype(x))
     return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
 
 

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
-from linvision.block import TokenNorm
-from linvision.projection import SHARING
+from linvision.models.block import TokenNorm
+from linvision.models.projection import SHARING
 
 CREATE = dict(num_classes=5, img_size=8, proj_len=6, depth=3)
 VIT = dict(img_size=(16, 24), patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)  # 24 patches
@@ -160,8 +160,8 @@ def test_blocks_with_token_norm_run_whole_and_without_padding(monkeypatch):
     model, images = create(token_norm=True, img_size=32), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     whole = create(token_norm=True, img_size=32, chunk_size=0)
     whole.load_state_dict(model.state_dict())
-    monkeypatch.setattr('linvision.chunk_size.CACHE_BYTES', 1)  # a streamed block would have chunks of a few rows
-    monkeypatch.setattr('linvision.chunk_size.FUSED_TOKENS', 0)
+    monkeypatch.setattr('linvision.streaming.chunks.CACHE_BYTES', 1)  # a streamed block would have chunks of a few rows
+    monkeypatch.setattr('linvision.streaming.chunks.FUSED_TOKENS', 0)
     with torch.no_grad():
         torch.testing.assert_close(model(images), whole(images))
     with pytest.raises(ValueError, match='With token_norm blocks run whole.*got 64'):

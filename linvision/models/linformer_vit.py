@@ -21,13 +21,13 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor, nn
 
-from linvision.block import LinformerBlock
-from linvision.checks import check_arguments, check_image, check_sizes, refuse_mask
-from linvision.chunk_size import choose_chunk_size
-from linvision.padding import check_padding, check_pool, masked_pool, padded_pixels
-from linvision.position import POSITIONS
-from linvision.projection import Projection, projected_lengths, row_grid
-from linvision.resize import resized_state
+from linvision.models.block import LinformerBlock
+from linvision.models.checks import check_arguments, check_image, check_sizes, refuse_mask
+from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
+from linvision.models.position import POSITIONS
+from linvision.models.projection import Projection, projected_lengths, row_grid
+from linvision.models.resize import resized_state
+from linvision.streaming.chunks import choose_chunk_size
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class LinformerVisionTransformer(VisionTransformer):
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
-            training for all unless that would keep more than 4 GiB, or a quarter of a GPU (see `streaming.py`). Results
+            training for all unless that would keep more than 4 GiB, or a quarter of a GPU (see `stream.py`). Results
             are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.

@@ -123,7 +123,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Checkpoints of Linformer ViTs of any size, and of plain ViTs, for a Linformer ViT; timm calls it.
 
     A plain ViT has no projection: the model's own, as initialised, takes its place, and a warning says so. Sizes are
-    changed where the state is loaded (`network.resize_on_load`): E and the positions together, on E's token grid.
+    changed where the state is loaded (`linformer_vit.resize_on_load`): E and the positions together, on E's token grid.
     """
     own = state_dict.get('model', state_dict)
     own = own.get('state_dict', own)

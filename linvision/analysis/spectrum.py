@@ -18,11 +18,11 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from linvision.attention import LinformerAttention
-from linvision.attention_map import projection_matrices
-from linvision.network import LinformerVisionTransformer
-from linvision.projection import row_grid
-from linvision.reduction import Linear
+from linvision.analysis.attention_map import projection_matrices
+from linvision.models.attention import LinformerAttention
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.projection import row_grid
+from linvision.models.projection_kinds import Linear
 
 EXACT = 2048  # tokens up to which matrices are decomposed whole
 CHUNK_NUMBERS = 2**24  # of P that are in memory at a time

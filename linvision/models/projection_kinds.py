@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.resize import area_matrix, resize_rows
+from linvision.models.resize import area_matrix, resize_rows
 
 
 class Kind:

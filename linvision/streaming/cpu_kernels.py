@@ -1,6 +1,6 @@
 """A chunk of a streamed block on CPUs without gradients: products, biases, GELU and residuals fused by oneDNN.
 
-`streaming.map_tokens` says what is computed; this says it in operators that PyTorch's compiler uses on CPUs
+`stream.map_tokens` says what is computed; this says it in operators that PyTorch's compiler uses on CPUs
 (`torch.ops.mkldnn._linear_pointwise`). They gain in two ways: a bias, an activation or a residual costs no pass of its
 own over memory; and in fp32 on AMD's CPUs they reach twice the rate of `F.linear`, which calls MKL (Zen 5, two cores,
 torch 2.14: 490 against 230 GFLOP/s). Attention is, for each head, a product with the rows of keys, a softmax and a
@@ -15,7 +15,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from linvision.block import LinformerBlock
+    from linvision.models.block import LinformerBlock
 
 LONG = 256  # tokens of an image from which products for each head of each image pay
 MAX_ROWS = 1024  # up to so many rows of keys the array of weights stays in cache
@@ -112,7 +112,7 @@ class FusedTokens:
         return torch.cat(images) if len(images) > 1 else images[0]
 
     def __call__(self, x: Tensor, h: Tensor, local: Tensor | None) -> Tensor:
-        """Attention, MLP and both residuals of some tokens, as `streaming.read` gives them."""
+        """Attention, MLP and both residuals of some tokens, as `stream.read` gives them."""
         block = self.block
         y = self.attend(h)
         if local is not None:

@@ -11,9 +11,9 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from linvision.chunk_size import row_chunks
-from linvision.local import LocalPath
-from linvision.resize import resize_axis
+from linvision.models.local_conv import LocalPath
+from linvision.models.resize import resize_axis
+from linvision.streaming.chunks import row_chunks
 
 
 class SeparablePosition(nn.Module):

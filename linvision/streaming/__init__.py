@@ -1,0 +1,1 @@
+"""Blocks run chunk by chunk, so that long sequences fit into memory and cache."""
