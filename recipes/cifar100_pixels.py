@@ -6,13 +6,12 @@ Result: not yet run. To compare with: 85.1 % of a pixel ViT-T (ViT-T/2: 83.6 %; 
 other classes.
 """
 
-import dataclasses
 from pathlib import Path
 
 from cifar10_pixels import RECIPE as CIFAR10
 from linvision.train import main
 
-RECIPE = dataclasses.replace(CIFAR10, dataset='cifar100', output_dir=Path('outputs/cifar100_pixels'))
+RECIPE = CIFAR10.replace(dataset='cifar100', output_dir=Path('outputs/cifar100_pixels'))
 
 if __name__ == '__main__':
     main(RECIPE, __doc__)

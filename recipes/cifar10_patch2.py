@@ -5,14 +5,12 @@
 Result: not yet run. `cifar10_pixels` with another model; all at 32×32.
 """
 
-import dataclasses
 from pathlib import Path
 
 from cifar10_pixels import RECIPE as PIXELS
 from linvision.train import main
 
-RECIPE = dataclasses.replace(
-    PIXELS,
+RECIPE = PIXELS.replace(
     model='linformer_vit_tiny_patch2_32',
     output_dir=Path('outputs/cifar10_patch2'),
     stages=(),

@@ -9,14 +9,12 @@ Result: 89.04 % on all 10,000 test images after 8 epochs on 95 % of the training
 scripts/compare_conversion.py`, one thread of a Zen 3, fp32, torch 2.14.1, 2026-11-25). Not yet run on a GPU.
 """
 
-import dataclasses
 from pathlib import Path
 
 from fashion_mnist_pixels import RECIPE as FASHION_MNIST_PIXELS
 from linvision.train import main
 
-RECIPE = dataclasses.replace(
-    FASHION_MNIST_PIXELS,
+RECIPE = FASHION_MNIST_PIXELS.replace(
     model='vit_tiny_patch16_224',
     model_args={
         'patch_size': 2,

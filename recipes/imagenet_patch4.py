@@ -6,14 +6,12 @@ Result: not yet run. `imagenet_patch16` with sixteen times the tokens; coarse to
 112×112 images (784 tokens).
 """
 
-import dataclasses
 from pathlib import Path
 
 from imagenet_patch16 import RECIPE as PATCH16
 from linvision.train import main
 
-RECIPE = dataclasses.replace(
-    PATCH16,
+RECIPE = PATCH16.replace(
     model='linformer_vit_small_patch4_224',
     model_args={},
     output_dir=Path('outputs/imagenet_patch4'),

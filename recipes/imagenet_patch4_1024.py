@@ -7,14 +7,12 @@ Result: not yet run. `--init` takes a base model, as `recipes/imagenet_patch4.py
 leaves it; its projections and positions are resized. Images smaller than 1024 are enlarged.
 """
 
-import dataclasses
 from pathlib import Path
 
 from imagenet_patch16 import RECIPE as PATCH16
 from linvision.train import main
 
-RECIPE = dataclasses.replace(
-    PATCH16,
+RECIPE = PATCH16.replace(
     model='linformer_vit_base_patch4_1024',
     model_args={},
     output_dir=Path('outputs/imagenet_patch4_1024'),

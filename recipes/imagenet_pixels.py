@@ -5,14 +5,12 @@
 Result: not yet run. To compare with: 84.6 % of Adventurer-B at 50,176 tokens (wangf3014/Patch_Scaling).
 """
 
-import dataclasses
 from pathlib import Path
 
 from imagenet_patch16 import RECIPE as PATCH16
 from linvision.train import main
 
-RECIPE = dataclasses.replace(
-    PATCH16,
+RECIPE = PATCH16.replace(
     model='linformer_vit_tiny_patch1_224',
     model_args={},
     output_dir=Path('outputs/imagenet_pixels'),

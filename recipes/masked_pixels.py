@@ -14,13 +14,12 @@ of 3,000 validation images; without it 87.5 %. One seed each, one CPU thread, bf
 One seed cannot tell these apart. Not yet run on a GPU.
 """
 
-import dataclasses
 from pathlib import Path
 
 from fashion_mnist_pixels import RECIPE as CLASSES
 from linvision.train import main
 
-RECIPE = dataclasses.replace(CLASSES, task='masked_pixels', output_dir=Path('outputs/masked_pixels'))
+RECIPE = CLASSES.replace(task='masked_pixels', output_dir=Path('outputs/masked_pixels'))
 
 if __name__ == '__main__':
     main(RECIPE, __doc__)

@@ -13,14 +13,12 @@ LRA's Path-X, where its models fail; attention without self-pretraining has 61.4
 Result: not yet run.
 """
 
-import dataclasses
 from pathlib import Path
 
 from linvision.train import main
 from pathfinder_4k import RECIPE as PATHFINDER_4K
 
-RECIPE = dataclasses.replace(
-    PATHFINDER_4K,
+RECIPE = PATHFINDER_4K.replace(
     model='linformer_vit_tiny_patch1_128',
     init='outputs/pathfinder_4k',
     dataset_args={**PATHFINDER_4K.dataset_args, 'img_size': 128},

@@ -12,14 +12,12 @@ There is no figure of LRA for this size.
 Result: not yet run.
 """
 
-import dataclasses
 from pathlib import Path
 
 from linvision.train import main
 from pathfinder_1k import RECIPE as PATHFINDER_1K
 
-RECIPE = dataclasses.replace(
-    PATHFINDER_1K,
+RECIPE = PATHFINDER_1K.replace(
     model='linformer_vit_tiny_patch1_64',
     init='outputs/pathfinder_1k',
     dataset_args={**PATHFINDER_1K.dataset_args, 'img_size': 64},

@@ -5,7 +5,6 @@ another machine too, and nobody has to repeat hours of training to add a seed.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import importlib
 import json
@@ -36,7 +35,7 @@ def recipe_module(name: str) -> ModuleType:
 
 def changed_recipe(recipe: str, seed: int, settings: dict[str, Any]) -> Recipe:
     """The recipe of a file in `recipes/`, with a seed and with fields that differ."""
-    return dataclasses.replace(recipe_module(recipe).RECIPE, seed=seed, **settings)
+    return recipe_module(recipe).RECIPE.replace(seed=seed, **settings)
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
@@ -60,7 +59,7 @@ def trial(
     if before is not None:
         before()
     output_dir = run_folder(folder, name, seed)
-    changed = dataclasses.replace(changed_recipe(recipe, seed, settings), output_dir=output_dir)
+    changed = changed_recipe(recipe, seed, settings).replace(output_dir=output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
         metrics = train(changed)

@@ -1,6 +1,5 @@
 """What the comparisons choose, count and write, on figures that are known."""
 
-import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,7 +197,7 @@ def test_conversion_is_compared_at_the_rate_that_validation_chose_and_for_equal_
 
     monkeypatch.setattr(compare_conversion, 'run_trials', run_trials)
     monkeypatch.setattr(compare_conversion.Comparison, 'convert', convert)
-    monkeypatch.setattr(compare_conversion, 'resolved', lambda recipe: dataclasses.replace(recipe, img_size=32))
+    monkeypatch.setattr(compare_conversion, 'resolved', lambda recipe: recipe.replace(img_size=32))
     monkeypatch.setattr(compare_conversion, 'ROOT', tmp_path)
     monkeypatch.setattr(compare_conversion, 'write_table', tables.__setitem__)
     (tmp_path / 'docs').mkdir()

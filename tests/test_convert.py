@@ -1,6 +1,5 @@
 """Conversion: what it must not change, what it must refuse, and what fitting E is worth."""
 
-import dataclasses
 import json
 import runpy
 from functools import partial
@@ -298,7 +297,7 @@ def test_distillation_from_the_original_brings_a_conversion_back_to_it(vit_folde
     recipe = runpy.run_path(str(Path(__file__).parents[1] / 'recipes/distill_from_vit.py'))['RECIPE']
     changes = {'dataset': 'fake', 'epochs': 8, 'augmentation': 'torchvision', 'hflip': 0.0, 'device': 'cpu'}
     changes |= {'init': str(tmp_path / 'converted'), 'teacher': str(vit_folder), 'output_dir': tmp_path / 'run'}
-    train(dataclasses.replace(recipe, **changes))
+    train(recipe.replace(**changes))
     original, student = (
         timm.create_model(f'local-dir:{folder}', pretrained=True)
         for folder in (vit_folder / 'model', tmp_path / 'run/model')

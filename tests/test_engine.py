@@ -21,7 +21,7 @@ from linvision.train.setup import create_model
 
 @pytest.fixture
 def recipe(small_recipe):
-    return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)  # 10 steps
+    return small_recipe.replace(epochs=1.25, lr=3e-3)  # 10 steps
 
 
 @pytest.fixture(scope='module')
@@ -45,8 +45,8 @@ def steps(folder) -> list[str]:
 
 @pytest.mark.parametrize('damage', ['truncated', 'a flipped bit', 'a missing file', 'no checksums'])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, recipe, damage, capsys):
-    parts = dataclasses.replace(recipe, checkpoint_every=3)
-    train(dataclasses.replace(parts, max_steps=6))
+    parts = recipe.replace(checkpoint_every=3)
+    train(parts.replace(max_steps=6))
     assert steps(parts.output_dir) == ['step_00000003', 'step_00000006']
     last = parts.output_dir / 'checkpoints/step_00000006'
     content = bytearray((last / 'state.pt').read_bytes())
@@ -65,16 +65,16 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, re
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over_by_itself(recipe):
-    train(dataclasses.replace(recipe, max_steps=3))
+    train(recipe.replace(max_steps=3))
     (recipe.output_dir / 'checkpoints/step_00000003/state.pt').write_bytes(b'damaged')
     for _ in range(2):  # as torchrun would, with --max-restarts
         with pytest.raises(ValueError, match='All checkpoints in .* are damaged.*--fresh'):
             train(recipe)
-    assert train(dataclasses.replace(recipe, fresh=True))['steps'] == 10
+    assert train(recipe.replace(fresh=True))['steps'] == 10
 
 
 def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(recipe):
-    kept = train(dataclasses.replace(recipe, epochs=6, val_fraction=0.25, eval_every=0.5, checkpoint_every=1))
+    kept = train(recipe.replace(epochs=6, val_fraction=0.25, eval_every=0.5, checkpoint_every=1))
     best = f'step_{kept["best_step"]:08d}'
     assert best in steps(recipe.output_dir) and len(steps(recipe.output_dir)) <= 3
     curve = events(recipe.output_dir).Scalars('val/top1')
@@ -83,7 +83,7 @@ def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(reci
 
 
 def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay(recipe, monkeypatch):
-    train(dataclasses.replace(recipe, max_steps=3))
+    train(recipe.replace(max_steps=3))
 
     def full(*args):
         raise OSError(errno.ENOSPC, 'No space left on device')
@@ -95,7 +95,7 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay(recipe, monkeyp
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(recipe, tmp_path):
-    train(dataclasses.replace(recipe, max_steps=3))
+    train(recipe.replace(max_steps=3))
     path = recipe.output_dir / 'checkpoints/step_00000003/state.pt'
     state = torch.load(path, weights_only=True)
     del state['learner']['model']['blocks.0.attn.qkv.weight']
@@ -109,13 +109,13 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(recipe,
 
 def test_fresh_starts_over_and_keeps_what_is_there(recipe):
     first = train(recipe)
-    other = dataclasses.replace(recipe, lr=1e-3, fresh=True)
+    other = recipe.replace(lr=1e-3, fresh=True)
     with pytest.raises(ValueError, match='--fresh'):
-        train(dataclasses.replace(other, fresh=False))
+        train(other.replace(fresh=False))
     second = train(other)
     assert second['loss'] != first['loss']
     assert json.loads((recipe.output_dir / 'earlier_1/metrics.json').read_text()) == json.loads(json.dumps(first))
-    train(dataclasses.replace(other, lr=2e-3))
+    train(other.replace(lr=2e-3))
     assert (recipe.output_dir / 'earlier_2/model').is_dir() and (recipe.output_dir / 'earlier_1/model').is_dir()
 
 
@@ -142,7 +142,7 @@ def test_memory_that_does_not_suffice_names_what_to_change(recipe, monkeypatch):
 
 
 def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
-    assert train(dataclasses.replace(recipe, dry_run=True)) == {}
+    assert train(recipe.replace(dry_run=True)) == {}
     out = capsys.readouterr().out
     assert not recipe.output_dir.exists()
     length, batch = '10 steps, 1.25 passes over the images', '32 images = 1 processes × 1 parts × 32'
@@ -162,7 +162,7 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
 )
 def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, name, limit, kept, arguments):
     monkeypatch.setattr('linvision.train.plan.whole_bytes', lambda device: limit)
-    train(dataclasses.replace(recipe, dry_run=True, batch_size=128, model=name, model_args=arguments))
+    train(recipe.replace(dry_run=True, batch_size=128, model=name, model_args=arguments))
     model = timm.create_model(name, img_size=16, in_chans=1, num_classes=10, **arguments)
     parameters = sum(p.numel() for p in model.parameters())
     expected = 4 * (4 * parameters + 128 * 256 * model.embed_dim * kept) / 2**30
@@ -170,21 +170,21 @@ def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, n
 
 
 def test_a_dry_run_fetches_nothing(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, dataset='fashion_mnist', data_dir=tmp_path / 'data', dry_run=True)
+    recipe = recipe.replace(dataset='fashion_mnist', data_dir=tmp_path / 'data', dry_run=True)
     with pytest.raises(FileNotFoundError, match='download is switched off, as in a dry run'):
         train(recipe)
     assert not (tmp_path / 'data').exists()
 
 
 def test_an_epoch_is_as_many_images_as_the_set_has(recipe):
-    metrics = train(dataclasses.replace(recipe, epochs=3, batch_size=100))  # of 256: two full batches in an order
+    metrics = train(recipe.replace(epochs=3, batch_size=100))  # of 256: two full batches in an order
     assert metrics['steps'] == 8 and metrics['epochs'] == 8 * 100 / 256
 
 
 def test_a_run_without_stages_takes_the_size_that_is_asked_for(recipe):
-    assert train(dataclasses.replace(recipe, stages=(), img_size=12))['tokens'] == 144
+    assert train(recipe.replace(stages=(), img_size=12))['tokens'] == 144
     with pytest.raises(ValueError, match=r'img_size is for runs without stages, .*--stages 12 1 instead'):
-        train(dataclasses.replace(recipe, img_size=12))
+        train(recipe.replace(img_size=12))
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -229,7 +229,7 @@ def test_a_projection_that_was_not_used_before_the_image_grew_starts_as_the_mean
 
 
 def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
-    metrics = train(dataclasses.replace(recipe, stages=((8, 0.99), (16, 0.01))))
+    metrics = train(recipe.replace(stages=((8, 0.99), (16, 0.01))))
     assert metrics['tokens'] == 256 and metrics['steps'] == 10
 
 
@@ -238,7 +238,7 @@ def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
 
 @pytest.mark.parametrize('change', [{'accumulate': 4}, {'grad_checkpointing': True}, {'chunk_size': 512}])
 def test_ways_to_save_memory_give_the_same_weights(whole, recipe, change):
-    train(dataclasses.replace(recipe, **change))
+    train(recipe.replace(**change))
     torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=2e-5)
 
 
@@ -258,7 +258,7 @@ def test_layer_decay_scales_the_rate_by_depth():
 
 
 def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
-    teacher = dataclasses.replace(recipe, epochs=12, output_dir=tmp_path / 'teacher', stages=((8, 1.0),))
+    teacher = recipe.replace(epochs=12, output_dir=tmp_path / 'teacher', stages=((8, 1.0),))
     train(teacher)
     agreement = []
     for weight in (0.0, 1.0):
@@ -279,7 +279,7 @@ def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_run_gives_the_same_weights(whole, recipe):
-    train(dataclasses.replace(recipe, compile=True))
+    train(recipe.replace(compile=True))
     torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=1e-4)
 
 
@@ -287,7 +287,7 @@ def test_a_compiled_run_gives_the_same_weights(whole, recipe):
 
 
 def test_tensorboard_holds_what_a_run_shows(recipe):
-    train(dataclasses.replace(recipe, val_fraction=0.25, eval_every=0.5, log_every=2))
+    train(recipe.replace(val_fraction=0.25, eval_every=0.5, log_every=2))
     board = events(recipe.output_dir)
     tags = board.Tags()
     wanted = {f'{split}/{name}' for split in ('train', 'val', 'test') for name in ('loss', 'top1', 'top5')}

@@ -1,6 +1,5 @@
 """Starting from other weights: whose model it is, what is kept, what does not learn."""
 
-import dataclasses
 import json
 
 import pytest
@@ -113,7 +112,7 @@ def test_a_resumed_run_leaves_frozen_what_was(model_folder, tmp_path):
     settings = {'freeze': 1, 'epochs': 1}
     before, straight = finetuned(model_folder, tmp_path / 'straight', **settings)
     recipe = small(tmp_path / 'run', model='', init=str(model_folder), lr=0.01, stages=(), **settings)
-    assert train(dataclasses.replace(recipe, max_steps=3)) == {}
+    assert train(recipe.replace(max_steps=3)) == {}
     train(recipe)
     assert not changed(straight, weights(tmp_path / 'run'))
 

@@ -1,6 +1,5 @@
 """Runs on folders of images: what they leave behind, and what becomes of damaged files."""
 
-import dataclasses
 import json
 import logging
 import multiprocessing
@@ -50,7 +49,7 @@ def spoil(folder, how):
 
 
 def test_timm_reads_what_a_run_exported_and_gives_its_score(recipe, capsys):
-    metrics = train(dataclasses.replace(recipe, epochs=25, opt='muon', lr=0.01, hflip=0.5))
+    metrics = train(recipe.replace(epochs=25, opt='muon', lr=0.01, hflip=0.5))
     assert metrics['top1'] > 0.6 and metrics['num_samples'] == 9 and metrics['classes'] == ['bar 0', 'bar 1', 'bar 2']
     model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == metrics['classes']
@@ -76,7 +75,7 @@ def test_images_that_are_not_square_are_read_alike_in_training_evaluation_and_by
         image.save(path)
     shutil.rmtree(recipe.data_dir / 'train/bar 2')
     shutil.rmtree(recipe.data_dir / 'val/bar 2')
-    metrics = train(dataclasses.replace(recipe, epochs=12, opt='muon', lr=0.01, crop_mode=crop_mode))
+    metrics = train(recipe.replace(epochs=12, opt='muon', lr=0.01, crop_mode=crop_mode))
     out = capsys.readouterr().out
     assert ('100 % of the images are not square: their middle is used' in out) == (crop_mode == 'center')
     assert metrics['top1'] == (0.5 if crop_mode == 'center' else 1)  # the middle shows no bar
@@ -113,7 +112,7 @@ def test_a_run_is_scored_on_its_own_images_and_on_others(recipe, tmp_path, capsy
 
 @pytest.mark.parametrize('how, workers', [('truncated', 0), ('no image', 2), ('empty', 0)])
 def test_a_damaged_image_ends_a_run_and_is_named_and_the_mended_run_goes_on(recipe, how, workers):
-    recipe = dataclasses.replace(recipe, workers=workers, checkpoint_every=1)
+    recipe = recipe.replace(workers=workers, checkpoint_every=1)
     shutil.copy(path := sorted((recipe.data_dir / 'train').rglob('*.png'))[4], kept := recipe.data_dir / 'kept')
     assert spoil(recipe.data_dir / 'train', how) == path
     with pytest.raises(OSError, match=f'{path} cannot be read as an image .*--on-bad-image skip'):
@@ -151,9 +150,9 @@ def test_workers_end_with_the_batches_that_they_read(bars):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_damaged_images_are_left_out_where_that_is_wished(recipe, workers, caplog):
     bad, worse = spoil(recipe.data_dir / 'train', 'truncated'), spoil(recipe.data_dir / 'val', 'no image')
-    recipe = dataclasses.replace(recipe, on_bad_image='skip', workers=workers, epochs=2)
+    recipe = recipe.replace(on_bad_image='skip', workers=workers, epochs=2)
     with caplog.at_level(logging.WARNING):
-        train(dataclasses.replace(recipe, max_steps=4))
+        train(recipe.replace(max_steps=4))
         assert [str(bad) in message for message in caplog.messages] == [True]  # once in two epochs
         metrics = train(recipe)
     assert [str(path) in message for path, message in zip((bad, worse), caplog.messages, strict=True)] == [True] * 2
@@ -197,9 +196,9 @@ def test_two_processes_score_every_readable_image_once(tmp_path, workers):
 
 
 def test_a_folder_with_a_run_on_other_images_is_refused(recipe, tmp_path):
-    train(dataclasses.replace(recipe, max_steps=2))
+    train(recipe.replace(max_steps=2))
     moved = recipe.data_dir.rename(tmp_path / 'moved')
-    other = dataclasses.replace(recipe, data_dir=moved)
+    other = recipe.replace(data_dir=moved)
     first = sorted((moved / 'train').rglob('*.png'))[0]
     content = first.read_bytes()
     first.unlink()
@@ -215,7 +214,7 @@ def test_a_folder_with_a_run_on_other_images_is_refused(recipe, tmp_path):
     (copied / 'train/bar 1').rename(copied / 'train/bar 3')
     (copied / 'val/bar 1').rename(copied / 'val/bar 3')
     with pytest.raises(ValueError, match='on other training images'):
-        train(dataclasses.replace(recipe, data_dir=copied))
+        train(recipe.replace(data_dir=copied))
 
 
 def test_a_finished_run_and_its_report_know_their_images(recipe):

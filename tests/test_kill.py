@@ -1,6 +1,5 @@
 """A run that is killed and started again ends with the same weights, bit for bit, as one that never stopped."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -62,7 +61,7 @@ def whole(recipe) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize('kill', KILLS)
 def test_a_killed_run_ends_with_the_weights_of_one_that_never_stopped(kill, recipe, whole, tmp_path):
-    recipe = dataclasses.replace(recipe, output_dir=tmp_path)
+    recipe = recipe.replace(output_dir=tmp_path)
     command = [sys.executable, '-c', SCRIPT, json.dumps(KILLS[kill]), json.dumps(recipe.to_dict())]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == -signal.SIGKILL, run.stderr

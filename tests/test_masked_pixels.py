@@ -33,7 +33,7 @@ def masked_model(**arguments):
 
 @pytest.fixture
 def recipe(small_recipe):
-    return dataclasses.replace(small_recipe, task='masked_pixels', epochs=2, lr=3e-3, mask_size=2)
+    return small_recipe.replace(task='masked_pixels', epochs=2, lr=3e-3, mask_size=2)
 
 
 # ------------------------------------------------------------------------------------------------------- what is hidden
@@ -173,9 +173,7 @@ def test_a_picture_shows_what_is_seen_and_what_is_told(monkeypatch):
 
 
 def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe):
-    metrics = train(
-        dataclasses.replace(recipe, epochs=8, opt='muon', lr=0.01, stages=(), val_fraction=0.25, eval_every=1)
-    )
+    metrics = train(recipe.replace(epochs=8, opt='muon', lr=0.01, stages=(), val_fraction=0.25, eval_every=1))
     assert 0.1 < metrics['loss'] < 0.85 and metrics['val_loss'] < 0.85  # 1 is the variance of the pixels
     assert metrics['num_samples'] == 100 and metrics['num_left_out'] == 0 and 'top1' not in metrics
     assert metrics['best_val_loss'] <= metrics['val_loss'] + 1e-3
@@ -188,7 +186,7 @@ def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe):
 
 
 def test_the_best_is_one_of_the_last_image_size(recipe):
-    metrics = train(dataclasses.replace(recipe, val_fraction=0.25, eval_every=0.5, test=False))
+    metrics = train(recipe.replace(val_fraction=0.25, eval_every=0.5, test=False))
     points = events(recipe.output_dir).Scalars('val/loss')
     last = {p.step: p.value for p in points[:-1] if p.step > metrics['steps'] / 2}  # at 16×16 pixels
     assert metrics['best_step'] == min(last, key=last.get)
@@ -198,9 +196,9 @@ def test_the_best_is_one_of_the_last_image_size(recipe):
 
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
     train(recipe)
-    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 10, 0):
-        train(dataclasses.replace(parts, max_steps=stop))
+        train(parts.replace(max_steps=stop))
     whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -211,8 +209,8 @@ def test_labels_change_nothing(recipe, tmp_path, monkeypatch):
         return dataclasses.replace(images, labels=images.labels.flip(0))
 
     monkeypatch.setitem(datasets.DATASETS, 'permuted', permuted)
-    one = train(dataclasses.replace(recipe, hflip=0.5))
-    other = dataclasses.replace(recipe, hflip=0.5, dataset='permuted', output_dir=tmp_path / 'permuted')
+    one = train(recipe.replace(hflip=0.5))
+    other = recipe.replace(hflip=0.5, dataset='permuted', output_dir=tmp_path / 'permuted')
     assert train(other)['loss'] == one['loss']
     first, second = weights(recipe.output_dir), weights(other.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -241,7 +239,7 @@ def test_its_backbone_starts_a_classifier_of_any_size(pretrained, size):
     found, wanted = model.state_dict(), expected.state_dict()
     for name in wanted.keys() - {'head.weight', 'head.bias'}:
         assert torch.equal(found[name], wanted[name]), name
-    fresh = learner(dataclasses.replace(recipe, init=''), size).state_dict()
+    fresh = learner(recipe.replace(init=''), size).state_dict()
     assert not torch.equal(found['blocks.0.attn.qkv.weight'], fresh['blocks.0.attn.qkv.weight'])
     images = torch.randn(2, 1, size, size)
     features = [m.eval().forward_head(m.forward_features(images), pre_logits=True) for m in (model, expected)]
@@ -261,7 +259,7 @@ def test_a_run_that_starts_from_a_backbone_is_another_run_and_trains(pretrained,
     recipe = small(tmp_path / 'run', model_args=arguments, epochs=0.5, init=str(folder))
     assert train(recipe)['num_samples'] == 100
     with pytest.raises(ValueError, match='init: .* there,  now'):
-        train(dataclasses.replace(recipe, init=''))
+        train(recipe.replace(init=''))
 
 
 @pytest.mark.parametrize(
@@ -302,4 +300,4 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path):
 )
 def test_what_cannot_be_hidden_is_refused(recipe, change, message):
     with pytest.raises(ValueError, match=message):
-        train(dataclasses.replace(recipe, **change))
+        train(recipe.replace(**change))

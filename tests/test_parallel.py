@@ -1,6 +1,5 @@
 """Two processes over gloo give what one gives, and a sharded checkpoint loads on another number of them."""
 
-import dataclasses
 import os
 import signal
 import socket
@@ -51,9 +50,9 @@ def runs(tmp_path_factory):
         batch_size=28,
         log_every=1,
     )
-    ddp = dataclasses.replace(one, output_dir=folder / 'ddp', accumulate=2)
-    fsdp = dataclasses.replace(one, output_dir=folder / 'fsdp', parallel='fsdp')
-    stopped = dataclasses.replace(fsdp, output_dir=folder / 'stopped', max_steps=4)
+    ddp = one.replace(output_dir=folder / 'ddp', accumulate=2)
+    fsdp = one.replace(output_dir=folder / 'fsdp', parallel='fsdp')
+    stopped = fsdp.replace(output_dir=folder / 'stopped', max_steps=4)
     found = {'one': train(one)}
     in_two_processes(ddp, fsdp, stopped)
     return folder, found, {'one': one, 'ddp': ddp, 'fsdp': fsdp, 'stopped': stopped}
@@ -74,7 +73,7 @@ def test_two_processes_give_the_losses_and_scores_of_one(runs, parallel):
 def test_a_sharded_checkpoint_of_two_processes_goes_on_in_one(runs):
     folder, _, recipes = runs
     assert (folder / 'stopped/checkpoints/step_00000004/shards').is_dir()
-    train(dataclasses.replace(recipes['stopped'], max_steps=0))
+    train(recipes['stopped'].replace(max_steps=0))
     torch.testing.assert_close(weights(folder / 'stopped'), weights(folder / 'one'), rtol=1e-3, atol=2e-5)
 
 

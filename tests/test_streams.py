@@ -1,6 +1,5 @@
 """What timm reads: WebDataset shards as streams, torchvision's sets by number."""
 
-import dataclasses
 import io
 import json
 import pickle
@@ -201,10 +200,10 @@ def test_shards_without_a_readable_sample_end_the_run(tmp_path):
 def test_a_run_on_shards_ends_the_same_whether_it_stops_or_not(tmp_path, shards):
     settings = {'dataset': 'wds/x', 'dataset_args': CLASSES, 'data_dir': shards, 'hflip': 0.5}
     whole = small(tmp_path / 'whole', stages=((8, 1.0),), batch_size=4, epochs=2, **settings)
-    parts = dataclasses.replace(whole, output_dir=tmp_path / 'parts')
+    parts = whole.replace(output_dir=tmp_path / 'parts')
     metrics = train(whole)
     for stop in (3, 7, 0):
-        train(dataclasses.replace(parts, max_steps=stop))
+        train(parts.replace(max_steps=stop))
     one, two = weights(whole.output_dir), weights(parts.output_dir)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert metrics['num_samples'] == 7 and metrics['num_left_out'] == 0 and metrics['steps'] == 10

@@ -1,6 +1,5 @@
 """The engine on a small synthetic set: it learns, resumes to the bit, exports what it scored, and refuses bad input."""
 
-import dataclasses
 import json
 from functools import partial
 
@@ -21,11 +20,11 @@ from linvision.train.optimizer import create_optimizer, create_schedule
 
 @pytest.fixture
 def recipe(small_recipe):
-    return dataclasses.replace(small_recipe, epochs=8, opt='muon', lr=0.01, hflip=0.5, shift=1, checkpoint_every=10)
+    return small_recipe.replace(epochs=8, opt='muon', lr=0.01, hflip=0.5, shift=1, checkpoint_every=10)
 
 
 def test_training_learns_and_writes_everything(recipe):
-    metrics = train(dataclasses.replace(recipe, epochs=20, val_fraction=0.25, shift=0))
+    metrics = train(recipe.replace(epochs=20, val_fraction=0.25, shift=0))
     assert metrics['top1'] > 0.6  # chance is 0.1
     assert metrics['num_samples'] == 100 and metrics['val_num_samples'] == 64
     assert metrics['images_seen'] == 20 * (192 // 32) * 32
@@ -34,7 +33,7 @@ def test_training_learns_and_writes_everything(recipe):
 
 
 def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
-    metrics = train(dataclasses.replace(recipe, ema_decay=0.9))
+    metrics = train(recipe.replace(ema_decay=0.9))
     model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     batches = create_batches(create_dataset('fake', '.', 'test'), 100, config['mean'], config['std'], CPU)
@@ -45,16 +44,16 @@ def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
 
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
     train(recipe)
-    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts', ema_decay=0.0)
+    parts = recipe.replace(output_dir=tmp_path / 'parts', ema_decay=0.0)
     for stop in (13, 40, 0):  # within the first stage, within the second, to the end (the boundary lies at step 32)
-        train(dataclasses.replace(parts, max_steps=stop))
+        train(parts.replace(max_steps=stop))
     whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_projection_and_positions_keep_training_after_the_boundary(recipe):
-    recipe = dataclasses.replace(recipe, model_args={'pos_embed': 'separable'})
-    train(dataclasses.replace(recipe, max_steps=33))
+    recipe = recipe.replace(model_args={'pos_embed': 'separable'})
+    train(recipe.replace(max_steps=33))
     state = read_state(newest_checkpoint(recipe.output_dir / 'checkpoints'))
     before = {k: v.clone() for k, v in state['learner']['model'].items()}
     assert state['position']['stage'] == 1 and before['projection.weights.0'].shape == (4, 16)
@@ -90,7 +89,7 @@ def test_muon_on_a_cpu_steps_as_in_float64_and_not_as_in_bf16(recipe, monkeypatc
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         before = model.blocks[0].attn.qkv.weight.clone()
-        create_optimizer(dataclasses.replace(recipe, lr=1.0, weight_decay=0.0), model, precision).step()
+        create_optimizer(recipe.replace(lr=1.0, weight_decay=0.0), model, precision).step()
         return (model.blocks[0].attn.qkv.weight - before).detach()
 
     ours, theirs = step('fp32'), step('bf16')
@@ -104,7 +103,7 @@ def test_muon_on_a_cpu_steps_as_in_float64_and_not_as_in_bf16(recipe, monkeypatc
 
 def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = create_schedule(dataclasses.replace(recipe, warmup=0.1), optimizer, 100)
+    schedule = create_schedule(recipe.replace(warmup=0.1), optimizer, 100)
     rates = []
     for t in range(100):
         schedule.step(t)
@@ -114,17 +113,17 @@ def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):
 
 
 def test_mixing_trains(recipe):
-    metrics = train(dataclasses.replace(recipe, mixup=0.2, cutmix=0.2, epochs=2))
+    metrics = train(recipe.replace(mixup=0.2, cutmix=0.2, epochs=2))
     assert 0 < metrics['loss'] < 10
 
 
 def test_minutes_replace_epochs(recipe):
-    metrics = train(dataclasses.replace(recipe, max_minutes=0.03, epochs=1000))
+    metrics = train(recipe.replace(max_minutes=0.03, epochs=1000))
     assert metrics['schedule'] == 'minutes' and 0.03 <= metrics['train_minutes'] < 0.2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe, monkeypatch):
-    train(dataclasses.replace(recipe, max_steps=12))
+    train(recipe.replace(max_steps=12))
     kept = {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()}
     monkeypatch.setattr(Preparation, 'plain', lambda self, images, size: images[:, :, :8, :8] * float('nan'))
     with pytest.raises(FloatingPointError, match='not finite in step 12'):
@@ -133,15 +132,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe
 
 
 def test_another_recipe_in_the_folder_is_refused(recipe):
-    train(dataclasses.replace(recipe, max_steps=5))
+    train(recipe.replace(max_steps=5))
     with pytest.raises(ValueError, match=r'lr: 0.01 there, 0.02 now'):
-        train(dataclasses.replace(recipe, lr=0.02))
+        train(recipe.replace(lr=0.02))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='cannot be written'):
-        train(dataclasses.replace(recipe, output_dir=tmp_path / 'file' / 'run'))
+        train(recipe.replace(output_dir=tmp_path / 'file' / 'run'))
 
 
 @pytest.mark.parametrize(
@@ -163,4 +162,4 @@ def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
 )
 def test_recipe_errors_say_what_was_wanted(recipe, change, message):
     with pytest.raises(ValueError, match=message):
-        train(dataclasses.replace(recipe, **change))
+        train(recipe.replace(**change))

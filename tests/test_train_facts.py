@@ -1,6 +1,5 @@
 """Further facts of a run: what resumes, what is scored, what the probe and the board leave behind."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -16,7 +15,7 @@ from linvision.train.precision import choose_precision
 
 @pytest.fixture
 def recipe(small_recipe):
-    return dataclasses.replace(small_recipe, epochs=1, lr=3e-3, model_args={'drop_rate': 0.1, 'drop_path_rate': 0.1})
+    return small_recipe.replace(epochs=1, lr=3e-3, model_args={'drop_rate': 0.1, 'drop_path_rate': 0.1})
 
 
 def last(folder):
@@ -25,11 +24,11 @@ def last(folder):
 
 
 def test_an_interrupted_run_with_dropout_mixing_and_a_moving_average_ends_the_same(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, ema_decay=0.9, mixup=0.2, cutmix=1.0, opt='muon', shift=1, hflip=0.5, epochs=2)
+    recipe = recipe.replace(ema_decay=0.9, mixup=0.2, cutmix=1.0, opt='muon', shift=1, hflip=0.5, epochs=2)
     train(recipe)
-    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 11, 0):
-        train(dataclasses.replace(parts, max_steps=stop))
+        train(parts.replace(max_steps=stop))
     (at, whole), (resumed_at, resumed) = last(recipe.output_dir), last(parts.output_dir)
     for part in ('model', 'ema'):
         assert whole[part].keys() == resumed[part].keys()
@@ -51,7 +50,7 @@ def test_three_classes_have_no_top5(recipe, monkeypatch):
         return ImageSet(images.images.expand(-1, 3, -1, -1).contiguous(), images.labels % 3, ('a', 'b', 'c'), 16)
 
     monkeypatch.setitem(datasets.DATASETS, 'three', three)
-    metrics = train(dataclasses.replace(recipe, dataset='three', eval_batch_size=7))
+    metrics = train(recipe.replace(dataset='three', eval_batch_size=7))
     assert 'top5' not in metrics and metrics['num_samples'] == 100
 
 
@@ -88,17 +87,17 @@ def test_the_probe_spares_the_batch_where_one_image_decides(monkeypatch, slower,
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(recipe, monkeypatch, capsys):
-    train(dataclasses.replace(recipe, log_every=2))
+    train(recipe.replace(log_every=2))
     lines = capsys.readouterr().out
     assert 'loss' in lines and 'images/s' in lines and 'min left' in lines and '\r' not in lines
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    train(dataclasses.replace(recipe, log_every=2, seed=1, output_dir=recipe.output_dir.with_name('tty')))
+    train(recipe.replace(log_every=2, seed=1, output_dir=recipe.output_dir.with_name('tty')))
     shown = capsys.readouterr()
     assert '\r' in shown.err and 'images/s' in shown.err and 'min left' in shown.err
 
 
 def test_tensorboard_holds_scalars_a_batch_and_the_recipe(recipe):
-    train(dataclasses.replace(recipe, log_every=2))
+    train(recipe.replace(log_every=2))
     board = events(recipe.output_dir)
     tags = board.Tags()
     assert {

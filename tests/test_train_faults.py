@@ -1,6 +1,5 @@
 """Faults that the engine once had: each test states the fact that is wanted."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -19,52 +18,52 @@ from linvision.train import train
 
 @pytest.fixture
 def recipe(small_recipe):
-    return dataclasses.replace(small_recipe, epochs=1.25, lr=3e-3)
+    return small_recipe.replace(epochs=1.25, lr=3e-3)
 
 
 @pytest.mark.parametrize(
     'change', [{'opt_args': {'betas': (0.9, 0.95)}}, {'model_args': {'proj_len': (9, 16, 4), 'sharing': 'key_value'}}]
 )
 def test_a_finished_run_with_a_tuple_among_its_arguments_is_recognised(recipe, change):
-    recipe = dataclasses.replace(recipe, **change)
+    recipe = recipe.replace(**change)
     assert json.loads(json.dumps(train(recipe))) == train(recipe)
 
 
 def test_an_interruption_at_a_rounded_stage_boundary_changes_nothing(recipe, tmp_path):
     stages = ((8, 0.1), (12, 0.2), (16, 0.7))  # 0.1 + 0.2 > 3 / 10 in floating point; 10 steps in all
-    recipe = dataclasses.replace(recipe, stages=stages)
+    recipe = recipe.replace(stages=stages)
     train(recipe)
-    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 0):
-        train(dataclasses.replace(parts, max_steps=stop))
+        train(parts.replace(max_steps=stop))
     whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_an_odd_batch_for_mixing_is_a_value_error(recipe):
     with pytest.raises(ValueError, match='even'):
-        train(dataclasses.replace(recipe, mixup=0.2, batch_size=31))
+        train(recipe.replace(mixup=0.2, batch_size=31))
 
 
 def test_a_validation_slice_of_everything_is_a_value_error(recipe):
     with pytest.raises(ValueError, match='val_fraction'):
-        train(dataclasses.replace(recipe, val_fraction=1.0))
+        train(recipe.replace(val_fraction=1.0))
 
 
 def test_epochs_that_are_no_number_are_named(recipe):
     with pytest.raises(ValueError, match='epochs'):
-        train(dataclasses.replace(recipe, epochs=float('nan')))
+        train(recipe.replace(epochs=float('nan')))
 
 
 def test_arguments_that_json_cannot_hold_are_refused_before_training(recipe):
     with pytest.raises((ValueError, TypeError)):
-        train(dataclasses.replace(recipe, model_args={'norm_layer': nn.LayerNorm}))
+        train(recipe.replace(model_args={'norm_layer': nn.LayerNorm}))
     assert not (recipe.output_dir / 'checkpoints').exists()
 
 
 def test_the_same_max_steps_again_takes_no_further_step(recipe):
     for _ in range(2):
-        train(dataclasses.replace(recipe, max_steps=3))
+        train(recipe.replace(max_steps=3))
     assert sorted(os.listdir(recipe.output_dir / 'checkpoints')) == ['step_00000003']
 
 
@@ -86,7 +85,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatc
     spoilt = lambda self, x, *a, **k: Bad.apply(forward(self, x))  # noqa: E731
     monkeypatch.setattr(network.LinformerVisionTransformer, 'forward_features', spoilt)
     with pytest.raises(FloatingPointError):
-        train(dataclasses.replace(recipe, checkpoint_every=1))
+        train(recipe.replace(checkpoint_every=1))
     for path in (recipe.output_dir / 'checkpoints').glob('step_*'):
         state = torch.load(path / 'state.pt', weights_only=True)
         assert all(v.isfinite().all() for v in state['learner']['model'].values())
@@ -95,7 +94,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatc
 def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, monkeypatch):
     """metrics.json must stay JSON: NaN is none."""
     with pytest.raises(FloatingPointError):
-        train(dataclasses.replace(recipe, epochs=0.25, warmup=0.0, sched='constant', opt='sgd', clip_grad=0.0, lr=1e38))
+        train(recipe.replace(epochs=0.25, warmup=0.0, sched='constant', opt='sgd', clip_grad=0.0, lr=1e38))
     assert not (recipe.output_dir / 'metrics.json').exists()
 
 
@@ -111,12 +110,12 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
 )
 def test_settings_that_cannot_be_trained_are_named(recipe, change, message):
     with pytest.raises(ValueError, match=message):
-        train(dataclasses.replace(recipe, **change))
+        train(recipe.replace(**change))
 
 
 def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_weights(recipe, tmp_path):
     train(recipe)
-    parts = dataclasses.replace(recipe, output_dir=tmp_path / 'parts')
+    parts = recipe.replace(output_dir=tmp_path / 'parts')
     asked = iter([False, False, True])
     assert train(parts, lambda: next(asked)) == {}
     assert os.listdir(parts.output_dir / 'checkpoints') == ['step_00000003']
@@ -140,10 +139,10 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
 
 
 def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):
-    first = train(dataclasses.replace(recipe, test=False, val_fraction=0.25))
+    first = train(recipe.replace(test=False, val_fraction=0.25))
     assert 'top1' not in first and first['val_num_samples'] == 64
     before = weights(recipe.output_dir)
-    scored = train(dataclasses.replace(recipe, val_fraction=0.25))
+    scored = train(recipe.replace(val_fraction=0.25))
     assert scored['num_samples'] == 100 and scored['val_loss'] == first['val_loss'] and scored['steps'] == 8
     assert all(torch.equal(before[name], value) for name, value in weights(recipe.output_dir).items())
 
@@ -154,24 +153,24 @@ def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):
 ])  # fmt: skip
 def test_what_cannot_be_reached_is_said_before_the_first_step(recipe, change, words):
     with pytest.raises(ValueError, match=words):
-        train(dataclasses.replace(recipe, **change))
+        train(recipe.replace(**change))
     assert not list(recipe.output_dir.glob('checkpoints/*'))
 
 
 def test_scores_that_will_not_come_are_announced(recipe, capsys):
-    train(dataclasses.replace(recipe, eval_every=0.5, max_steps=1))
+    train(recipe.replace(eval_every=0.5, max_steps=1))
     assert 'no scores on the way: --eval-every needs a --val-fraction' in capsys.readouterr().out
 
 
 def test_a_teacher_of_other_classes_is_refused(recipe, model_folder):
-    recipe = dataclasses.replace(recipe, stages=(), teacher=str(model_folder), test=False, max_steps=1)
+    recipe = recipe.replace(stages=(), teacher=str(model_folder), test=False, max_steps=1)
     train(recipe)
     with pytest.raises(ValueError, match='tells 10 classes apart, the student 5.*Fine-tune the teacher'):
-        train(dataclasses.replace(recipe, dataset_args={'num_classes': 5}, fresh=True))
+        train(recipe.replace(dataset_args={'num_classes': 5}, fresh=True))
     config = json.loads((model_folder / 'config.json').read_text())
     names = config['label_names'][::-1]
     turned = recipe.output_dir / 'turned'
     shutil.copytree(model_folder, turned)
     (turned / 'config.json').write_text(json.dumps({**config, 'label_names': names}))
     with pytest.raises(ValueError, match="the student 10: .'bar 9', "):
-        train(dataclasses.replace(recipe, teacher=str(turned), output_dir=recipe.output_dir / 'other'))
+        train(recipe.replace(teacher=str(turned), output_dir=recipe.output_dir / 'other'))

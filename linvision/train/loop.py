@@ -11,7 +11,7 @@ Notable here:
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ class Run:
         """The model and all that follows it, as new or as a checkpoint's state says, in a precision that suits it."""
         recipe, joined, data = self.recipe, self.processes, self.data
         if found:
-            recipe = replace(recipe, init='')  # what it started from may be gone
+            recipe = recipe.replace(init='')  # what it started from may be gone
         sizes = (self.img_size, data.stages[-1][0])
         self.learner = Learner(
             recipe, data.shape, *sizes, self.updates, data.mean, data.std, joined, data.train_set.classes

@@ -1,6 +1,5 @@
 """The command line of a recipe: every field of `Recipe` is a flag."""
 
-import dataclasses
 import logging
 import os
 import signal
@@ -48,9 +47,9 @@ def main(recipe: Recipe, description: str | None = None) -> None:
         description: Text above the flags in `--help`.
     """
     own = {name: getattr(recipe, name) for name in ('model_args', 'opt_args', 'dataset_args')}
-    bare = dataclasses.replace(recipe, **{name: {} for name in own})  # tyro offers only the keys of a default
+    bare = recipe.replace(**{name: {} for name in own})  # tyro offers only the keys of a default
     recipe = tyro.cli(Recipe, default=bare, description=description)
-    recipe = dataclasses.replace(recipe, **{name: {**own[name], **getattr(recipe, name)} for name in own})
+    recipe = recipe.replace(**{name: {**own[name], **getattr(recipe, name)} for name in own})
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     interrupt = Interrupt()
     try:

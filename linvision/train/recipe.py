@@ -236,6 +236,10 @@ class Recipe:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f'mask_ratio must lie between 0 and 1, got {self.mask_ratio}.')
 
+    def replace(self, **changes: Any) -> 'Recipe':
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
     @property
     def changes(self) -> Augmentation:
         """What is changed at random, and by whom."""

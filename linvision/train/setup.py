@@ -1,6 +1,5 @@
 """What a run needs before its first step: a validation slice, a model, weights to start from, a teacher."""
 
-import dataclasses
 from pathlib import Path
 
 import timm
@@ -74,11 +73,11 @@ def resolved(recipe: Recipe) -> Recipe:
         grid = next((module.grid for module in source.modules() if isinstance(module, LocalPath)), None)
         if grid is None or not timm.models.is_model_in_modules(recipe.model, ['registry']):
             return recipe
-        return dataclasses.replace(recipe, model_args={'local_grid': grid} | recipe.model_args)
+        return recipe.replace(model_args={'local_grid': grid} | recipe.model_args)
     kept = {k: v for k, v in get_model_args(source).items() if k not in ('img_size', 'in_chans', 'num_classes')}
     size = recipe.img_size if recipe.img_size or recipe.stages else source.patch_embed.img_size[0]
     name = source.pretrained_cfg['architecture']
-    return dataclasses.replace(recipe, model=name, model_args=kept | recipe.model_args, img_size=size)
+    return recipe.replace(model=name, model_args=kept | recipe.model_args, img_size=size)
 
 
 def is_source(name: str) -> bool:
