@@ -53,8 +53,8 @@ class MetadataUnpickler(pickle.Unpickler):
 class ShardReader(dcp.FileSystemReader):
     """PyTorch's reader, but for how it reads `.metadata`."""
 
-    def read_metadata(self) -> Metadata:
-        """What the shards hold.
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the shards hold, by the one file that the first process wrote for all (`rank` is not looked at).
 
         Raises:
             OSError: The file is missing, or no metadata of a checkpoint; the message says why.
