@@ -145,7 +145,7 @@ def test_rows_are_normalised_before_the_weights_and_keys_and_values_where_heads_
         else:
             rows = F.layer_norm(matrix @ x.unsqueeze(1), (D,))  # (B, H, K, D)
             expected.append(rows @ weight.mT + matrix.sum(-1, keepdim=True) * bias)
-    found = attention.key_value(x, projection(x, GRID)[1], GRID)[:2]
+    found = attention.key_value(x, projection(x, GRID)[1], GRID, None, attention.split_weights(x))[:2]
     torch.testing.assert_close(found, tuple(expected), **FULL)
 
 

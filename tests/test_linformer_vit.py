@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
-from linvision.models.block import TokenNorm
+from linvision.models.norms import TokenNorm
 from linvision.models.projection import SHARING
 
 CREATE = dict(num_classes=5, img_size=8, proj_len=6, depth=3)

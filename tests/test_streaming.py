@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_weights_that_the_forward_pass_had():
 @pytest.mark.parametrize('chunk_size', [24, 'auto'])
 def test_gradients_by_torch_func_are_those_of_whole_blocks(chunk_size, monkeypatch):
     monkeypatch.setattr('linvision.streaming.chunks.KEPT_BYTES', 0)
-    monkeypatch.setattr('linvision.streaming.chunks.auto_chunk_size', lambda x, hidden: 24)
+    monkeypatch.setattr('linvision.streaming.chunks.chunk_tokens', lambda x, hidden: 24)
     model, images = create(), batch()
     weights = {n: p.detach() for n, p in model.named_parameters()}
     gradient = torch.func.grad(lambda w: torch.func.functional_call(model, w, (images,)).square().sum())
@@ -303,7 +303,7 @@ def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibiby
     gradients(model, images)
     assert not calls
     monkeypatch.setattr(chunk_size, 'KEPT_BYTES', kept)
-    monkeypatch.setattr(chunk_size, 'auto_chunk_size', lambda x, hidden: 24)
+    monkeypatch.setattr(chunk_size, 'chunk_tokens', lambda x, hidden: 24)
     torch.testing.assert_close(gradients(model, images), exact, rtol=1e-9, atol=1e-9)
     assert calls == [24] * 3
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
+from linvision.autocast import in_compute_dtype
 from linvision.models.local_conv import LocalPath
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
@@ -116,23 +117,24 @@ class LinformerAttention(nn.Module):
         Returns:
             Output of the attention, (B, P + N, D).
         """
-        key, value, mask = self.key_value(x, projection, grid, valid)
         local: Tensor | None = None
         if self.local is not None:
             local = self.local(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0), grid)
-        return self.output(x, key, value, mask, local)
+        weights = self.split_weights(x)
+        key, value, mask = self.key_value(x, projection, grid, valid, weights)
+        return self.output(self.query(x, weights), key, value, mask, local)
 
-    def output(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
-        """What becomes of each token once keys and values are known: (B, n, D) -> (B, n, D).
+    def output(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
+        """What becomes of each token once keys and values are known: (B, H, n, D/H) -> (B, n, D).
 
         Args:
-            x: Any tokens of the normalised block input.
+            query: Queries of any tokens.
             key: Keys, (B, H, P + K, D/H).
             value: Values, (B, H, P + K, D/H).
             mask: Which of them to attend to, (B, 1, 1, P + K), None for all.
-            local: The local path's output for these tokens.
+            local: The local path's output for these tokens, (B, n, D).
         """
-        out = self.attend(x, key, value, mask)
+        out = self.attend(query, key, value, mask)
         if local is not None:
             out = out + local
         return self.proj_drop(self.proj(self.norm(out)))
@@ -141,8 +143,38 @@ class LinformerAttention(nn.Module):
         """Whether attention runs over all tokens: there is no projection, or it would not shorten this sequence."""
         return self.rows[0] * self.rows[1] == 0 or self.rows[0] * self.rows[1] >= grid[0] * grid[1]
 
+    def split_weights(self, x: Tensor) -> list[Tensor]:
+        """Weight (and bias) of the queries, then those of keys and values together, in the dtype that x is computed in.
+
+        Raises:
+            TypeError: `qkv` is not an `nn.Linear`, or its `forward` is another's.
+        """
+        if not torch.jit.is_scripting():
+            if type(self.qkv).forward is not nn.Linear.forward:
+                raise TypeError(
+                    'attn.qkv must be an nn.Linear: its weight is read in parts and it is never called, so that what '
+                    f'it does would be lost, got {type(self.qkv)}. Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or '
+                    'change the weight of attn.qkv by torch.nn.utils.parametrize.'
+                )
+        D = x.shape[-1]
+        query, key_value = in_compute_dtype(self.qkv.weight).split([D, 2 * D])
+        if self.qkv.bias is None:
+            return [query, key_value]
+        query_bias, key_value_bias = in_compute_dtype(self.qkv.bias).split([D, 2 * D])
+        return [query, key_value, query_bias, key_value_bias]
+
+    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """Queries by head: (B, n, D) -> (B, H, n, D/H)."""
+        query = F.linear(x, weights[0], weights[2] if len(weights) > 2 else None)
+        return self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+
     def key_value(
-        self, x: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None = None
+        self,
+        x: Tensor,
+        projection: list[Tensor],
+        grid: tuple[int, int],
+        valid: Tensor | None,
+        weights: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the prefix tokens and the K projected rows (of all tokens where K >= N).
 
@@ -151,34 +183,54 @@ class LinformerAttention(nn.Module):
         """
         n = len(projection) // self.matrices
         mask: Tensor | None = None
-        if self.is_full(grid):
-            ones = x.new_ones(x.shape[1])
-            key, value = self.linear(x, ones, 1), self.linear(x, ones, 2)
-            if valid is not None:
-                mask = valid.unsqueeze(1).unsqueeze(1)
-        elif self.per_head:  # every head has its own E: the paper's order, keys and values before the projection
-            ones = x.new_ones(x.shape[1])
-            key, _, mask = self.project(self.linear(x, ones, 1), projection[:n], grid, valid)
-            value, _, _ = self.project(self.linear(x, ones, 2), projection[n:], grid, valid)
-        else:  # compress first
+        full = self.is_full(grid)
+        if not full and not self.per_head:  # compress first
             tokens = x[:, self.num_prefix_tokens :]
             rows = [self.reduce_valid(tokens, projection[: n - 1], grid, valid)]
             if self.matrices == 2:
                 rows.append(self.reduce_valid(tokens, projection[n:-1], grid, valid))
-            return self.key_value_of_rows(rows, x[:, : self.num_prefix_tokens], projection, grid, valid)
+            return self.key_value_of_rows(rows, x[:, : self.num_prefix_tokens], projection, grid, valid, weights)
+        both = F.linear(x, weights[1], weights[3] if len(weights) > 2 else None)
+        key, value = both.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        if not full:  # every head has its own E: the paper's order, keys and values before the projection
+            key, _, mask = self.project(key, projection[:n], grid, valid)
+            value, _, _ = self.project(value, projection[n:], grid, valid)
+        elif valid is not None:
+            mask = valid.unsqueeze(1).unsqueeze(1)
         return self.k_norm(key), value, mask
 
     def key_value_of_rows(
-        self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None
+        self,
+        rows: list[Tensor],
+        prefix: Tensor,
+        projection: list[Tensor],
+        grid: tuple[int, int],
+        valid: Tensor | None,
+        weights: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values from projected rows: [E x] or [E x, F x] of (B, K, D), and the prefix tokens (B, P, D)."""
         n = len(projection) // self.matrices
         compressed, sums, mask = self.complete(rows[0], prefix, projection[:n], grid, valid)
-        key = self.linear(compressed, sums, 1)
-        if self.matrices == 2:
-            compressed, sums, _ = self.complete(rows[1], prefix, projection[n:], grid, valid)
-        value = self.linear(compressed, sums, 2)
-        return self.k_norm(key), value, mask
+        if self.matrices == 1:  # one product for both
+            both = self.linear(compressed, sums, weights[1], weights[3] if len(weights) > 2 else None)
+            key, value = both.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.k_norm(key), value, mask
+        D = compressed.shape[-1]
+        parts: list[Tensor] = []
+        for i in range(2):
+            if i == 1:
+                compressed, sums, _ = self.complete(rows[1], prefix, projection[n:], grid, valid)
+            bias = weights[3][i * D : (i + 1) * D] if len(weights) > 2 else None
+            out = self.linear(compressed, sums, weights[1][i * D : (i + 1) * D], bias)
+            parts.append(out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        return self.k_norm(parts[0]), parts[1], mask
+
+    def linear(self, x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values, or both, of projected rows, whose row sums scale the bias: (B, n, D) -> (B, n, C)."""
+        out = F.linear(x, weight)
+        if bias is None:
+            return out
+        return out + sums.unsqueeze(-1).to(bias.dtype) @ bias.unsqueeze(0)  # (n, 1) @ (1, C)
 
     def project(
         self, x: Tensor, matrix: list[Tensor], grid: tuple[int, int], valid: Tensor | None
@@ -225,31 +277,8 @@ class LinformerAttention(nn.Module):
             sums = F.pad(sums, (P, 0), value=1.0)
         return rows, sums, used
 
-    def linear(self, x: Tensor, sums: Tensor, part: int) -> Tensor:
-        """Query (0), key (1) or value (2) of x by head: (B, n, D) -> (B, H, n, D/H). The row sums scale its bias.
-
-        Raises:
-            TypeError: `qkv` is not an `nn.Linear`, or its `forward` is another's.
-        """
-        if not torch.jit.is_scripting():
-            if type(self.qkv).forward is not nn.Linear.forward:
-                raise TypeError(
-                    'attn.qkv must be an nn.Linear: its weight is read in parts and it is never called, so that what '
-                    f'it does would be lost, got {type(self.qkv)}. Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or '
-                    'change the weight of attn.qkv by torch.nn.utils.parametrize.'
-                )
-        D = x.shape[-1]
-        out = F.linear(x, self.qkv.weight[part * D : (part + 1) * D])
-        if self.qkv.bias is not None:
-            out = out + (sums.unsqueeze(-1) * self.qkv.bias[part * D : (part + 1) * D]).to(out.dtype)
-        return out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-    def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of each token of x over given keys and values, where the mask is true: (B, n, D) -> (B, n, D)."""
-        D = x.shape[-1]
-        bias = self.qkv.bias[:D] if self.qkv.bias is not None else None
-        query = F.linear(x, self.qkv.weight[:D], bias)
-        query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))  # (B, H, n, D/H)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of some queries over given keys and values, where the mask is true: (B, H, n, D/H) -> (B, n, D)."""
         if self.fused_attn:
             out = attention(query, key, value, mask, self.attn_drop.p if self.training else 0.0)
         else:  # so that hooks and traces see the weights

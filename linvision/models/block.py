@@ -13,43 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, LayerType, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers import DropPath, GluMlp, LayerScale, LayerType, Mlp, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
 from linvision.models.attention import LinformerAttention
+from linvision.models.norms import LayerNorm, TokenNorm
 from linvision.streaming.stream import stream
 
 # timm has no names for them
 MLPS: dict[str, Any] = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPacked}
-
-
-class TokenNorm(nn.Module):
-    """Normalise each channel over the tokens of an image (instance norm): (B, P + N, D) -> (B, P + N, D).
-
-    Layer norm makes all tokens equally large, each by itself. This keeps how much larger one is than the others of its
-    image, and takes away what all have in common: what helps where a few bright tokens stand on an empty background.
-
-    Args:
-        dim: Width D of the tokens.
-        eps: Added to the variance.
-    """
-
-    def __init__(
-        self, dim: int, eps: float = 1e-5, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum of squares overflows in fp16
-        var, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
-        return ((wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
 
 
 class LinformerBlock(nn.Module):

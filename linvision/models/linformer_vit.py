@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, PatchDropout, get_norm_layer, to_2tuple
+from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import PatchDropout, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor, nn
 
+from linvision.autocast import in_compute_dtype
 from linvision.models.block import LinformerBlock
 from linvision.models.checks import check_arguments, check_image, check_sizes, refuse_mask
+from linvision.models.norms import LayerNorm
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
@@ -123,8 +126,9 @@ class LinformerVisionTransformer(VisionTransformer):
                 **arguments,
             )
 
-        if norm_eps:
-            kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer')) or LayerNorm, eps=norm_eps)
+        norm_layer = get_norm_layer(kwargs.get('norm_layer')) or TimmLayerNorm
+        norm_layer = LayerNorm if norm_layer is TimmLayerNorm else norm_layer
+        kwargs['norm_layer'] = partial(norm_layer, eps=norm_eps) if norm_eps else norm_layer
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -259,7 +263,7 @@ class LinformerVisionTransformer(VisionTransformer):
         x = self._pos_embed(x)
         if self.position is not None:
             x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
-        x = self.norm_pre(self.patch_drop(x))
+        x = in_compute_dtype(self.norm_pre(self.patch_drop(x)))  # so the residual stream, whatever the positions are
         if self.projection is not None:
             idle = False
             for block in self.blocks:

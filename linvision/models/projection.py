@@ -155,7 +155,7 @@ class Projection(nn.Module):
                 if not torch.jit.is_scripting():
                     if grid != self.grid:
                         own = self.kind.resize(own, grid, rows)
-                factors = self.factors(own, grid, rows, x)
+                factors = [factor.to(x.dtype) for factor in self.factors(own, grid, rows, x)]  # once for all layers
                 sums = self.counts(ones.to(factors[0].dtype) if len(factors) > 0 else ones, factors, grid, rows)
                 matrices.extend(factors)
                 matrices.append(sums.squeeze(-1))  # (K) or (H, K)

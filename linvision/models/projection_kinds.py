@@ -117,13 +117,16 @@ class Separable(Kind):
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        E_h, E_w = factors[0], factors[1].unsqueeze(-3)  # (..., K_h, h), (..., 1, K_w, w)
+        if x.ndim == 3 and E_h.ndim == 2:  # else the product would fold the images into one matrix, a copy of x
+            E_h = E_h.expand(x.shape[0], -1, -1)
         x = x.unflatten(-2, grid)  # (..., h, w, D)
         if grid[1] > grid[0]:  # the longer axis first: fewer products
-            x = (factors[1].unsqueeze(-3) @ x).flatten(-2)  # (..., h, K_w*D)
-            x = (factors[0] @ x).unflatten(-1, (factors[1].shape[-2], -1))  # (..., K_h, K_w, D)
+            x = (E_w @ x).flatten(-2)  # (..., h, K_w*D)
+            x = (E_h @ x).unflatten(-1, (E_w.shape[-2], -1))  # (..., K_h, K_w, D)
         else:
-            x = (factors[0] @ x.flatten(-2)).unflatten(-1, (grid[1], -1))  # (..., K_h, w, D)
-            x = factors[1].unsqueeze(-3) @ x  # (..., K_h, K_w, D)
+            x = (E_h @ x.flatten(-2)).unflatten(-1, (grid[1], -1))  # (..., K_h, w, D)
+            x = E_w @ x  # (..., K_h, K_w, D)
         return x.flatten(-3, -2)  # (..., K, D)
 
     counts = reduce

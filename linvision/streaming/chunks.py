@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from linvision.autocast import compute_dtype
 from linvision.streaming import cpu_kernels
 from linvision.streaming.parts import StreamedBlock
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
-DEVICE_BYTES = 2**28  # and on an accelerator
-KEPT_NUMBERS = 24  # that a whole block keeps for the backward pass, for each token and channel, about
-KEPT_BYTES = 2**32  # training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
+# Numbers that a whole block keeps for the backward pass, for each token and channel, about: on a GPU 15.4, counted at
+# 16,384 tokens in bf16; on a CPU below fp32 the attention weights come on top.
+KEPT_NUMBERS = {'cpu': 24, 'gpu': 16}
+KEPT_BYTES = (
+    2**32
+)  # on a CPU training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
+WHOLE_SHARE = 0.8  # and on a GPU where they would keep more than this share of what is free
+CHUNK_SHARE = (
+    0.125  # of what is free on a GPU, for all that one chunk needs: few large chunks, since each costs launches
+)
 
 
 def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock], on_grid: bool = True) -> int:
@@ -44,40 +52,56 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[Streame
         return 0
     if chunk_size != 'auto':
         return int(chunk_size)
-    if torch.is_grad_enabled():
-        if kept_bytes(x.numel(), len(blocks), cpu_kernels.compute_dtype(x)) < whole_bytes(x.device):
-            return 0
-    return auto_chunk_size(x, blocks[0].hidden)
+    if not torch.is_grad_enabled():
+        return auto_chunk_size(x, blocks[0].hidden)
+    whole = kept_bytes(x.numel(), len(blocks), compute_dtype(x), x.device) < whole_bytes(x.device)
+    return 0 if whole else chunk_tokens(x, blocks[0].hidden)
 
 
-def kept_bytes(numbers: int, depth: int, dtype: torch.dtype) -> int:
+def kept_bytes(numbers: int, depth: int, dtype: torch.dtype, device: torch.device) -> int:
     """What whole blocks keep for the backward pass, about.
 
     Args:
         numbers: Numbers in the tokens x of a block, B · N · D.
         depth: Blocks.
         dtype: What is computed in.
+        device: Where.
     """
-    return KEPT_NUMBERS * numbers * depth * dtype.itemsize
+    return KEPT_NUMBERS['cpu' if device.type == 'cpu' else 'gpu'] * numbers * depth * dtype.itemsize
 
 
 def whole_bytes(device: torch.device) -> int:
     """Up to how much whole blocks may keep in training; where it is more, blocks are streamed."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory // 4
-    return KEPT_BYTES
+    return KEPT_BYTES if device.type == 'cpu' else int(WHOLE_SHARE * free_bytes(device))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on an accelerator, with what torch has cached there; without a way to ask, 8 GiB."""
+    if device.type != 'cuda':
+        return 2**33
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def chunk_tokens(x: Tensor, hidden: int) -> int:
+    """Images × tokens in a chunk: on a CPU an MLP layer `hidden` wide stays in cache; a power of two."""
+    itemsize = compute_dtype(x).itemsize
+    if x.is_cpu:
+        tokens = CACHE_BYTES // (hidden * itemsize)
+    else:
+        tokens = int(CHUNK_SHARE * free_bytes(x.device)) // (KEPT_NUMBERS['gpu'] * x.shape[-1] * itemsize)
+    return max(256, 2 ** (tokens.bit_length() - 1))
 
 
 def auto_chunk_size(x: Tensor, hidden: int) -> int:
-    """Tokens in a chunk so that an MLP layer `hidden` wide stays in cache; 0, whole, where streaming gains nothing.
+    """Images × tokens in a chunk without gradients; 0, whole, where streaming gains nothing.
 
     Args:
         x: Tokens, (B, N, D).
-        hidden: Width of the hidden layer.
+        hidden: Width of the MLP's hidden layer.
     """
-    tokens = (CACHE_BYTES if x.is_cpu else DEVICE_BYTES) // (hidden * cpu_kernels.compute_dtype(x).itemsize)
-    tokens = max(256, 2 ** (tokens.bit_length() - 1))
-    fused = x.is_cpu and x.shape[1] >= cpu_kernels.LONG and cpu_kernels.supports(cpu_kernels.compute_dtype(x))
+    tokens, dtype = chunk_tokens(x, hidden), compute_dtype(x)
+    fused = x.is_cpu and x.shape[1] >= cpu_kernels.LONG and cpu_kernels.supports(dtype)
     return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
 
 

@@ -15,6 +15,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from linvision.autocast import compute_dtype
 from linvision.streaming.parts import BlockWith, StreamedBlock
 
 Layer = tuple[Tensor, Tensor | None]  # a packed weight, and a bias
@@ -30,12 +31,6 @@ def supports(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that linear layers compute x in: that of autocast, where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def applies(block: StreamedBlock, x: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -93,7 +88,7 @@ class FusedAttention:
         self.norm, self.proj_drop = attention.norm, attention.proj_drop
         weight, bias, d = attention.qkv.weight, attention.qkv.bias, key.shape[-1]
         heads = [slice(i * d, (i + 1) * d) for i in range(key.shape[1])]
-        self.query = [products.pack(weight[s], None if bias is None else bias[s]) for s in heads]
+        self.queries = [products.pack(weight[s], None if bias is None else bias[s]) for s in heads]
         self.key = [[products.pack(k) for k in image] for image in key * attention.scale]
         self.value = [[products.pack(v.T) for v in image] for image in value]
         self.packed_proj = products.pack(attention.proj.weight, attention.proj.bias)
@@ -102,21 +97,25 @@ class FusedAttention:
         """The output projection."""
         return self.products.linear(x, self.packed_proj)
 
-    def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """The tokens as they are: `attend` makes the queries of one head at a time, which stay in cache."""
+        return x.to(self.products.dtype)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention over the keys and values that are packed: (B, n, D) -> (B, n, D)."""
         linear, images = self.products.linear, []
-        for tokens, keys, values in zip(x.to(self.products.dtype).split(1), self.key, self.value, strict=True):
+        for tokens, keys, values in zip(query.split(1), self.key, self.value, strict=True):
             heads = []
-            for query, k, v in zip(self.query, keys, values, strict=True):
-                weights = linear(linear(tokens, query), k).softmax(-1)  # (1, n, P + K)
+            for q, k, v in zip(self.queries, keys, values, strict=True):
+                weights = linear(linear(tokens, q), k).softmax(-1)  # (1, n, P + K)
                 heads.append(linear(weights, v))  # (1, n, D/H)
             images.append(torch.cat(heads, dim=-1))
         return torch.cat(images) if len(images) > 1 else images[0]
 
-    def output(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
+    def output(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
         """The attention's own equation, with the products that are here."""
         equation: Callable[..., Tensor] = type(self.attention).output
-        return equation(self, x, key, value, mask, local)
+        return equation(self, query, key, value, mask, local)
 
 
 class FusedMlp:

@@ -41,11 +41,23 @@ class StreamedAttention(Protocol):
     local: StreamedLocal | None
 
     def is_full(self, grid: Grid) -> bool: ...
-    def key_value(self, x: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None) -> KeysValues: ...
-    def key_value_of_rows(
-        self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None
+    def split_weights(self, x: Tensor) -> list[Tensor]: ...
+    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor: ...
+    def key_value(
+        self, x: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None, weights: list[Tensor]
     ) -> KeysValues: ...
-    def output(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor: ...
+    def key_value_of_rows(
+        self,
+        rows: list[Tensor],
+        prefix: Tensor,
+        projection: list[Tensor],
+        grid: Grid,
+        valid: Tensor | None,
+        weights: list[Tensor],
+    ) -> KeysValues: ...
+    def output(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None
+    ) -> Tensor: ...
 
 
 class StreamedBlock(Protocol):

@@ -269,13 +269,15 @@ class TokenChunks:
 
     def key_value(self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask from [E x] or [E x, F x] and the prefix tokens."""
-        prefix = self.block.norm1(prefix)
+        attention, prefix = self.block.attn, self.block.norm1(prefix)
         rows = [r.to(prefix.dtype) for r in rows]
-        return self.block.attn.key_value_of_rows(rows, prefix, projection, self.grid, self.valid)
+        weights = attention.split_weights(prefix)
+        return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, weights)
 
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask for kinds that are no sums over tokens, from the whole sequence."""
-        return self.block.attn.key_value(self.block.norm1(x), projection, self.grid, self.valid)
+        attention, h = self.block.attn, self.block.norm1(x)
+        return attention.key_value(h, projection, self.grid, self.valid, attention.split_weights(h))
 
     # ------------------------------------------------------------------------------------------ all that follows them
 
@@ -329,4 +331,5 @@ class TokenChunks:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
             local = self.block.attn.local.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
-        return block.residuals(x, block.attn.output(h, key, value, mask, local))
+        query = block.attn.query(h, self.block.attn.split_weights(h))
+        return block.residuals(x, block.attn.output(query, key, value, mask, local))

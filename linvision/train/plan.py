@@ -65,13 +65,15 @@ def memory_gib(run: 'Run', parameters: int, tokens: int, share: int) -> float:
     copies = 2 + MOMENTS + (recipe.ema_decay > 0)
     held = 4 * parameters * copies / (run.processes.count if recipe.parallel == 'fsdp' else 1)
     numbers, depth, dtype = share * tokens * model.embed_dim, len(model.blocks), DTYPES[run.learner.precision]
-    kept = kept_bytes(numbers, depth, dtype)
+    kept = kept_bytes(numbers, depth, dtype, run.processes.device)
     streams = isinstance(model, LinformerVisionTransformer) and not (recipe.compile or model.token_norm)
     long = recipe.chunk_size == 'auto' and kept >= whole_bytes(run.processes.device)
     if streams and (long or recipe.chunk_size not in ('auto', 0)):
         kept = (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at
     elif recipe.grad_checkpointing:
-        kept = depth * numbers * 4 + kept_bytes(numbers, 1, dtype)  # the input of each block, and all of one
+        kept = depth * numbers * 4 + kept_bytes(
+            numbers, 1, dtype, run.processes.device
+        )  # the input of each block, and all of one
     return (held + kept) / 2**30
 
 
