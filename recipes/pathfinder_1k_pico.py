@@ -26,7 +26,7 @@ RECIPE = PATHFINDER_1K.replace(
         'head_norm': True,
         'weight_init': 'jax',
     },
-    dataset_args={**PATHFINDER_1K.dataset_args, 'contour_length': 6, 'num_images': 64_000},
+    dataset_args={**PATHFINDER_1K.data.dataset_args, 'contour_length': 6, 'num_images': 64_000},
     output_dir=Path('outputs/pathfinder_1k_pico'),
     max_minutes=40.0,
     stages=((16, 0.7), (32, 0.3)),

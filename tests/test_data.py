@@ -11,9 +11,8 @@ from runs import CPU, data_config, image_set
 from timm.data import create_transform
 from torchvision.transforms.functional import to_pil_image
 
-from linvision.data import Augmentation, ImageSet, create_batches, create_dataset, fashion_mnist
+from linvision.data import Augmentation, ImageSet, create_batches, create_dataset, fashion_mnist, split_validation
 from linvision.train.export import export_model
-from linvision.train.setup import split_validation
 
 
 def batches(images, batch_size=8, augmentation=None):

@@ -88,6 +88,13 @@ def part(images: Images, count: int) -> Images:
     return images.subset(index * len(images) // count if isinstance(images, ImageFiles) else index)
 
 
+def split_validation(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+    """The set without a random slice, and the slice; which images are in it depends on the seed alone."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    n = round(len(images) * fraction)
+    return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
+
+
 def check_name(name: str) -> None:
     """Raise ValueError for a name of no dataset."""
     if name not in DATASETS and not name.startswith(PREFIXES):

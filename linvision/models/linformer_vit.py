@@ -135,6 +135,8 @@ class LinformerVisionTransformer(VisionTransformer):
         if projection != 'none':
             self.projection = Projection(projection, sharing, lengths, grid, depth, num_heads, embed_dim, **dd)
         self.token_norm = token_norm
+        self.runs_whole = token_norm  # blocks need all tokens of an image at once: they take no chunks and no padding
+        self.needs_batch = head_norm  # training needs two images or more together, in one process and one part
         self.hidden = int(embed_dim * kwargs.get('mlp_ratio', 4.0))
         self.set_chunk_size(chunk_size)
         self.longest = 0 if projection == 'none' else max(lengths)
