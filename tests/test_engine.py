@@ -1,6 +1,5 @@
 """What a run keeps safe, and what follows a model through its stages."""
 
-import dataclasses
 import errno
 import json
 import subprocess
@@ -262,15 +261,15 @@ def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
     train(teacher)
     agreement = []
     for weight in (0.0, 1.0):
-        student = dataclasses.replace(
-            teacher, output_dir=tmp_path / f'student_{weight}', epochs=4, lr=1e-2, seed=1,
-            teacher=str(teacher.output_dir / 'model'), teacher_weight=weight, test=False,
+        student = teacher.replace(
+            output_dir=tmp_path / f'student_{weight}', epochs=4, lr=1e-2, seed=1,
+            teacher=str(teacher.run.output_dir / 'model'), teacher_weight=weight, test=False,
         )  # fmt: skip
         train(student)
         images = create_batches(create_dataset('fake', '.', 'test'), 100, (0.2,), (0.2,), CPU)
         batch, _ = next(images.ordered(8))
         one, two = (
-            timm.create_model(f'local-dir:{r.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
+            timm.create_model(f'local-dir:{r.run.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
             for r in (teacher, student)
         )
         agreement.append((one.exp() * (one - two)).sum(-1).mean().item())  # KL divergence
