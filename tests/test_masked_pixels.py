@@ -22,6 +22,7 @@ from linvision.train.masked_pixels import (
     patches,
     reconstruction_loss,
 )
+from linvision.train.model import resolved
 from linvision.train.parallel import Processes
 
 
@@ -212,7 +213,7 @@ def test_labels_change_nothing(recipe, tmp_path, monkeypatch):
     one = train(recipe.replace(hflip=0.5))
     other = recipe.replace(hflip=0.5, dataset='permuted', output_dir=tmp_path / 'permuted')
     assert train(other)['loss'] == one['loss']
-    first, second = weights(recipe.run.output_dir), weights(other.output_dir)
+    first, second = weights(recipe.run.output_dir), weights(other.run.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -232,7 +233,7 @@ def learner(recipe, size):
 @pytest.mark.parametrize('size', [16, 12, 24])
 def test_its_backbone_starts_a_classifier_of_any_size(pretrained, size):
     folder, arguments = pretrained
-    recipe = small(folder, init=str(folder / 'model'), model_args=arguments)
+    recipe = resolved(small(folder, init=str(folder / 'model'), model_args=arguments))
     model = learner(recipe, size)
     # timm's own way to load a checkpoint at another size
     expected = timm.create_model(f'local-dir:{folder}/model', pretrained=True, img_size=size, num_classes=10)

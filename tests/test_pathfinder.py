@@ -167,7 +167,7 @@ def test_images_have_their_own_size_whatever_the_model(tmp_path):
 
 def test_the_geometry_is_the_same_on_every_machine():
     x, y = images().scene(0).paths[0][0][0]
-    assert (x, y) == pytest.approx((18.81835407, 24.13853821), abs=1e-6)
+    assert (x, y) == pytest.approx((8.50259446, 11.73901072), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
 
     Returns:
         An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. `images[i]` is an
-        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, `whole`, a length,
+        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, `uncropped`, a length,
         `subset`, `statistics` and `data_config`.
 
     Raises:

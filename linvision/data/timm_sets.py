@@ -15,7 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from linvision.data.image_file import UNREADABLE, read_image
-from linvision.data.order import key
+from linvision.data.order import seed_of
 
 PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
 STREAMS = ('wds/', 'hfids/', 'tfds/')
@@ -80,7 +80,7 @@ class TimmSet:
 
     in_chans = 3
     img_size = 0  # unknown: the model's
-    whole = False
+    uncropped = False
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """ImageNet's mean and standard deviation."""
@@ -176,16 +176,33 @@ class TimmStream(TimmSet):
             ValueError: There are fewer shards than workers.
         """
         dataset = timm.data.create_dataset(**self.arguments, is_training=training, seed=seed, batch_size=batch_size)
-        reader = dataset.reader
-        reader.dist_rank, reader.dist_num_replicas = rank, count
-        reader.worker_seed = key(seed, epoch)  # of this process; workers take their loader's
+        tell_reader(dataset.reader, rank, count, seed_of(seed, epoch))
         dataset.set_loader_cfg(num_workers=workers)
         dataset.set_epoch(epoch)
-        shards = getattr(getattr(reader, 'split_info', None), 'filenames', None)
-        readers = count * max(1, workers)
-        if training and shards and len(shards) < readers:
+        shards, readers = shards_of(dataset.reader), count * max(1, workers)
+        if training and 0 < shards < readers:
             raise ValueError(
-                f'{self.arguments["name"]} has {len(shards)} shards, but {readers} processes read it, at least one '
+                f'{self.arguments["name"]} has {shards} shards, but {readers} processes read it, at least one '
                 'each: write more shards, or use fewer --workers.'
             )
         return dataset
+
+
+def tell_reader(reader: Any, rank: int, count: int, seed: int) -> None:
+    """Let a reader of timm's take the share of one of `count` processes, and shuffle by a seed.
+
+    timm's readers ask torch's process group when they are made, and have no argument for either; but in evaluation
+    every process reads all, and a group may be there for other reasons. So their attributes are set before they read.
+
+    Args:
+        reader: The reader, not read from yet.
+        rank: Number of the process.
+        count: How many share the stream.
+        seed: Of this process; workers take their loader's.
+    """
+    reader.dist_rank, reader.dist_num_replicas, reader.worker_seed = rank, count, seed
+
+
+def shards_of(reader: Any) -> int:
+    """How many shards a reader of timm's has, 0 where it has none or does not say."""
+    return len(getattr(getattr(reader, 'split_info', None), 'filenames', None) or ())

@@ -39,19 +39,19 @@ class TrainingData:
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self.recipe, self.processes = recipe, processes
-        whole = self.open('train')
-        self.fingerprint = fingerprint(whole)
-        self.train_set, val_set = split_validation(whole, recipe.data.val_fraction, recipe.run.seed)
+        all_images = self.open_split('train')
+        self.fingerprint = fingerprint(all_images)
+        self.train_set, val_set = split_validation(all_images, recipe.data.val_fraction, recipe.run.seed)
         if recipe.data.val_fraction and not len(val_set):
             raise ValueError(
-                f'val_fraction {recipe.data.val_fraction:g} of {len(whole)} training images is none: say '
-                f'--val-fraction {1 / len(whole):.2g} or more, or 0.'
+                f'val_fraction {recipe.data.val_fraction:g} of {len(all_images)} training images is none: say '
+                f'--val-fraction {1 / len(all_images):.2g} or more, or 0.'
             )
         self.mean, self.std = self.train_set.statistics()
         config = timm.get_pretrained_cfg(recipe.model)
         # above 1 is the border of a set in memory, that of weights which come with the package
-        share = 1.0 if self.train_set.whole else min(config.crop_pct or 1.0, 1.0)
-        self.cropping = {'crop_pct': share, 'crop_mode': recipe.data.crop_mode}
+        crop_pct = 1.0 if self.train_set.uncropped else min(config.crop_pct or 1.0, 1.0)
+        self.cropping = {'crop_pct': crop_pct, 'crop_mode': recipe.data.crop_mode}
         self.stages = recipe.data.stages or ((recipe.data.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
         if len(self.stages) > 2:
@@ -61,10 +61,10 @@ class TrainingData:
                 f'batch_size {recipe.data.batch_size} is larger than the training set of {len(self.train_set)} images: '
                 f'say --batch-size {len(self.train_set)} or less.'
             )
-        self.batches = self.cut(self.train_set, recipe.data.batch_size, recipe.augment.changes)
-        self.validation = self.cut(val_set, recipe.data.eval_batch_size) if len(val_set) else None
+        self.batches = self.batches_of(self.train_set, recipe.data.batch_size, recipe.augment.changes)
+        self.validation = self.batches_of(val_set, recipe.data.eval_batch_size) if len(val_set) else None
         # opened before training, so that what is wrong with it is said before
-        self.test = self.cut(self.open('test'), recipe.data.eval_batch_size) if recipe.run.test else None
+        self.test = self.batches_of(self.open_split('test'), recipe.data.eval_batch_size) if recipe.run.test else None
         classes = len(self.train_set.classes)
         self.mixup = Mixup(
             recipe.augment.mixup, recipe.augment.cutmix, label_smoothing=recipe.optim.smoothing, num_classes=classes
@@ -84,7 +84,7 @@ class TrainingData:
                 'there must be two to tell apart. Is it one folder too high or too low?'
             )
 
-    def open(self, split: str) -> Images:
+    def open_split(self, split: str) -> Images:
         """A split of the recipe's set: the first process fetches what is missing, then the others read it."""
         wanted = self.recipe.data
         fetch = wanted.download and not self.recipe.run.dry_run  # which writes nothing
@@ -93,7 +93,7 @@ class TrainingData:
         self.processes.first(lambda: loaded.append(load()))
         return loaded[0] if loaded else load()
 
-    def cut(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
+    def batches_of(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
         """This process's share of the batches of a set."""
         reading = {'workers': self.recipe.data.workers, 'on_bad_image': self.recipe.data.on_bad_image, **self.cropping}
         where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
@@ -102,7 +102,7 @@ class TrainingData:
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""
         found = self.train_set.img_size
-        if self.train_set.whole:
+        if self.train_set.uncropped:
             return found
         if not found or found >= model_size:
             return model_size

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from linvision.data import Batches
-from linvision.data.order import key
+from linvision.data.order import seed_of
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
     check_same_images,
@@ -239,7 +239,7 @@ class TrainingRun:
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seed what is drawn in a step, and mix its images."""
-        seed = key(self.recipe.run.seed, self.progress.step, self.processes.rank)
+        seed = seed_of(self.recipe.run.seed, self.progress.step, self.processes.rank)
         torch.manual_seed(seed)
         if self.recipe.augment.mixes:
             np.random.seed(seed % 2**32)

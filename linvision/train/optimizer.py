@@ -46,7 +46,8 @@ def orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
     """Let Muon's Newton-Schulz iteration run in fp32, in the steps of this optimizer.
 
     It runs in bf16, which CPUs that lack it emulate at a tenth of the speed of fp32: a quarter of a whole step at 256
-    tokens. timm's function takes a dtype, but its optimizer hands none on.
+    tokens. timm's function takes a dtype, but its optimizer hands none on, and finds the function in its module: so it
+    is exchanged there, and only while this optimizer steps, since others of the process may be elsewhere or in bf16.
     """
     name = zeropower_via_newtonschulz.__name__
     ours = partial(zeropower_via_newtonschulz, dtype=torch.float32)
