@@ -31,7 +31,7 @@ def test_an_epoch_shows_every_image_once_with_its_label():
 
 
 def test_seeds_are_the_same_on_every_machine_and_differ():
-    # printf '\\0\\0\\0\\0\\0\\0\\0\\0\\1\\0\\0\\0\\0\\0\\0\\0' | b2sum -l 64, halved
+    # printf '\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0' | b2sum -l 64, halved
     assert seed_of(0, 1) == int.from_bytes(bytes.fromhex('eb82aaee034ca970'), 'little') // 2
     assert len({seed_of(*numbers) for numbers in [(0,), (1,), (-1,), (0, 0), (0, 1), (1, 0), (2**40, 1)]}) == 7
 
