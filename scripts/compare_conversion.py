@@ -108,7 +108,7 @@ class Comparison:
         """Fields of the same student with random weights, in the teacher's recipe at full size."""
         student = resolved(Recipe().replace(model='', **self.distilled(K)))
         fields = {'model': student.model, 'model_args': student.model_args, 'max_minutes': minutes}
-        return {**fields, 'stages': ((student.img_size, 1.0),)}
+        return {**fields, 'stages': ((student.data.img_size, 1.0),)}
 
 
 def table(teacher: dict[str, Any], found: dict[int, dict[str, Any]]) -> str:
