@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from linvision.convert import agreement, fit_projection, from_vit
 from linvision.data import create_batches, create_dataset, part, split_validation
+from linvision.train.checkpoint import first_line
 from linvision.train.parallel import choose_device
 from linvision.train.pretrained import is_source, source_of
 
@@ -34,12 +35,15 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
     """The original: a timm name or a folder, with its own weights or those of a file, in eval mode.
 
     Raises:
-        ValueError: Neither is there.
+        ValueError: Neither is there, or the weights are not to be loaded.
     """
     if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
     size = {'img_size': img_size} if img_size else {}
-    return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
+    try:
+        return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
+    except RuntimeError as error:  # weights of another shape, or a file that is more than weights
+        raise ValueError(f'The weights of {checkpoint or name} cannot be loaded: {first_line(error)}') from error
 
 
 class ImagesOf:

@@ -30,8 +30,8 @@ class LocalPath(nn.Module):
         grid: tuple[int, int] = (0, 0),
         num_prefix_tokens: int = 0,
         std: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if size < 1 or size % 2 == 0:
@@ -39,7 +39,7 @@ class LocalPath(nn.Module):
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
         self.std = std
-        self.half = size // 2  # taps on either side of a token
+        self.reach = size // 2  # taps on either side of a token
         self.weight = nn.Parameter(torch.empty(dim, 1, size, size, device=device, dtype=dtype))
         self.init_weights()
 
@@ -67,7 +67,8 @@ class LocalPath(nn.Module):
         # a dilated kernel is a plain one. PyTorch's dilation is not safe in bf16 on CPUs: torch 2.14 died in the
         # backward pass at 256 × 256 tokens and dilation 16.
         down, across = step
-        image, weight = x.unflatten(1, grid), self.weight  # (B, h, w, D)
+        weight: Tensor = self.weight
+        image = x.unflatten(1, grid)  # (B, h, w, D)
         if grid[0] % down or grid[1] % across:
             image = F.pad(image, (0, 0, 0, -grid[1] % across, 0, -grid[0] % down))
         if across > 1:
@@ -76,7 +77,7 @@ class LocalPath(nn.Module):
         if down > 1:
             image = image.unflatten(1, (-1, down)).transpose(1, 2).flatten(0, 1)  # (B * down, h / down, …)
         image = image.permute(0, 3, 1, 2)  # a view with channels last, which convolutions take as it is
-        out = F.conv2d(image, weight, padding=self.half, groups=weight.shape[0]).permute(0, 2, 3, 1)
+        out = F.conv2d(image, weight, padding=self.reach, groups=weight.shape[0]).permute(0, 2, 3, 1)
         if down > 1:
             out = out.unflatten(0, (-1, down)).transpose(1, 2).flatten(1, 2)
         if across > 1:
