@@ -110,7 +110,7 @@ class TrainingData:
         return max(patch, found // patch * patch)
 
     @property
-    def read(self) -> bool:
+    def reads_files(self) -> bool:
         """Whether images are read while the model trains, and can be waited for."""
         return isinstance(self.batches, LoaderBatches)
 

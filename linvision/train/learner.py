@@ -27,7 +27,7 @@ from linvision.train.precision import autocast
 from linvision.train.pretrained import load_backbone
 from linvision.train.recipe import Recipe
 
-WHOLE = sharded.StateDictOptions(full_state_dict=True)
+UNSHARDED = sharded.StateDictOptions(full_state_dict=True)
 
 
 class Learner:
@@ -157,7 +157,7 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.update_ema(step=step + 1)
-        return torch.stack(losses).mean(), whole(grad_norm).detach(), torch.cat(logits)
+        return torch.stack(losses).mean(), unsharded(grad_norm).detach(), torch.cat(logits)
 
     def set_size(self, img_size: int) -> None:
         """Another image size for the model and its moving average, and for all that refers to their parameters."""
@@ -165,7 +165,7 @@ class Learner:
         models = [model for model in (self.model, self.ema) if model is not None]
         if self.fsdp:  # a sharded model cannot be resized: whole ones take its place
             size, config = self.model.patch_embed.img_size[0], self.model.pretrained_cfg
-            states = [sharded.get_model_state_dict(model, options=WHOLE) for model in models]
+            states = [sharded.get_model_state_dict(model, options=UNSHARDED) for model in models]
             models = [self.create(size) for _ in states]
             for model, state in zip(models, states, strict=True):
                 model.load_state_dict(state)
@@ -188,18 +188,18 @@ class Learner:
             yield self.scored.eval()
             return
         model = self.create(self.scored.patch_embed.img_size[0])
-        model.load_state_dict(sharded.get_model_state_dict(self.scored, options=WHOLE))
+        model.load_state_dict(sharded.get_model_state_dict(self.scored, options=UNSHARDED))
         yield model.eval()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds: what the first process writes, and what each writes its shards of."""
-        own = {'scaler': self.scaler.state_dict(), 'schedule': self.schedule.state_dict()}
+        state = {'scaler': self.scaler.state_dict(), 'schedule': self.schedule.state_dict()}
         if self.fsdp:
-            return own, self.shards()
+            return state, self.shards()
         return {
-            **own,
+            **state,
             'model': self.model.state_dict(),
             'ema': self.ema.state_dict() if self.ema is not None else {},
             'optimizer': self.optimizer.state_dict(),
@@ -243,6 +243,6 @@ class Learner:
         self.schedule.load_state_dict(state['schedule'])
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

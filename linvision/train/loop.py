@@ -197,7 +197,7 @@ class TrainingRun:
         self.learner.task.train()
         tokens, waited, tick = recipe.data.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
         for images, labels in self.data.stream(progress.step, self.img_size):
-            waited += (time.perf_counter() - tick) * self.data.read  # else it is the device that is waited for
+            waited += (time.perf_counter() - tick) * self.data.reads_files  # else it is the device that is waited for
             images, labels = self.prepare(images, labels)
             loss, grad_norm, logits = self.step(images, labels)
             progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
@@ -308,14 +308,14 @@ class TrainingRun:
         self.finite.check(self.progress.step, self.folder)
         self.board.flush()
         self.progress.bad_images = self.data.bad_images()
-        own, shards = self.learner.state()
+        learner, shards = self.learner.state()
         state = {
             'recipe': self.identity,
             'images': self.data.fingerprint,
             'progress': asdict(self.progress),
             'precision': self.learner.precision,
             'random': random_states(),
-            'learner': own,
+            'learner': learner,
         }
         keep = (self.recipe.run.keep_checkpoints, self.progress.best_step)
         save_checkpoint(self.folder / 'checkpoints', self.progress.step, state, shards, self.processes, *keep)
