@@ -8,7 +8,7 @@ from runs import events
 
 from linvision.data import ImageSet, create_dataset, datasets
 from linvision.train import train
-from linvision.train.checkpoint import newest_checkpoint, read_state
+from linvision.train.checkpoint import newest_checkpoint, read_state, seal
 from linvision.train.parallel import Processes
 from linvision.train.precision import choose_precision
 
@@ -42,6 +42,19 @@ def test_a_run_that_died_before_its_metrics_scores_again_without_training(recipe
     again = train(recipe)
     for name in ('top1', 'loss', 'steps', 'train_minutes', 'tokens_per_s'):
         assert again[name] == metrics[name]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_a_sentence_and_stays_as_it_is(recipe):
+    train(recipe.replace(max_steps=2))
+    path = newest_checkpoint(recipe.run.output_dir / 'checkpoints')
+    state = read_state(path)
+    state['position'] = state.pop('progress')
+    torch.save(state, path / 'state.pt')
+    (path / 'checksums.json').unlink()
+    seal(path)
+    with pytest.raises(ValueError, match='step_00000002 is of an earlier version of linvision.*--fresh'):
+        train(recipe)
+    assert newest_checkpoint(recipe.run.output_dir / 'checkpoints') == path
 
 
 def test_three_classes_have_no_top5(recipe, monkeypatch):

@@ -108,6 +108,11 @@ class TrainingRun:
         found = read_state(path) if path else {}
         if found:
             check_same_run(folder, self.identity, found['recipe'])
+            if 'progress' not in found:
+                raise ValueError(
+                    f'{path} is of an earlier version of linvision, whose images came in another order. Finish the run '
+                    'with that version, or start over beside it with --fresh.'
+                )
             self.progress = Progress(**found['progress'])
             self.last_log, self.saved_step = (self.progress.step, self.progress.minutes), self.progress.step
         torch.manual_seed(recipe.run.seed)
