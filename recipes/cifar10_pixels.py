@@ -11,26 +11,14 @@ images (256 tokens).
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_tiny_patch1_32',
-    dataset='cifar10',
-    output_dir=Path('outputs/cifar10_pixels'),
-    epochs=300,
-    stages=((16, 0.5), (32, 0.5)),
-    batch_size=256,
-    opt='muon',
-    lr=0.01,
-    smoothing=0.1,
-    cutmix=1.0,
-    augmentation='kornia',
-    hflip=0.5,
-    shift=4,
-    erase=0.25,
-    val_fraction=0.02,
-    eval_every=5,
-    checkpoint_every=1000,
+    data=Data(dataset='cifar10', stages=((16, 0.5), (32, 0.5)), batch_size=256, val_fraction=0.02),
+    optim=Optim(opt='muon', lr=0.01, smoothing=0.1),
+    augment=Augment(augmentation='kornia', hflip=0.5, shift=4, erase=0.25, cutmix=1.0),
+    run=Run(output_dir=Path('outputs/cifar10_pixels'), epochs=300, eval_every=5, checkpoint_every=1000),
 )
 
 if __name__ == '__main__':

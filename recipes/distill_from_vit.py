@@ -12,22 +12,15 @@ on all 10,000 test images of Fashion-MNIST, one seed (`python scripts/compare_co
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='',  # that of `init`
     init='outputs/converted',
-    teacher='outputs/vit',
-    teacher_weight=0.9,
-    teacher_temperature=2.0,
-    dataset='fashion_mnist',
-    output_dir=Path('outputs/distilled'),
-    epochs=1,
-    batch_size=32,
-    opt='adamw',
-    lr=5e-4,
-    hflip=0.5,
-    augmentation='kornia',
+    data=Data(dataset='fashion_mnist', batch_size=32),
+    optim=Optim(teacher='outputs/vit', teacher_weight=0.9, teacher_temperature=2.0, opt='adamw', lr=5e-4),
+    augment=Augment(augmentation='kornia', hflip=0.5),
+    run=Run(output_dir=Path('outputs/distilled'), epochs=1),
 )
 
 if __name__ == '__main__':

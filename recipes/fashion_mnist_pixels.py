@@ -8,24 +8,19 @@ package, log in docs/). By the clock, `bash scripts/demo.sh` gave 89.50 % (11 mi
 GPU.
 
 Coarse to fine: three quarters of the steps, and less than half of the time, on 16×16 images (256 tokens), the rest on
-32×32.
+32×32. (In the run of 93.39 % convolutions spanned three pixels at both sizes; now they keep the span of the first.)
 """
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_pico_patch1_32',
-    dataset='fashion_mnist',
-    output_dir=Path('outputs/fashion_mnist_pixels'),
-    epochs=24,
-    stages=((16, 0.75), (32, 0.25)),
-    batch_size=32,
-    opt='muon',
-    lr=0.01,
-    augmentation='kornia',
-    hflip=0.5,
+    data=Data(dataset='fashion_mnist', stages=((16, 0.75), (32, 0.25)), batch_size=32),
+    optim=Optim(opt='muon', lr=0.01),
+    augment=Augment(augmentation='kornia', hflip=0.5),
+    run=Run(output_dir=Path('outputs/fashion_mnist_pixels'), epochs=24),
 )
 
 if __name__ == '__main__':

@@ -17,20 +17,15 @@ GPU.
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='',  # that of `init`
     init='linformer_vit_pico_patch1_32.fashion_mnist',
-    dataset='image_folder',
-    output_dir=Path('outputs/finetuned'),
-    epochs=20,
-    batch_size=32,
-    opt='adamw',
-    lr=1e-3,
-    layer_decay=0.75,
-    hflip=0.5,
-    checkpoint_every=100,
+    data=Data(dataset='image_folder', batch_size=32),
+    optim=Optim(opt='adamw', lr=1e-3, layer_decay=0.75),
+    augment=Augment(hflip=0.5),
+    run=Run(output_dir=Path('outputs/finetuned'), epochs=20, checkpoint_every=100),
 )
 
 if __name__ == '__main__':

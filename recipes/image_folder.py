@@ -13,20 +13,14 @@ commands). Not yet run on a GPU.
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_pico_patch1_64',
-    dataset='image_folder',
-    output_dir=Path('outputs/image_folder'),
-    max_minutes=15,
-    batch_size=32,
-    opt='muon',
-    lr=0.01,
-    crop_scale=(0.6, 1.0),
-    hflip=0.5,
-    checkpoint_every=100,
-    workers=2,
+    data=Data(dataset='image_folder', batch_size=32, workers=2),
+    optim=Optim(opt='muon', lr=0.01),
+    augment=Augment(crop_scale=(0.6, 1.0), hflip=0.5),
+    run=Run(output_dir=Path('outputs/image_folder'), max_minutes=15, checkpoint_every=100),
 )
 
 if __name__ == '__main__':

@@ -13,28 +13,21 @@ Result: not yet run on ImageNet. To compare with: 76.5 % of a ViT-S/16 with full
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_small_patch16_224',
     model_args={'class_token': False, 'global_pool': 'avg'},
-    dataset='imagenet',
-    output_dir=Path('outputs/imagenet_patch16'),
-    epochs=90,
-    batch_size=1024,
-    opt='adamw',
-    lr=1e-3,
-    weight_decay=0.1,  # times the learning rate, as timm's AdamW has it: the paper's 1e-4
-    warmup=10_000 / 112_590,
-    clip_grad=1.0,
-    mixup=0.2,
-    crop_scale=(0.05, 1.0),
-    hflip=0.5,
-    rand_augment=10,
-    val_fraction=0.01,
-    eval_every=5,
-    checkpoint_every=1000,
-    workers=12,
+    data=Data(dataset='imagenet', batch_size=1024, val_fraction=0.01, workers=12),
+    optim=Optim(
+        opt='adamw',
+        lr=1e-3,
+        weight_decay=0.1,  # times the learning rate, as timm's AdamW has it: the paper's 1e-4
+        warmup=10_000 / 112_590,
+        clip_grad=1.0,
+    ),
+    augment=Augment(crop_scale=(0.05, 1.0), hflip=0.5, rand_augment=10, mixup=0.2),
+    run=Run(output_dir=Path('outputs/imagenet_patch16'), epochs=90, eval_every=5, checkpoint_every=1000),
 )
 
 if __name__ == '__main__':

@@ -9,26 +9,14 @@ albumentations crops and colours in worker processes. Coarse to fine: half of th
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_tiny_patch4_224',
-    dataset='imagenette',
-    output_dir=Path('outputs/imagenette_patch4'),
-    epochs=100,
-    stages=((112, 0.5), (224, 0.5)),
-    batch_size=128,
-    opt='muon',
-    lr=0.01,
-    smoothing=0.1,
-    augmentation='albumentations',
-    crop_scale=(0.35, 1.0),
-    hflip=0.5,
-    color_jitter=0.3,
-    erase=0.25,
-    val_fraction=0.02,
-    eval_every=5,
-    workers=8,
+    data=Data(dataset='imagenette', stages=((112, 0.5), (224, 0.5)), batch_size=128, val_fraction=0.02, workers=8),
+    optim=Optim(opt='muon', lr=0.01, smoothing=0.1),
+    augment=Augment(augmentation='albumentations', crop_scale=(0.35, 1.0), hflip=0.5, color_jitter=0.3, erase=0.25),
+    run=Run(output_dir=Path('outputs/imagenette_patch4'), epochs=100, eval_every=5),
 )
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ from pathfinder_4k import RECIPE as PATHFINDER_4K
 RECIPE = PATHFINDER_4K.replace(
     model='linformer_vit_tiny_patch1_128',
     init='outputs/pathfinder_4k',
-    dataset_args={**PATHFINDER_4K.dataset_args, 'img_size': 128},
+    dataset_args={**PATHFINDER_4K.data.dataset_args, 'img_size': 128},
     output_dir=Path('outputs/pathfinder_16k'),
     epochs=20,
     batch_size=64,

@@ -20,23 +20,14 @@ without them does not begin (`recipes/pathfinder_1k_pico.py`, `docs/pathfinder.m
 
 from pathlib import Path
 
-from linvision.train import Recipe, main
+from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_tiny_patch1_32',
-    dataset='pathfinder',
-    dataset_args={'cache': True},
-    output_dir=Path('outputs/pathfinder_1k'),
-    epochs=50,
-    batch_size=256,
-    opt='muon',
-    lr=0.005,
-    weight_decay=0.01,
-    augmentation='kornia',
-    hflip=0.5,
-    val_fraction=0.02,
-    eval_every=5,
-    workers=8,
+    data=Data(dataset='pathfinder', dataset_args={'cache': True}, batch_size=256, val_fraction=0.02, workers=8),
+    optim=Optim(opt='muon', lr=0.005, weight_decay=0.01),
+    augment=Augment(augmentation='kornia', hflip=0.5),
+    run=Run(output_dir=Path('outputs/pathfinder_1k'), epochs=50, eval_every=5),
 )
 
 if __name__ == '__main__':

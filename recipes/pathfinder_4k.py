@@ -20,7 +20,7 @@ from pathfinder_1k import RECIPE as PATHFINDER_1K
 RECIPE = PATHFINDER_1K.replace(
     model='linformer_vit_tiny_patch1_64',
     init='outputs/pathfinder_1k',
-    dataset_args={**PATHFINDER_1K.dataset_args, 'img_size': 64},
+    dataset_args={**PATHFINDER_1K.data.dataset_args, 'img_size': 64},
     output_dir=Path('outputs/pathfinder_4k'),
     epochs=30,
     batch_size=128,

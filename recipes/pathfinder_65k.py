@@ -22,7 +22,7 @@ from pathfinder_16k import RECIPE as PATHFINDER_16K
 RECIPE = PATHFINDER_16K.replace(
     model='linformer_vit_tiny_patch1_256',
     init='outputs/pathfinder_16k',
-    dataset_args={**PATHFINDER_16K.dataset_args, 'img_size': 256},
+    dataset_args={**PATHFINDER_16K.data.dataset_args, 'img_size': 256},
     output_dir=Path('outputs/pathfinder_65k'),
     epochs=10,
     batch_size=32,

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
 import linvision  # noqa: F401  (registers the models)
-from linvision.data import Images, create_dataset
+from linvision.data import Images, create_dataset, split_validation
 from linvision.train.metrics import machine
 from linvision.train.optimizer import FALLBACK, orthogonalise_in_fp32
 from linvision.train.parallel import choose_device
-from linvision.train.setup import split_validation
 
 ITEM = 28  # pixels of an item's side
 VISIBLE = 25  # of 255: darker pixels of an item are not its own

@@ -24,7 +24,7 @@ from linvision.convert import agreement, fit_projection, from_vit
 from linvision.train import Recipe
 from linvision.train.evaluate import evaluate
 from linvision.train.metrics import machine
-from linvision.train.setup import resolved
+from linvision.train.model import resolved
 from trials import ROOT, run_folder, run_trials, write_table
 
 LENGTHS = (64, 16)
@@ -106,9 +106,9 @@ class Comparison:
 
     def scratch(self, K: int, minutes: float) -> dict[str, Any]:
         """Fields of the same student with random weights, in the teacher's recipe at full size."""
-        student = resolved(Recipe(model='', **self.distilled(K)))
+        student = resolved(Recipe().replace(model='', **self.distilled(K)))
         fields = {'model': student.model, 'model_args': student.model_args, 'max_minutes': minutes}
-        return {**fields, 'stages': ((student.img_size, 1.0),)}
+        return {**fields, 'stages': ((student.data.img_size, 1.0),)}
 
 
 def table(teacher: dict[str, Any], found: dict[int, dict[str, Any]]) -> str:

@@ -25,10 +25,10 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from linvision.convert import agreement, fit_projection, from_vit
-from linvision.data import create_batches, create_dataset, part
+from linvision.data import create_batches, create_dataset, part, split_validation
 from linvision.train.checkpoint import first_line
 from linvision.train.parallel import choose_device
-from linvision.train.setup import is_source, source_of, split_validation
+from linvision.train.pretrained import is_source, source_of
 
 
 def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:

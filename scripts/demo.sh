@@ -60,13 +60,12 @@ if ! fetch; then
 fi
 
 # ------------------------------------------------------------------------------------------------- training and score
-# the schedule follows the clock, so that the demo takes as long on every machine; convolutions made for 16×16 tokens keep
-# their span where the images grow (docs/results.md)
+# the schedule follows the clock, so that the demo takes as long on every machine
 if [ -n "${own_schedule:-}" ]; then
     step "3 of 4: training with $* (the time left is printed on the way), then scoring on all test images"
 else
     step '3 of 4: training (11 minutes), then scoring on all test images (about 2 minutes on 2 cores)'
-    set -- --max-minutes 11 --stages 16 0.5 32 0.5 --model-args local_grid 16 "$@"
+    set -- --max-minutes 11 --stages 16 0.5 32 0.5 "$@"
 fi
 "$python" recipes/fashion_mnist_pixels.py --output-dir "$output_dir" --data-dir "$data_dir" "$@"
 

@@ -26,9 +26,10 @@ from linvision.data.recorded import recorded_data
 from linvision.nearest import nearest
 from linvision.train.data import fingerprint
 from linvision.train.evaluate import evaluate
+from linvision.train.model import count_tokens, set_size
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
-from linvision.train.setup import count_tokens, model_folder, set_size
+from linvision.train.pretrained import model_folder
 from predict import load_model
 
 

@@ -24,7 +24,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import linvision  # noqa: F401  (registers the models)
-from linvision.train.setup import check_source, source_of
+from linvision.train.pretrained import check_source, source_of
 
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4  # of the largest output, in fp32

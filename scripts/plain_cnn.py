@@ -15,10 +15,9 @@ import torch
 import tyro
 from torch import nn
 
-from linvision.data import Augmentation, create_batches, create_dataset
+from linvision.data import Augmentation, create_batches, create_dataset, split_validation
 from linvision.train.evaluate import evaluate
 from linvision.train.metrics import machine
-from linvision.train.setup import split_validation
 
 WIDTHS = (38, 77, 154)  # 202,073 parameters with one channel and ten classes
 BATCH_SIZE, LR, WARMUP = 128, 4e-3, 0.1

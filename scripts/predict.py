@@ -21,7 +21,7 @@ from torch import nn
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES, SUFFIXES, read_image
-from linvision.train.setup import is_source, model_folder, source_of
+from linvision.train.pretrained import is_source, model_folder, source_of
 
 _logger = logging.getLogger(__name__)
 

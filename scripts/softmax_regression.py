@@ -17,8 +17,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from linvision.data import ImageSet, create_dataset, in_memory
-from linvision.train.setup import split_validation
+from linvision.data import ImageSet, create_dataset, in_memory, split_validation
 
 L2 = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)  # what `auto` tries
 STEPS = 50  # chosen with --val-fraction 0.1: 25 steps 83.2 %, 50 steps 85.6 %, 100 steps 85.1 %

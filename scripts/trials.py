@@ -90,8 +90,8 @@ class Record:
         """What says which run it is."""
         whole = changed_recipe(recipe, seed, settings)
         own = {k: v for k, v in whole.to_dict().items() if k not in FREE_TO_CHANGE or k == 'test'}
-        if whole.dataset == 'image_folder':  # there the folder is the data
-            own['images'] = [Path(whole.data_dir).name, sum(1 for _ in Path(whole.data_dir).rglob('*.*'))]
+        if whole.data.dataset == 'image_folder':  # there the folder is the data
+            own['images'] = [Path(whole.data.data_dir).name, sum(1 for _ in Path(whole.data.data_dir).rglob('*.*'))]
         return json.loads(json.dumps({'format': self.FORMAT, 'recipe': recipe, **own}))
 
     def read(self) -> list[dict[str, Any]]:

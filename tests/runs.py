@@ -27,7 +27,7 @@ def small(folder: Path, **changes: Any) -> Recipe:
         device='cpu',
         threads=1,
     )
-    return Recipe(**{**settings, **changes})
+    return Recipe().replace(**{**settings, **changes})
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

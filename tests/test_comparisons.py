@@ -18,8 +18,7 @@ import digits_folder
 import model_card
 import plain_cnn
 import trials
-from linvision.data import create_dataset
-from linvision.train.setup import split_validation
+from linvision.data import create_dataset, split_validation
 
 
 def runs(*scores, minutes=2.0):

@@ -232,7 +232,17 @@ def vit_folder(tmp_path_factory):
     """A plain ViT that has learnt the fake set (grey, 16×16), as a run exports it."""
     folder = tmp_path_factory.mktemp('vit')
     small = {'patch_size': 2, 'embed_dim': 32, 'depth': 2, 'num_heads': 2}
-    train(Recipe('vit_tiny_patch16_224', small, dataset='fake', output_dir=folder, epochs=6, lr=3e-3, device='cpu'))
+    train(
+        Recipe().replace(
+            model='vit_tiny_patch16_224',
+            model_args=small,
+            dataset='fake',
+            output_dir=folder,
+            epochs=6,
+            lr=3e-3,
+            device='cpu',
+        )
+    )
     return folder
 
 

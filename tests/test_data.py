@@ -11,9 +11,9 @@ from runs import CPU, data_config, image_set
 from timm.data import create_transform
 from torchvision.transforms.functional import to_pil_image
 
-from linvision.data import Augmentation, ImageSet, create_batches, create_dataset, fashion_mnist
+from linvision.data import Augmentation, ImageSet, create_batches, create_dataset, fashion_mnist, split_validation
+from linvision.data.order import seed_of
 from linvision.train.export import export_model
-from linvision.train.setup import split_validation
 
 
 def batches(images, batch_size=8, augmentation=None):
@@ -28,6 +28,12 @@ def test_an_epoch_shows_every_image_once_with_its_label():
         assert torch.equal(pixels, labels)
         seen += labels.tolist()
     assert sorted(seen) == list(range(40)) and seen != sorted(seen)
+
+
+def test_seeds_are_the_same_on_every_machine_and_differ():
+    # printf '\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0' | b2sum -l 64, halved
+    assert seed_of(0, 1) == int.from_bytes(bytes.fromhex('eb82aaee034ca970'), 'little') // 2
+    assert len({seed_of(*numbers) for numbers in [(0,), (1,), (-1,), (0, 0), (0, 1), (1, 0), (2**40, 1)]}) == 7
 
 
 def test_batches_on_the_device_depend_on_seed_epoch_and_index_alone():

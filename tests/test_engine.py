@@ -1,6 +1,5 @@
 """What a run keeps safe, and what follows a model through its stages."""
 
-import dataclasses
 import errno
 import json
 import subprocess
@@ -14,9 +13,9 @@ from runs import CPU, events, small, weights
 from linvision.data import create_batches, create_dataset
 from linvision.train import Recipe, checkpoint, train
 from linvision.train.learner import Learner
+from linvision.train.model import create_model
 from linvision.train.optimizer import create_optimizer
 from linvision.train.parallel import Processes
-from linvision.train.setup import create_model
 
 
 @pytest.fixture
@@ -47,8 +46,8 @@ def steps(folder) -> list[str]:
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, recipe, damage, capsys):
     parts = recipe.replace(checkpoint_every=3)
     train(parts.replace(max_steps=6))
-    assert steps(parts.output_dir) == ['step_00000003', 'step_00000006']
-    last = parts.output_dir / 'checkpoints/step_00000006'
+    assert steps(parts.run.output_dir) == ['step_00000003', 'step_00000006']
+    last = parts.run.output_dir / 'checkpoints/step_00000006'
     content = bytearray((last / 'state.pt').read_bytes())
     if damage == 'truncated':
         (last / 'state.pt').write_bytes(content[: len(content) // 2])
@@ -61,12 +60,12 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, re
         (last / 'checksums.json').unlink()
     train(parts)
     assert 'step_00000006 is damaged' in capsys.readouterr().out
-    assert same(weights(parts.output_dir), whole)
+    assert same(weights(parts.run.output_dir), whole)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over_by_itself(recipe):
     train(recipe.replace(max_steps=3))
-    (recipe.output_dir / 'checkpoints/step_00000003/state.pt').write_bytes(b'damaged')
+    (recipe.run.output_dir / 'checkpoints/step_00000003/state.pt').write_bytes(b'damaged')
     for _ in range(2):  # as torchrun would, with --max-restarts
         with pytest.raises(ValueError, match='All checkpoints in .* are damaged.*--fresh'):
             train(recipe)
@@ -76,8 +75,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over_by_itself(r
 def test_the_last_checkpoints_and_the_best_on_the_validation_slice_are_kept(recipe):
     kept = train(recipe.replace(epochs=6, val_fraction=0.25, eval_every=0.5, checkpoint_every=1))
     best = f'step_{kept["best_step"]:08d}'
-    assert best in steps(recipe.output_dir) and len(steps(recipe.output_dir)) <= 3
-    curve = events(recipe.output_dir).Scalars('val/top1')
+    assert best in steps(recipe.run.output_dir) and len(steps(recipe.run.output_dir)) <= 3
+    curve = events(recipe.run.output_dir).Scalars('val/top1')
     assert kept['best_val_top1'] == pytest.approx(max(p.value for p in curve[:-1]))
     assert [(p['step'], p['top1']) for p in kept['val_curve']] == [(p.step, pytest.approx(p.value)) for p in curve[:-1]]
 
@@ -91,12 +90,12 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay(recipe, monkeyp
     monkeypatch.setattr(checkpoint.torch, 'save', full)
     with pytest.raises(OSError, match='step 10 cannot be written.*No space left.*GiB are free'):
         train(recipe)
-    assert steps(recipe.output_dir) == ['step_00000003']
+    assert steps(recipe.run.output_dir) == ['step_00000003']
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(recipe, tmp_path):
     train(recipe.replace(max_steps=3))
-    path = recipe.output_dir / 'checkpoints/step_00000003/state.pt'
+    path = recipe.run.output_dir / 'checkpoints/step_00000003/state.pt'
     state = torch.load(path, weights_only=True)
     del state['learner']['model']['blocks.0.attn.qkv.weight']
     torch.save(state, path)
@@ -104,7 +103,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(recipe,
     sums.write_text(json.dumps({'state.pt': checkpoint.digest(path)}))
     with pytest.raises(ValueError, match='checkpoint of another model'):
         train(recipe)
-    assert steps(recipe.output_dir) == ['step_00000003']
+    assert steps(recipe.run.output_dir) == ['step_00000003']
 
 
 def test_fresh_starts_over_and_keeps_what_is_there(recipe):
@@ -114,15 +113,15 @@ def test_fresh_starts_over_and_keeps_what_is_there(recipe):
         train(other.replace(fresh=False))
     second = train(other)
     assert second['loss'] != first['loss']
-    assert json.loads((recipe.output_dir / 'earlier_1/metrics.json').read_text()) == json.loads(json.dumps(first))
+    assert json.loads((recipe.run.output_dir / 'earlier_1/metrics.json').read_text()) == json.loads(json.dumps(first))
     train(other.replace(lr=2e-3))
-    assert (recipe.output_dir / 'earlier_2/model').is_dir() and (recipe.output_dir / 'earlier_1/model').is_dir()
+    assert (recipe.run.output_dir / 'earlier_2/model').is_dir() and (recipe.run.output_dir / 'earlier_1/model').is_dir()
 
 
 def test_a_folder_in_which_another_process_runs_is_refused(recipe):
-    recipe.output_dir.mkdir()
+    recipe.run.output_dir.mkdir()
     hold = 'import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.lockf(f, fcntl.LOCK_EX); print("held"); input()'
-    command = [sys.executable, '-u', '-c', hold, str(recipe.output_dir / '.lock')]
+    command = [sys.executable, '-u', '-c', hold, str(recipe.run.output_dir / '.lock')]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'held\n'
         with pytest.raises(OSError, match='Another process is running'):
@@ -144,7 +143,7 @@ def test_memory_that_does_not_suffice_names_what_to_change(recipe, monkeypatch):
 def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     assert train(recipe.replace(dry_run=True)) == {}
     out = capsys.readouterr().out
-    assert not recipe.output_dir.exists()
+    assert not recipe.run.output_dir.exists()
     length, batch = '10 steps, 1.25 passes over the images', '32 images = 1 processes × 1 parts × 32'
     for words in (length, batch, '64 tokens', '256 tokens'):
         assert words in out, out
@@ -191,7 +190,7 @@ def test_a_run_without_stages_takes_the_size_that_is_asked_for(recipe):
 
 
 def test_what_a_boundary_replaces_keeps_training_and_the_rest_keeps_its_moments():
-    recipe = Recipe(model='test_linformer_vit', model_args={'pos_embed': 'separable'}, ema_decay=0.5, lr=1e-2)
+    recipe = Recipe().replace(model='test_linformer_vit', model_args={'pos_embed': 'separable'}, ema_decay=0.5, lr=1e-2)
     shape = {'in_chans': 1, 'num_classes': 10}
     torch.manual_seed(0)
     learner = Learner(recipe, shape, 8, 16, 100, (0.5,), (0.5,), Processes(torch.device('cpu')))
@@ -215,7 +214,7 @@ def test_what_a_boundary_replaces_keeps_training_and_the_rest_keeps_its_moments(
 
 @pytest.mark.parametrize('proj_len, unused', [(64, True), (16, False)])
 def test_a_projection_that_was_not_used_before_the_image_grew_starts_as_the_mean_of_cells(proj_len, unused):
-    recipe = Recipe(model='test_linformer_vit', model_args={'proj_len': proj_len}, ema_decay=0.5)
+    recipe = Recipe().replace(model='test_linformer_vit', model_args={'proj_len': proj_len}, ema_decay=0.5)
     learner = Learner(recipe, {'in_chans': 1, 'num_classes': 10}, 8, 16, 100, (0.5,), (0.5,), Processes(CPU))
     learner.start('fp32')
     learner.set_size(16)
@@ -239,13 +238,13 @@ def test_a_last_stage_too_short_for_a_step_is_still_what_is_scored(recipe):
 @pytest.mark.parametrize('change', [{'accumulate': 4}, {'grad_checkpointing': True}, {'chunk_size': 512}])
 def test_ways_to_save_memory_give_the_same_weights(whole, recipe, change):
     train(recipe.replace(**change))
-    torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(weights(recipe.run.output_dir), whole, rtol=1e-3, atol=2e-5)
 
 
 def test_layer_decay_scales_the_rate_by_depth():
-    recipe = Recipe(model='test_linformer_vit', layer_decay=0.5, lr=1.0)
+    recipe = Recipe().replace(model='test_linformer_vit', layer_decay=0.5, lr=1.0)
     model = create_model(recipe, {'in_chans': 1, 'num_classes': 10}, 16)
-    optimizer = create_optimizer(recipe, model)
+    optimizer = create_optimizer(recipe.optim, model)
     depth = len(model.blocks)
     scale = {id(p): group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
     expected = {
@@ -262,15 +261,15 @@ def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
     train(teacher)
     agreement = []
     for weight in (0.0, 1.0):
-        student = dataclasses.replace(
-            teacher, output_dir=tmp_path / f'student_{weight}', epochs=4, lr=1e-2, seed=1,
-            teacher=str(teacher.output_dir / 'model'), teacher_weight=weight, test=False,
+        student = teacher.replace(
+            output_dir=tmp_path / f'student_{weight}', epochs=4, lr=1e-2, seed=1,
+            teacher=str(teacher.run.output_dir / 'model'), teacher_weight=weight, test=False,
         )  # fmt: skip
         train(student)
         images = create_batches(create_dataset('fake', '.', 'test'), 100, (0.2,), (0.2,), CPU)
         batch, _ = next(images.ordered(8))
         one, two = (
-            timm.create_model(f'local-dir:{r.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
+            timm.create_model(f'local-dir:{r.run.output_dir}/model', pretrained=True).eval()(batch).log_softmax(-1)
             for r in (teacher, student)
         )
         agreement.append((one.exp() * (one - two)).sum(-1).mean().item())  # KL divergence
@@ -280,7 +279,7 @@ def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_compiled_run_gives_the_same_weights(whole, recipe):
     train(recipe.replace(compile=True))
-    torch.testing.assert_close(weights(recipe.output_dir), whole, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(recipe.run.output_dir), whole, rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- tensorboard
@@ -288,7 +287,7 @@ def test_a_compiled_run_gives_the_same_weights(whole, recipe):
 
 def test_tensorboard_holds_what_a_run_shows(recipe):
     train(recipe.replace(val_fraction=0.25, eval_every=0.5, log_every=2))
-    board = events(recipe.output_dir)
+    board = events(recipe.run.output_dir)
     tags = board.Tags()
     wanted = {f'{split}/{name}' for split in ('train', 'val', 'test') for name in ('loss', 'top1', 'top5')}
     wanted |= {'train/lr', 'train/grad_norm', 'speed/images_per_s', 'speed/tokens_per_s', 'speed/waiting_for_data'}

@@ -7,9 +7,11 @@ import timm
 import torch
 from runs import small, weights
 
+from linvision.models.local_conv import LocalPath
 from linvision.train import train
+from linvision.train.model import create_model, empty_model, resolved
+from linvision.train.pretrained import load_backbone
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, load_backbone, resolved
 
 
 def finetuned(model_folder, folder, **changes):
@@ -26,10 +28,10 @@ def changed(before, after):
 
 def test_a_recipe_without_a_model_takes_that_of_its_weights(model_folder):
     recipe = resolved(Recipe(model='', init=str(model_folder), model_args={'local_size': 3}))
-    assert recipe.model == 'test_linformer_vit' and recipe.img_size == 16
+    assert recipe.model == 'test_linformer_vit' and recipe.data.img_size == 16
     assert recipe.model_args == {'global_pool': 'avg', 'local_size': 3}
-    recipe = resolved(Recipe(model='', init='linformer_vit_pico_patch1_32.fashion_mnist', stages=((16, 1.0),)))
-    assert recipe.model == 'linformer_vit_pico_patch1_32' and not recipe.img_size
+    recipe = resolved(Recipe(model='', init='linformer_vit_pico_patch1_32.fashion_mnist').replace(stages=((16, 1.0),)))
+    assert recipe.model == 'linformer_vit_pico_patch1_32' and not recipe.data.img_size
     with pytest.raises(ValueError, match='names no model: say --init'):
         resolved(Recipe(model=''))
     with pytest.raises(ValueError, match="'nowhere': it is neither a folder"):
@@ -69,6 +71,40 @@ def test_convolutions_of_a_larger_model_span_as_much_of_the_image_as_those_of_it
     assert resolved(own).model_args == {'local_grid': 64}  # what a recipe says is left alone
     plain = Recipe(model='vit_tiny_patch16_224', init=source)
     assert resolved(plain) == plain
+
+
+@pytest.mark.parametrize(
+    'model, stages, model_args, grid',
+    [
+        ('linformer_vit_pico_patch1_32', ((16, 0.5), (32, 0.5)), {}, 16),
+        ('linformer_vit_tiny_patch4_224', ((112, 0.5), (224, 0.5)), {}, 28),
+        ('linformer_vit_pico_patch1_32', ((16, 0.5), (32, 0.5)), {'local_grid': 32}, 32),
+        ('linformer_vit_pico_patch1_32', ((32, 1.0),), {}, None),
+        ('linformer_vit_pico_patch1_32', ((32, 0.5), (16, 0.5)), {}, None),
+        ('linformer_vit_pico_patch1_32', ((16, 0.5), (32, 0.5)), {'local_size': 0, 'pos_embed': 'learn'}, None),
+        ('vit_tiny_patch16_224', ((112, 0.5), (224, 0.5)), {}, None),
+    ],
+)
+def test_convolutions_keep_their_span_where_the_images_of_a_recipe_grow(model, stages, model_args, grid):
+    recipe = Recipe(model=model, model_args=model_args).replace(stages=stages)
+    assert resolved(recipe).model_args == (model_args if grid is None else {**model_args, 'local_grid': grid})
+    assert resolved(resolved(recipe)) == resolved(recipe)
+
+
+def test_convolutions_of_a_run_reach_as_far_in_its_last_stage_as_in_its_first(tmp_path):
+    train(small(tmp_path / 'run', epochs=0.3, model_args={'local_size': 3}))
+    model = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True)
+    paths = [module for module in model.modules() if isinstance(module, LocalPath)]
+    assert paths and all(path.step((8, 8)) == (1, 1) and path.step((16, 16)) == (2, 2) for path in paths)
+
+
+def test_weights_decide_the_span_before_the_first_stage_does(tmp_path):
+    source = 'linformer_vit_pico_patch1_32.fashion_mnist'
+    recipe = Recipe(model='linformer_vit_pico_patch1_64', init=source).replace(stages=((16, 0.5), (64, 0.5)))
+    grids = [m.grid for m in timm.create_model(source).modules() if isinstance(m, LocalPath)]
+    assert resolved(recipe).model_args['local_grid'] == grids[0]
+    unnamed = resolved(recipe.replace(model=''))
+    assert [m.grid for m in empty_model(unnamed, {}).modules() if isinstance(m, LocalPath)] == grids
 
 
 @pytest.mark.parametrize('stages', [(), ((8, 0.5), (16, 0.5))])

@@ -51,17 +51,17 @@ def spoil(folder, how):
 def test_timm_reads_what_a_run_exported_and_gives_its_score(recipe, capsys):
     metrics = train(recipe.replace(epochs=25, opt='muon', lr=0.01, hflip=0.5))
     assert metrics['top1'] > 0.6 and metrics['num_samples'] == 9 and metrics['classes'] == ['bar 0', 'bar 1', 'bar 2']
-    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{recipe.run.output_dir}/model', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == metrics['classes']
     transform = create_transform(**resolve_model_data_config(model))
-    paths = sorted((recipe.data_dir / 'val').rglob('*.png'))
+    paths = sorted((recipe.data.data_dir / 'val').rglob('*.png'))
     images = torch.stack([transform(Image.open(path)) for path in paths])
     labels = torch.tensor([metrics['classes'].index(path.parent.name) for path in paths])
     logits = model(images)
     assert (logits.argmax(-1) == labels).double().mean().item() == metrics['top1']
     assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(metrics['loss'], rel=1e-5)
     capsys.readouterr()
-    evaluate.main(recipe.output_dir / 'model', dataset='image_folder', data_dir=recipe.data_dir, device='cpu')
+    evaluate.main(recipe.run.output_dir / 'model', dataset='image_folder', data_dir=recipe.data.data_dir, device='cpu')
     found = json.loads(capsys.readouterr().out)
     for name in ('top1', 'loss', 'num_samples', 'num_left_out'):
         assert found[name] == metrics[name], name
@@ -69,19 +69,19 @@ def test_timm_reads_what_a_run_exported_and_gives_its_score(recipe, capsys):
 
 @pytest.mark.parametrize('crop_mode', ['center', 'border', 'squash'])
 def test_images_that_are_not_square_are_read_alike_in_training_evaluation_and_by_timm(recipe, crop_mode, capsys):
-    for path in recipe.data_dir.rglob('*.png'):  # the bright bar is in the upper or the lower quarter
+    for path in recipe.data.data_dir.rglob('*.png'):  # the bright bar is in the upper or the lower quarter
         image = Image.new('L', (20, 40), 128)
         image.paste(255, (0, 5, 20, 7) if path.parent.name == 'bar 0' else (0, 33, 20, 35))
         image.save(path)
-    shutil.rmtree(recipe.data_dir / 'train/bar 2')
-    shutil.rmtree(recipe.data_dir / 'val/bar 2')
+    shutil.rmtree(recipe.data.data_dir / 'train/bar 2')
+    shutil.rmtree(recipe.data.data_dir / 'val/bar 2')
     metrics = train(recipe.replace(epochs=12, opt='muon', lr=0.01, crop_mode=crop_mode))
     out = capsys.readouterr().out
     assert ('100 % of the images are not square: their middle is used' in out) == (crop_mode == 'center')
     assert metrics['top1'] == (0.5 if crop_mode == 'center' else 1)  # the middle shows no bar
-    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{recipe.run.output_dir}/model', pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
-    paths = sorted((recipe.data_dir / 'val').rglob('*.png'))
+    paths = sorted((recipe.data.data_dir / 'val').rglob('*.png'))
     logits = model(torch.stack([transform(Image.open(path)) for path in paths]))
     labels = torch.tensor([metrics['classes'].index(path.parent.name) for path in paths])
     assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(metrics['loss'], rel=1e-5)
@@ -90,31 +90,32 @@ def test_images_that_are_not_square_are_read_alike_in_training_evaluation_and_by
 def test_a_run_is_scored_on_its_own_images_and_on_others(recipe, tmp_path, capsys, monkeypatch):
     metrics = train(recipe)
     some = tmp_path / 'some/bar 1'
-    shutil.copytree(recipe.data_dir / 'val/bar 1', some)
+    shutil.copytree(recipe.data.data_dir / 'val/bar 1', some)
     for path in some.iterdir():
         path.rename(path.with_stem(f'other_{path.stem}'))
     capsys.readouterr()
-    evaluate.main(recipe.output_dir, device='cpu')  # the folder of the run will do
-    evaluate.main(recipe.output_dir / 'model', 'image_folder', tmp_path / 'some', 'all', device='cpu')
+    evaluate.main(recipe.run.output_dir, device='cpu')  # the folder of the run will do
+    evaluate.main(recipe.run.output_dir / 'model', 'image_folder', tmp_path / 'some', 'all', device='cpu')
     own, others = map(json.loads, capsys.readouterr().out.splitlines())
     assert own['top1'] == metrics['top1'] and own['num_samples'] == 9
     assert others['num_samples'] == 3  # one class of three
-    assert (own['split'], others['split'], own['data_dir']) == ('test', 'all', str(recipe.data_dir))
-    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    assert (own['split'], others['split'], own['data_dir']) == ('test', 'all', str(recipe.data.data_dir))
+    model = timm.create_model(f'local-dir:{recipe.run.output_dir}/model', pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
     logits = model(torch.stack([transform(Image.open(path)) for path in some.iterdir()]))
     assert others['top1'] == pytest.approx((logits.argmax(-1) == 1).float().mean().item())
     with pytest.raises(FileNotFoundError, match=r'Looked for from .*; --data-dir names another folder'):
-        evaluate.main(recipe.output_dir, data_dir=tmp_path / 'nowhere', device='cpu')
+        evaluate.main(recipe.run.output_dir, data_dir=tmp_path / 'nowhere', device='cpu')
     with pytest.raises(ValueError, match='has no metrics.json'):
-        evaluate.main(shutil.copytree(recipe.output_dir / 'model', tmp_path / 'alone/model'), device='cpu')
+        evaluate.main(shutil.copytree(recipe.run.output_dir / 'model', tmp_path / 'alone/model'), device='cpu')
 
 
 @pytest.mark.parametrize('how, workers', [('truncated', 0), ('no image', 2), ('empty', 0)])
 def test_a_damaged_image_ends_a_run_and_is_named_and_the_mended_run_goes_on(recipe, how, workers):
     recipe = recipe.replace(workers=workers, checkpoint_every=1)
-    shutil.copy(path := sorted((recipe.data_dir / 'train').rglob('*.png'))[4], kept := recipe.data_dir / 'kept')
-    assert spoil(recipe.data_dir / 'train', how) == path
+    folder = recipe.data.data_dir
+    shutil.copy(path := sorted((folder / 'train').rglob('*.png'))[4], kept := folder / 'kept')
+    assert spoil(folder / 'train', how) == path
     with pytest.raises(OSError, match=f'{path} cannot be read as an image .*--on-bad-image skip'):
         train(recipe)
     shutil.copy(kept, path)
@@ -122,16 +123,16 @@ def test_a_damaged_image_ends_a_run_and_is_named_and_the_mended_run_goes_on(reci
 
 
 def test_a_damaged_image_of_the_test_set_ends_a_run_and_is_named(recipe):
-    path = spoil(recipe.data_dir / 'val', 'truncated')
+    path = spoil(recipe.data.data_dir / 'val', 'truncated')
     with pytest.raises(OSError, match=f'{path} cannot be read as an image'):
         train(recipe)
-    assert not (recipe.output_dir / 'metrics.json').exists()
+    assert not (recipe.run.output_dir / 'metrics.json').exists()
 
 
 def test_a_command_with_workers_ends_where_an_image_is_damaged(recipe):
-    path = spoil(recipe.data_dir / 'val', 'truncated')
+    path = spoil(recipe.data.data_dir / 'val', 'truncated')
     flags = '--model test_linformer_vit --batch-size 10 --workers 2 --max-minutes 0 --device cpu'.split()
-    places = ['--data-dir', str(recipe.data_dir), '--output-dir', str(recipe.output_dir)]
+    places = ['--data-dir', str(recipe.data.data_dir), '--output-dir', str(recipe.run.output_dir)]
     command = [sys.executable, str(RECIPE), *flags, *places]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and f'error: {path} cannot be read' in run.stderr and 'Traceback' not in run.stderr
@@ -149,7 +150,7 @@ def test_workers_end_with_the_batches_that_they_read(bars):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_damaged_images_are_left_out_where_that_is_wished(recipe, workers, caplog):
-    bad, worse = spoil(recipe.data_dir / 'train', 'truncated'), spoil(recipe.data_dir / 'val', 'no image')
+    bad, worse = spoil(recipe.data.data_dir / 'train', 'truncated'), spoil(recipe.data.data_dir / 'val', 'no image')
     recipe = recipe.replace(on_bad_image='skip', workers=workers, epochs=2)
     with caplog.at_level(logging.WARNING):
         train(recipe.replace(max_steps=4))
@@ -159,7 +160,7 @@ def test_damaged_images_are_left_out_where_that_is_wished(recipe, workers, caplo
     (found,) = metrics['bad_training_images']
     assert found.startswith(f'{bad} cannot be read')
     assert metrics['num_samples'] == 8 and metrics['num_left_out'] == 1
-    assert json.loads((recipe.output_dir / 'metrics.json').read_text())['bad_training_images'] == [found]
+    assert json.loads((recipe.run.output_dir / 'metrics.json').read_text())['bad_training_images'] == [found]
 
 
 def test_the_next_image_stands_in_for_a_damaged_one_with_its_own_label(tmp_path):
@@ -197,7 +198,7 @@ def test_two_processes_score_every_readable_image_once(tmp_path, workers):
 
 def test_a_folder_with_a_run_on_other_images_is_refused(recipe, tmp_path):
     train(recipe.replace(max_steps=2))
-    moved = recipe.data_dir.rename(tmp_path / 'moved')
+    moved = recipe.data.data_dir.rename(tmp_path / 'moved')
     other = recipe.replace(data_dir=moved)
     first = sorted((moved / 'train').rglob('*.png'))[0]
     content = first.read_bytes()
@@ -218,22 +219,22 @@ def test_a_folder_with_a_run_on_other_images_is_refused(recipe, tmp_path):
 
 
 def test_a_finished_run_and_its_report_know_their_images(recipe):
-    recipe.on_bad_image = 'skip'
-    damaged = spoil(recipe.data_dir / 'train', 'truncated')
+    recipe = recipe.replace(on_bad_image='skip')
+    damaged = spoil(recipe.data.data_dir / 'train', 'truncated')
     metrics = train(recipe)
-    rows = report.report(recipe.output_dir)  # which leaves out what training left out
+    rows = report.report(recipe.run.output_dir)  # which leaves out what training left out
     assert rows[recipe.model]['top1'] == metrics['top1'] and len(rows) == 2
-    test_image = sorted((recipe.data_dir / 'val').rglob('*.png'))[0]
+    test_image = sorted((recipe.data.data_dir / 'val').rglob('*.png'))[0]
     content = test_image.read_bytes()
     test_image.unlink()
     with pytest.raises(ValueError, match='has 8 test images, and 9 when .* was scored'):
-        report.report(recipe.output_dir)
+        report.report(recipe.run.output_dir)
     test_image.write_bytes(content)
     damaged.unlink()
-    for look in (lambda: train(recipe), lambda: report.report(recipe.output_dir)):
+    for look in (lambda: train(recipe), lambda: report.report(recipe.run.output_dir)):
         with pytest.raises(ValueError, match=r'on other training images \(30 there, 29 now\)'):
             look()
-    shutil.rmtree(recipe.data_dir)  # a finished run is told of without its images
+    shutil.rmtree(recipe.data.data_dir)  # a finished run is told of without its images
     assert train(recipe) == metrics
 
 
@@ -244,10 +245,10 @@ def test_images_that_may_have_changed_sides_are_not_scored(bars, tmp_path, capsy
     recipe = small(tmp_path / 'run', dataset='image_folder', data_dir=tmp_path / 'all', stages=(), batch_size=8)
     metrics = train(recipe)
     capsys.readouterr()
-    evaluate.main(recipe.output_dir, device='cpu')
+    evaluate.main(recipe.run.output_dir, device='cpu')
     assert json.loads(capsys.readouterr().out)['top1'] == metrics['top1']
     sorted((tmp_path / 'all').rglob('*.png'))[0].unlink()
     elsewhere = tmp_path / 'run' / '..' / 'all'  # the same folder
     for data_dir in (None, elsewhere):
         with pytest.raises(ValueError, match='learnt may be among them now.*--split all'):
-            evaluate.main(recipe.output_dir, data_dir=data_dir, device='cpu')
+            evaluate.main(recipe.run.output_dir, data_dir=data_dir, device='cpu')

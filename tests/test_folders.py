@@ -228,7 +228,7 @@ def test_size_is_the_median_of_the_shorter_sides_and_statistics_are_those_of_the
 def test_a_run_without_stages_takes_the_size_of_the_files_at_most_the_models(tmp_path, side, size):
     pictures(tmp_path, *(f'{c}/{i}.png' for c in 'ab' for i in range(5)), size=(side, side + 7))
     recipe = small(tmp_path / 'run', dataset='image_folder', model='linformer_vit_tiny_patch4_224', stages=())
-    recipe.batch_size = 1
+    recipe = recipe.replace(batch_size=1)
     assert TrainingData(recipe, Processes(CPU)).stages == ((size, 1.0),)
 
 

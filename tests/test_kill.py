@@ -13,7 +13,7 @@ from runs import small, weights
 from linvision.train import Recipe, train
 
 KILLS = {  # what is replaced by a function that kills the process, and at which call
-    'in the middle of an epoch': ('linvision.train.loop', 'Run', 'step', 8),
+    'in the middle of an epoch': ('linvision.train.loop', 'TrainingRun', 'step', 8),
     'while a checkpoint is written': ('linvision.train.checkpoint', None, 'seal', 2),
     'before a checkpoint gets its name': ('linvision.train.checkpoint', 'os', 'replace', 3),
     'at a stage boundary': ('linvision.train.learner', 'Learner', 'set_size', 1),
@@ -32,7 +32,7 @@ def killed(*args, **kwargs):
     return original(*args, **kwargs)
 setattr(owner, name, killed)
 values = json.loads(sys.argv[2])
-train(Recipe(**{**values, 'output_dir': Path(values['output_dir']), 'data_dir': Path(values['data_dir'])}))
+train(Recipe.from_dict(values))
 """
 
 
@@ -56,7 +56,7 @@ def recipe(tmp_path_factory) -> Recipe:
 @pytest.fixture(scope='module')
 def whole(recipe) -> dict[str, torch.Tensor]:
     train(recipe)
-    return weights(recipe.output_dir)
+    return weights(recipe.run.output_dir)
 
 
 @pytest.mark.parametrize('kill', KILLS)

@@ -22,6 +22,7 @@ from linvision.train.masked_pixels import (
     patches,
     reconstruction_loss,
 )
+from linvision.train.model import resolved
 from linvision.train.parallel import Processes
 
 
@@ -177,8 +178,8 @@ def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe):
     assert 0.1 < metrics['loss'] < 0.85 and metrics['val_loss'] < 0.85  # 1 is the variance of the pixels
     assert metrics['num_samples'] == 100 and metrics['num_left_out'] == 0 and 'top1' not in metrics
     assert metrics['best_val_loss'] <= metrics['val_loss'] + 1e-3
-    assert json.loads((recipe.output_dir / 'metrics.json').read_text()) == metrics
-    board = events(recipe.output_dir)
+    assert json.loads((recipe.run.output_dir / 'metrics.json').read_text()) == metrics
+    board = events(recipe.run.output_dir)
     assert {'test/reconstructions', 'val/reconstructions', 'train/batch'} <= set(board.Tags()['images'])
     assert not {'test/misclassified', 'test/attention'} & set(board.Tags()['images'])
     points = [p.value for p in board.Scalars('val/loss')]
@@ -187,7 +188,7 @@ def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe):
 
 def test_the_best_is_one_of_the_last_image_size(recipe):
     metrics = train(recipe.replace(val_fraction=0.25, eval_every=0.5, test=False))
-    points = events(recipe.output_dir).Scalars('val/loss')
+    points = events(recipe.run.output_dir).Scalars('val/loss')
     last = {p.step: p.value for p in points[:-1] if p.step > metrics['steps'] / 2}  # at 16×16 pixels
     assert metrics['best_step'] == min(last, key=last.get)
     assert metrics['best_val_loss'] == pytest.approx(min(last.values()))
@@ -199,7 +200,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_pa
     parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 10, 0):
         train(parts.replace(max_steps=stop))
-    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -212,7 +213,7 @@ def test_labels_change_nothing(recipe, tmp_path, monkeypatch):
     one = train(recipe.replace(hflip=0.5))
     other = recipe.replace(hflip=0.5, dataset='permuted', output_dir=tmp_path / 'permuted')
     assert train(other)['loss'] == one['loss']
-    first, second = weights(recipe.output_dir), weights(other.output_dir)
+    first, second = weights(recipe.run.output_dir), weights(other.run.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -232,7 +233,7 @@ def learner(recipe, size):
 @pytest.mark.parametrize('size', [16, 12, 24])
 def test_its_backbone_starts_a_classifier_of_any_size(pretrained, size):
     folder, arguments = pretrained
-    recipe = small(folder, init=str(folder / 'model'), model_args=arguments)
+    recipe = resolved(small(folder, init=str(folder / 'model'), model_args=arguments))
     model = learner(recipe, size)
     # timm's own way to load a checkpoint at another size
     expected = timm.create_model(f'local-dir:{folder}/model', pretrained=True, img_size=size, num_classes=10)

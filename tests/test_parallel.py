@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from runs import events, small, weights
 
 from linvision.train import Recipe, train
+from linvision.train.model import check_batch, empty_model
 
 RECIPE = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
 
@@ -79,29 +80,32 @@ def test_a_sharded_checkpoint_of_two_processes_goes_on_in_one(runs):
 
 def test_a_batch_that_cannot_be_shared_is_an_error_with_both_numbers():
     with pytest.raises(ValueError, match=r'got 32 for 3 × 2\. The nearest that fit are 30 and 36'):
-        Recipe(batch_size=32, accumulate=2).share(3)
+        Recipe().replace(batch_size=32, accumulate=2).images_at_once(3)
 
 
 @pytest.mark.parametrize('batch_size, accumulate, count', [(32, 1, 2), (32, 2, 1), (1, 1, 1)])
 def test_a_norm_over_the_batch_that_would_fall_apart_is_an_error(batch_size, accumulate, count):
-    recipe = Recipe(batch_size=batch_size, accumulate=accumulate, model_args={'head_norm': True})
+    recipe = Recipe(model='test_linformer_vit', model_args={'head_norm': True})
+    recipe = recipe.replace(batch_size=batch_size, accumulate=accumulate)
+    model = empty_model(recipe, {})
     with pytest.raises(ValueError, match=f'got {count}, {accumulate} and a batch_size of {batch_size}'):
-        recipe.share(count)
+        check_batch(model, recipe, count)
+    check_batch(model, recipe.replace(batch_size=2, accumulate=1), 1)
 
 
 KILLED = """
 import os, signal, sys, dataclasses
 from pathlib import Path
 from linvision.train import Recipe, train, loop
-step = loop.Run.step
+step = loop.TrainingRun.step
 def killed(self, *args):
     first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
-    if self.at.step == 7 and self.processes.rank == 1 and first and sys.argv[2] == 'killed':
+    if self.progress.step == 7 and self.processes.rank == 1 and first and sys.argv[2] == 'killed':
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args)
-loop.Run.step = killed
-train(Recipe(model='test_linformer_vit', dataset='fake', output_dir=Path(sys.argv[1]), stages=((8, .5), (16, .5)),
-             epochs=1.25, checkpoint_every=2, precision='fp32', device='cpu', threads=1, lr=3e-3))
+loop.TrainingRun.step = killed
+recipe = Recipe(model='test_linformer_vit').replace(dataset='fake', output_dir=Path(sys.argv[1]), lr=3e-3, threads=1)
+train(recipe.replace(stages=((8, .5), (16, .5)), epochs=1.25, checkpoint_every=2, precision='fp32', device='cpu'))
 """
 
 

@@ -28,8 +28,8 @@ SHELL = ['scripts/demo.sh', 'scripts/test.sh', '.ci/run']
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short, finished run on the fake data."""
     folder = tmp_path_factory.mktemp('run')
-    recipe = Recipe(model='test_linformer_vit', dataset='fake', output_dir=folder, epochs=1, precision='fp32')
-    recipe.threads, recipe.device = 1, 'cpu'
+    recipe = Recipe().replace(model='test_linformer_vit', dataset='fake', output_dir=folder, epochs=1, precision='fp32')
+    recipe = recipe.replace(threads=1, device='cpu')
     train(recipe)
     return folder
 

@@ -25,7 +25,7 @@ import report
 from linvision.data import create_dataset
 from linvision.train import train
 from linvision.train.checkpoint import load_shards, read_state, seal
-from linvision.train.setup import load_backbone, load_teacher
+from linvision.train.pretrained import load_backbone, load_teacher
 
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 
@@ -223,27 +223,27 @@ def sharded(tmp_path_factory):
         patch.setenv('MASTER_PORT', str(port))
         for name, value in {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}.items():
             patch.setenv(name, str(value))
-        train(dataclasses.replace(recipe, max_steps=2))
+        train(recipe.replace(max_steps=2))
         yield recipe
 
 
 def with_metadata(recipe, folder, content):
     """A copy of a run whose only checkpoint has other metadata, with checksums that are right."""
-    shutil.copytree(recipe.output_dir, folder)
+    shutil.copytree(recipe.run.output_dir, folder)
     (path,) = (folder / 'checkpoints').iterdir()
     (path / 'shards/.metadata').write_bytes(content)
     (path / 'checksums.json').unlink()
     seal(path)
-    return dataclasses.replace(recipe, output_dir=folder)
+    return recipe.replace(output_dir=folder)
 
 
 def test_a_sharded_run_goes_on_to_the_weights_of_one_that_never_stopped(sharded, tmp_path):
-    whole = dataclasses.replace(sharded, output_dir=tmp_path / 'whole', opt='muon')
-    parts = dataclasses.replace(whole, output_dir=tmp_path / 'parts')
+    whole = sharded.replace(output_dir=tmp_path / 'whole', opt='muon')
+    parts = whole.replace(output_dir=tmp_path / 'parts')
     train(whole)
     for stop in (2, 0):
-        train(dataclasses.replace(parts, max_steps=stop))
-    one, two = weights(whole.output_dir), weights(parts.output_dir)
+        train(parts.replace(max_steps=stop))
+    one, two = weights(whole.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

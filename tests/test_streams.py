@@ -204,7 +204,7 @@ def test_a_run_on_shards_ends_the_same_whether_it_stops_or_not(tmp_path, shards)
     metrics = train(whole)
     for stop in (3, 7, 0):
         train(parts.replace(max_steps=stop))
-    one, two = weights(whole.output_dir), weights(parts.output_dir)
+    one, two = weights(whole.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert metrics['num_samples'] == 7 and metrics['num_left_out'] == 0 and metrics['steps'] == 10
 

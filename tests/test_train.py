@@ -28,13 +28,13 @@ def test_training_learns_and_writes_everything(recipe):
     assert metrics['top1'] > 0.6  # chance is 0.1
     assert metrics['num_samples'] == 100 and metrics['val_num_samples'] == 64
     assert metrics['images_seen'] == 20 * (192 // 32) * 32
-    assert json.loads((recipe.output_dir / 'metrics.json').read_text()) == metrics
-    assert list((recipe.output_dir / 'tensorboard').glob('events.*'))
+    assert json.loads((recipe.run.output_dir / 'metrics.json').read_text()) == metrics
+    assert list((recipe.run.output_dir / 'tensorboard').glob('events.*'))
 
 
 def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
     metrics = train(recipe.replace(ema_decay=0.9))
-    model = timm.create_model(f'local-dir:{recipe.output_dir}/model', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{recipe.run.output_dir}/model', pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     batches = create_batches(create_dataset('fake', '.', 'test'), 100, config['mean'], config['std'], CPU)
     scores = evaluate(model, batches, 16)
@@ -47,34 +47,34 @@ def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_pa
     parts = recipe.replace(output_dir=tmp_path / 'parts', ema_decay=0.0)
     for stop in (13, 40, 0):  # within the first stage, within the second, to the end (the boundary lies at step 32)
         train(parts.replace(max_steps=stop))
-    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_projection_and_positions_keep_training_after_the_boundary(recipe):
     recipe = recipe.replace(model_args={'pos_embed': 'separable'})
     train(recipe.replace(max_steps=33))
-    state = read_state(newest_checkpoint(recipe.output_dir / 'checkpoints'))
+    state = read_state(newest_checkpoint(recipe.run.output_dir / 'checkpoints'))
     before = {k: v.clone() for k, v in state['learner']['model'].items()}
-    assert state['position']['stage'] == 1 and before['projection.weights.0'].shape == (4, 16)
+    assert state['progress']['stage'] == 1 and before['projection.weights.0'].shape == (4, 16)
     train(recipe)
-    after = weights(recipe.output_dir)
+    after = weights(recipe.run.output_dir)
     for name in ('projection.weights.0', 'projection.weights.1', 'position.row', 'position.column'):
         assert (after[name] - before[name]).abs().max() > 1e-4
 
 
 def test_a_finished_run_is_reported_and_not_trained_again(recipe, capsys):
     metrics = train(recipe)
-    changed = (recipe.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns
+    changed = (recipe.run.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns
     assert train(recipe) == metrics
     assert 'finished' in capsys.readouterr().out
-    assert (recipe.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns == changed
+    assert (recipe.run.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns == changed
 
 
 def test_muon_leaves_projection_embedding_and_head_to_its_fallback(recipe):
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
     names = {id(p): n for n, p in model.named_parameters()}
-    optimizer = create_optimizer(recipe, model)
+    optimizer = create_optimizer(recipe.optim, model)
     fallback = {names[id(p)] for g in optimizer.param_groups if g.get('use_fallback') for p in g['params']}
     assert {n for n in names.values() if n.startswith(('projection', 'position', 'patch_embed', 'head'))} <= fallback
     assert 'blocks.0.attn.qkv.weight' not in fallback
@@ -89,7 +89,7 @@ def test_muon_on_a_cpu_steps_as_in_float64_and_not_as_in_bf16(recipe, monkeypatc
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         before = model.blocks[0].attn.qkv.weight.clone()
-        create_optimizer(recipe.replace(lr=1.0, weight_decay=0.0), model, precision).step()
+        create_optimizer(recipe.replace(lr=1.0, weight_decay=0.0).optim, model, precision).step()
         return (model.blocks[0].attn.qkv.weight - before).detach()
 
     ours, theirs = step('fp32'), step('bf16')
@@ -103,7 +103,7 @@ def test_muon_on_a_cpu_steps_as_in_float64_and_not_as_in_bf16(recipe, monkeypatc
 
 def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = create_schedule(recipe.replace(warmup=0.1), optimizer, 100)
+    schedule = create_schedule(recipe.replace(warmup=0.1).optim, optimizer, 100)
     rates = []
     for t in range(100):
         schedule.step(t)
@@ -124,11 +124,11 @@ def test_minutes_replace_epochs(recipe):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe, monkeypatch):
     train(recipe.replace(max_steps=12))
-    kept = {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()}
+    kept = {p.name for p in (recipe.run.output_dir / 'checkpoints').iterdir()}
     monkeypatch.setattr(Preparation, 'plain', lambda self, images, size: images[:, :, :8, :8] * float('nan'))
     with pytest.raises(FloatingPointError, match='not finite in step 12'):
         train(recipe)
-    assert {p.name for p in (recipe.output_dir / 'checkpoints').iterdir()} == kept
+    assert {p.name for p in (recipe.run.output_dir / 'checkpoints').iterdir()} == kept
 
 
 def test_another_recipe_in_the_folder_is_refused(recipe):

@@ -1,4 +1,4 @@
-"""Further facts of a run: what resumes, what is scored, what the probe and the board leave behind."""
+"""Further facts of a run: what resumes, what is scored, what precision it takes, what the board leaves behind."""
 
 import sys
 
@@ -7,8 +7,8 @@ import torch
 from runs import events
 
 from linvision.data import ImageSet, create_dataset, datasets
-from linvision.train import precision, train
-from linvision.train.checkpoint import newest_checkpoint, read_state
+from linvision.train import train
+from linvision.train.checkpoint import newest_checkpoint, read_state, seal
 from linvision.train.parallel import Processes
 from linvision.train.precision import choose_precision
 
@@ -20,7 +20,7 @@ def recipe(small_recipe):
 
 def last(folder):
     state = read_state(newest_checkpoint(folder / 'checkpoints'))
-    return state['position'], state['learner']
+    return state['progress'], state['learner']
 
 
 def test_an_interrupted_run_with_dropout_mixing_and_a_moving_average_ends_the_same(recipe, tmp_path):
@@ -29,7 +29,7 @@ def test_an_interrupted_run_with_dropout_mixing_and_a_moving_average_ends_the_sa
     parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 11, 0):
         train(parts.replace(max_steps=stop))
-    (at, whole), (resumed_at, resumed) = last(recipe.output_dir), last(parts.output_dir)
+    (at, whole), (resumed_at, resumed) = last(recipe.run.output_dir), last(parts.run.output_dir)
     for part in ('model', 'ema'):
         assert whole[part].keys() == resumed[part].keys()
         assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
@@ -38,10 +38,23 @@ def test_an_interrupted_run_with_dropout_mixing_and_a_moving_average_ends_the_sa
 
 def test_a_run_that_died_before_its_metrics_scores_again_without_training(recipe):
     metrics = train(recipe)
-    (recipe.output_dir / 'metrics.json').unlink()
+    (recipe.run.output_dir / 'metrics.json').unlink()
     again = train(recipe)
     for name in ('top1', 'loss', 'steps', 'train_minutes', 'tokens_per_s'):
         assert again[name] == metrics[name]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_a_sentence_and_stays_as_it_is(recipe):
+    train(recipe.replace(max_steps=2))
+    path = newest_checkpoint(recipe.run.output_dir / 'checkpoints')
+    state = read_state(path)
+    state['position'] = state.pop('progress')
+    torch.save(state, path / 'state.pt')
+    (path / 'checksums.json').unlink()
+    seal(path)
+    with pytest.raises(ValueError, match='step_00000002 is of an earlier version of linvision.*--fresh'):
+        train(recipe)
+    assert newest_checkpoint(recipe.run.output_dir / 'checkpoints') == path
 
 
 def test_three_classes_have_no_top5(recipe, monkeypatch):
@@ -54,36 +67,34 @@ def test_three_classes_have_no_top5(recipe, monkeypatch):
     assert 'top5' not in metrics and metrics['num_samples'] == 100
 
 
-def test_the_probe_leaves_weights_gradients_and_random_state_alone():
-    import timm
+@pytest.mark.parametrize('has', [(), ('avx512_bf16',), ('amx_bf16', 'avx512_bf16'), ('bf16',)])
+def test_precision_is_what_the_processor_is_built_for(monkeypatch, has):
+    monkeypatch.setattr(
+        torch.cpu, 'get_capabilities', lambda: {'avx2': True, 'amx_bf16': False} | dict.fromkeys(has, True)
+    )
+    one = Processes(torch.device('cpu'))
+    precision, why = choose_precision('auto', one)
+    assert precision == ('bf16' if has else 'fp32') and (has[0] if has else 'no instructions for bf16') in why
+    assert [choose_precision(wanted, one) for wanted in ('fp32', 'bf16')] == [('fp32', ''), ('bf16', '')]
 
-    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, drop_rate=0.5, head_norm=True)
-    images = torch.randn(4, 1, 16, 16)
-    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    found, seconds = choose_precision('auto', model, images, Processes(torch.device('cpu')))
-    assert found in seconds and set(seconds) == {'fp32', 'bf16'}
-    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+@pytest.mark.parametrize('capability, precision', [((7, 5), 'fp32'), ((8, 0), 'bf16'), ((9, 0), 'bf16')])
+def test_precision_is_what_the_card_is_built_for(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
+    assert choose_precision('auto', Processes(torch.device('cuda', 0)))[0] == precision
 
 
-@pytest.mark.parametrize('slower, sizes', [(10, {1}), (1.2, {1, 4})])
-def test_the_probe_spares_the_batch_where_one_image_decides(monkeypatch, slower, sizes):
-    clock, seen = [0.0], set()
+def test_processes_agree_on_a_precision_that_all_have(monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'amx_bf16': True})
+    monkeypatch.setattr(Processes, 'largest', lambda self, *values: [1.0])  # another one lacks it
+    assert choose_precision('auto', Processes(torch.device('cpu')))[0] == 'fp32'
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
 
-        def forward(self, images):
-            seen.add(len(images))
-            clock[0] += len(images) * (slower if torch.is_autocast_enabled('cpu') else 1.0)
-            return images * self.weight
-
-    monkeypatch.setattr(precision.time, 'perf_counter', lambda: clock[0])
-    found, seconds = choose_precision('auto', Model(), torch.ones(4, 3), Processes(torch.device('cpu')))
-    n = max(sizes)
-    assert found == 'fp32' and seen == sizes and seconds == {'fp32': n, 'bf16': pytest.approx(n * slower)}
+def test_a_run_says_its_precision_and_why(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'architecture': 'an old one'})
+    assert train(recipe.replace(precision='auto', epochs=0.2))['precision'] == 'fp32'
+    assert 'fp32, since the processor has no instructions for bf16' in capsys.readouterr().out
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(recipe, monkeypatch, capsys):
@@ -91,14 +102,14 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(recipe, monkeypatch, capsys
     lines = capsys.readouterr().out
     assert 'loss' in lines and 'images/s' in lines and 'min left' in lines and '\r' not in lines
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    train(recipe.replace(log_every=2, seed=1, output_dir=recipe.output_dir.with_name('tty')))
+    train(recipe.replace(log_every=2, seed=1, output_dir=recipe.run.output_dir.with_name('tty')))
     shown = capsys.readouterr()
     assert '\r' in shown.err and 'images/s' in shown.err and 'min left' in shown.err
 
 
 def test_tensorboard_holds_scalars_a_batch_and_the_recipe(recipe):
     train(recipe.replace(log_every=2))
-    board = events(recipe.output_dir)
+    board = events(recipe.run.output_dir)
     tags = board.Tags()
     assert {
         'train/loss',

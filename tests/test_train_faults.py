@@ -36,7 +36,7 @@ def test_an_interruption_at_a_rounded_stage_boundary_changes_nothing(recipe, tmp
     parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 0):
         train(parts.replace(max_steps=stop))
-    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -58,13 +58,13 @@ def test_epochs_that_are_no_number_are_named(recipe):
 def test_arguments_that_json_cannot_hold_are_refused_before_training(recipe):
     with pytest.raises((ValueError, TypeError)):
         train(recipe.replace(model_args={'norm_layer': nn.LayerNorm}))
-    assert not (recipe.output_dir / 'checkpoints').exists()
+    assert not (recipe.run.output_dir / 'checkpoints').exists()
 
 
 def test_the_same_max_steps_again_takes_no_further_step(recipe):
     for _ in range(2):
         train(recipe.replace(max_steps=3))
-    assert sorted(os.listdir(recipe.output_dir / 'checkpoints')) == ['step_00000003']
+    assert sorted(os.listdir(recipe.run.output_dir / 'checkpoints')) == ['step_00000003']
 
 
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(recipe, monkeypatc
     monkeypatch.setattr(network.LinformerVisionTransformer, 'forward_features', spoilt)
     with pytest.raises(FloatingPointError):
         train(recipe.replace(checkpoint_every=1))
-    for path in (recipe.output_dir / 'checkpoints').glob('step_*'):
+    for path in (recipe.run.output_dir / 'checkpoints').glob('step_*'):
         state = torch.load(path / 'state.pt', weights_only=True)
         assert all(v.isfinite().all() for v in state['learner']['model'].values())
 
@@ -95,7 +95,7 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
     """metrics.json must stay JSON: NaN is none."""
     with pytest.raises(FloatingPointError):
         train(recipe.replace(epochs=0.25, warmup=0.0, sched='constant', opt='sgd', clip_grad=0.0, lr=1e38))
-    assert not (recipe.output_dir / 'metrics.json').exists()
+    assert not (recipe.run.output_dir / 'metrics.json').exists()
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_we
     parts = recipe.replace(output_dir=tmp_path / 'parts')
     asked = iter([False, False, True])
     assert train(parts, lambda: next(asked)) == {}
-    assert os.listdir(parts.output_dir / 'checkpoints') == ['step_00000003']
+    assert os.listdir(parts.run.output_dir / 'checkpoints') == ['step_00000003']
     train(parts)
-    whole, resumed = weights(recipe.output_dir), weights(parts.output_dir)
+    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -141,10 +141,10 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
 def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):
     first = train(recipe.replace(test=False, val_fraction=0.25))
     assert 'top1' not in first and first['val_num_samples'] == 64
-    before = weights(recipe.output_dir)
+    before = weights(recipe.run.output_dir)
     scored = train(recipe.replace(val_fraction=0.25))
     assert scored['num_samples'] == 100 and scored['val_loss'] == first['val_loss'] and scored['steps'] == 8
-    assert all(torch.equal(before[name], value) for name, value in weights(recipe.output_dir).items())
+    assert all(torch.equal(before[name], value) for name, value in weights(recipe.run.output_dir).items())
 
 
 @pytest.mark.parametrize('change, words', [
@@ -154,7 +154,7 @@ def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):
 def test_what_cannot_be_reached_is_said_before_the_first_step(recipe, change, words):
     with pytest.raises(ValueError, match=words):
         train(recipe.replace(**change))
-    assert not list(recipe.output_dir.glob('checkpoints/*'))
+    assert not list(recipe.run.output_dir.glob('checkpoints/*'))
 
 
 def test_scores_that_will_not_come_are_announced(recipe, capsys):
@@ -169,8 +169,8 @@ def test_a_teacher_of_other_classes_is_refused(recipe, model_folder):
         train(recipe.replace(dataset_args={'num_classes': 5}, fresh=True))
     config = json.loads((model_folder / 'config.json').read_text())
     names = config['label_names'][::-1]
-    turned = recipe.output_dir / 'turned'
+    turned = recipe.run.output_dir / 'turned'
     shutil.copytree(model_folder, turned)
     (turned / 'config.json').write_text(json.dumps({**config, 'label_names': names}))
     with pytest.raises(ValueError, match="the student 10: .'bar 9', "):
-        train(recipe.replace(teacher=str(turned), output_dir=recipe.output_dir / 'other'))
+        train(recipe.replace(teacher=str(turned), output_dir=recipe.run.output_dir / 'other'))

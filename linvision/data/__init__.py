@@ -2,7 +2,7 @@
 
 from linvision.data.augmentation import Augmentation
 from linvision.data.batches import Batches, create_batches, in_memory
-from linvision.data.datasets import DATASETS, Images, create_dataset, part
+from linvision.data.datasets import DATASETS, Images, create_dataset, part, split_validation
 from linvision.data.image_set import ImageSet
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     'create_dataset',
     'in_memory',
     'part',
+    'split_validation',
 ]

@@ -50,7 +50,7 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
 
     Returns:
         An `ImageSet` (tensors), `ImageFiles` or `TimmImages` (read one by one) or `TimmStream`. `images[i]` is an
-        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, `whole`, a length,
+        image and its label (a stream has none). All have `classes`, `in_chans`, `img_size`, `uncropped`, a length,
         `subset`, `statistics` and `data_config`.
 
     Raises:
@@ -86,6 +86,13 @@ def part(images: Images, count: int) -> Images:
         return images
     index = torch.arange(count)
     return images.subset(index * len(images) // count if isinstance(images, ImageFiles) else index)
+
+
+def split_validation(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+    """The set without a random slice, and the slice; which images are in it depends on the seed alone."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    n = round(len(images) * fraction)
+    return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
 
 
 def check_name(name: str) -> None:

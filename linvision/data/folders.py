@@ -41,14 +41,14 @@ class ImageFiles:
         classes: Names of the classes, by label.
         in_chans: Channels that images are read with: 1 (grey) or 3 (RGB).
         known_statistics: Mean and standard deviation of each channel, where they are known.
-        whole: Whether images are read at their own size and whole; these are cropped and resized.
+        uncropped: Whether images are read at their own size and whole; these are cropped and resized.
     """
 
     samples: Sequence[tuple[str, int]] = field(repr=False)
     classes: tuple[str, ...]
     in_chans: int = 3
     known_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    whole: ClassVar[bool] = False
+    uncropped: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -86,7 +86,7 @@ class ImageFiles:
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """Width and height of some images."""
-        return [size for _, size in look([path for path, _ in self.samples])]
+        return [size for _, size in modes_and_sizes([path for path, _ in self.samples])]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, of some images; ImageNet's where it is ImageNet.
@@ -99,7 +99,7 @@ class ImageFiles:
         if self.known_statistics:
             return self.known_statistics
         pixels = []
-        for path in some([path for path, _ in self.samples]):
+        for path in sample_of([path for path, _ in self.samples]):
             try:
                 image = read_image(path, self.in_chans, smallest=64)
             except OSError:  # named when training meets it
@@ -116,19 +116,19 @@ class ImageFiles:
         return {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
 
 
-def some(paths: list[str]) -> list[str]:
+def sample_of(paths: list[str]) -> list[str]:
     """Up to `LOOKS` paths, evenly over all of them."""
     return paths[:: -(-len(paths) // LOOKS)]
 
 
-def look(paths: list[str]) -> list[tuple[str, tuple[int, int]]]:
+def modes_and_sizes(paths: list[str]) -> list[tuple[str, tuple[int, int]]]:
     """PIL mode and size of some images, by their headers.
 
     Raises:
         OSError: None of them can be read.
     """
     seen = []
-    for path in some(paths):
+    for path in sample_of(paths):
         try:
             with Image.open(path) as image:
                 seen.append((image.mode, image.size))
@@ -159,7 +159,7 @@ def image_folder(root: Path, split: str) -> ImageFiles:
         scored = test or f'every fifth image of {train}'
         _logger.warning(f'the test is {scored}; {", ".join(aside)} beside it is left aside')
     classes = tuple(images)
-    modes = [mode for mode, _ in look([path for paths in images.values() for path in paths])]
+    modes = [mode for mode, _ in modes_and_sizes([path for paths in images.values() for path in paths])]
     in_chans = 1 if all(map(is_grey, modes)) else 3
     if test is None and split != 'all':  # every fifth image of a class, by name, is for the test
         small = [name for name, paths in images.items() if len(paths) < 5]
@@ -193,13 +193,13 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     """
     folders = {path.name.lower(): path for path in visible(root)}
     train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
-    there = [folders[name] for name in TEST_FOLDERS if name in folders]
-    test = next((path for path in there if visible(path)), None)
+    for_test = [folders[name] for name in TEST_FOLDERS if name in folders]
+    test = next((path for path in for_test if visible(path)), None)
     if test is not None and len(folders) == 1:
         raise FileNotFoundError(
             f'{root} holds {test.name}/ alone: put the images to train on into {root}/train/CLASS/.'
         )
-    if train is None or not there and len(folders) > 1 and not visible(train):
+    if train is None or not for_test and len(folders) > 1 and not visible(train):
         return root, None
     return train, test
 

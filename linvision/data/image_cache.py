@@ -23,7 +23,7 @@ class ImageCache:
     def __init__(self, folder: Path, count: int, shape: tuple[int, ...]) -> None:
         self.folder, self.count, self.shape = folder, count, shape
 
-    def open(self, name: str, *shape: int) -> np.memmap:
+    def open_array(self, name: str, *shape: int) -> np.memmap:
         """One of the arrays.
 
         Raises:
@@ -41,12 +41,12 @@ class ImageCache:
     @cached_property
     def images(self) -> np.memmap:
         """The images."""
-        return self.open('images.npy', self.count, *self.shape)
+        return self.open_array('images.npy', self.count, *self.shape)
 
     @cached_property
     def made(self) -> np.memmap:
         """Which of them are there."""
-        return self.open('made.npy', self.count)
+        return self.open_array('made.npy', self.count)
 
     def __getstate__(self) -> dict[str, object]:
         """Another process opens the files itself."""

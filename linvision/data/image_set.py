@@ -16,14 +16,14 @@ class ImageSet:
         labels: (n), int64.
         classes: Names of the classes, by label.
         img_size: The size that a model sees: smaller images are centred on a canvas of this size, in the mean colour.
-        whole: Whether images are read at their own size and whole, whatever size and crop a model was made for.
+        uncropped: Whether images are read at their own size and whole, whatever size and crop a model was made for.
     """
 
     images: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
     classes: tuple[str, ...]
     img_size: int
-    whole: ClassVar[bool] = True
+    uncropped: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if max(self.images.shape[2:]) > self.img_size:

@@ -24,7 +24,7 @@ from linvision.data.augmentation import TRANSFORMS, Augmentation, Transform
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_file import squared
 from linvision.data.image_set import ImageSet, fill_colour
-from linvision.data.order import Order, key
+from linvision.data.order import Order, seed_of
 from linvision.data.preparation import Preparation
 
 MARGIN = 256 / 224  # by which images are larger than what kornia crops from them
@@ -50,7 +50,7 @@ class KeyedImages(Dataset):
         for step in range(len(self.images)):
             try:
                 image, label = self.images[(index + step) % len(self.images)]
-                return self.transform(image, key(self.seed, epoch, index)), label, complaint
+                return self.transform(image, seed_of(self.seed, epoch, index)), label, complaint
             except OSError as error:
                 complaint = complaint or str(error)
         raise OSError(f'No image of the set can be read. The first: {complaint}')

@@ -5,6 +5,8 @@ resumed in the middle of an epoch repeats nothing and skips nothing. A batch is 
 its share.
 """
 
+import hashlib
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -53,7 +55,7 @@ class Order:
         The last, incomplete batch of an epoch is left out.
         """
         for epoch, start in self.epochs(step):
-            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key(seed, epoch)))
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
             for i in range(start, len(self)):
                 yield epoch, i, order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.count]
 
@@ -69,6 +71,10 @@ class Order:
             yield part.clamp(max=self.n - 1), part < self.n
 
 
-def key(*numbers: int) -> int:
-    """A seed from whole numbers, the same in every process."""
-    return hash(numbers) % 2**63
+def seed_of(*numbers: int) -> int:
+    """A seed of 63 bits from whole numbers of 64 bits, the same for every process, machine and version of Python.
+
+    It is the BLAKE2b digest (RFC 7693) of the numbers, little-endian.
+    """
+    digest = hashlib.blake2b(struct.pack(f'<{len(numbers)}q', *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from linvision.data.image_cache import ImageCache
 from linvision.data.image_set import statistics
-from linvision.data.order import key
+from linvision.data.order import seed_of
 
 LENGTHS = (6, 9, 14)  # dashes of a path: how hard it is
 SPLITS = {'train': 160_000, 'test': 20_000}  # LRA's numbers of images
@@ -39,7 +39,7 @@ ANTIALIAS = 2  # pictures are drawn so many times as large, and averaged
 TURNS = 12  # directions that are tried for a dash before the path is given up
 STARTS = 20  # places that are tried for a distractor before it is left out
 LOOKS = 256  # images that mean and standard deviation are taken of
-VERSION = 1  # of the images, in the name of their cache: raise it with every change of what is drawn
+VERSION = 2  # of the images, in the name of their cache: raise it with every change of what is drawn (2: of the seeds)
 
 
 class Size(NamedTuple):
@@ -218,7 +218,7 @@ class Pathfinder:
         seed: Of the whole set.
         markers: Whether markers are drawn; without them labels cannot be told.
         cache: Where images that were made are kept, or None.
-        whole: Whether images are read at their own size and whole, whatever size and crop a model was made for.
+        uncropped: Whether images are read at their own size and whole, whatever size and crop a model was made for.
     """
 
     index: Sequence[int] = field(repr=False)
@@ -230,7 +230,7 @@ class Pathfinder:
     cache: ImageCache | None = None
     classes: tuple[str, ...] = CLASSES
     in_chans: int = 1
-    whole: ClassVar[bool] = True
+    uncropped: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.index)
@@ -245,12 +245,12 @@ class Pathfinder:
 
     def label(self, number: int) -> int:
         """1 where both markers lie on one path; of each two images one has it."""
-        first = random.Random(key(self.seed, list(SPLITS).index(self.split), number // 2, 1)).getrandbits(1)
+        first = random.Random(seed_of(self.seed, list(SPLITS).index(self.split), number // 2, 1)).getrandbits(1)
         return first ^ (number & 1)
 
     def scene(self, number: int) -> Scene:
         """The geometry of an image."""
-        rng = random.Random(key(self.seed, list(SPLITS).index(self.split), number, 0))
+        rng = random.Random(seed_of(self.seed, list(SPLITS).index(self.split), number, 0))
         return make_scene(self.img_size, self.contour_length, rng)
 
     def draw(self, number: int) -> Image.Image:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linvision.data.augmentation import Augmentation, KorniaBatches
-from linvision.data.order import Order, key
+from linvision.data.order import Order, seed_of
 
 
 class Preparation:
@@ -56,7 +56,7 @@ class Preparation:
         if not self.augments:
             return self.plain(images, img_size)
         images = images.to(self.device, non_blocking=True)
-        return resize(self.kornia(size)(images, key(*numbers)), img_size)
+        return resize(self.kornia(size)(images, seed_of(*numbers)), img_size)
 
 
 def resize(images: Tensor, img_size: int) -> Tensor:

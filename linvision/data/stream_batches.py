@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from linvision.data.augmentation import Transform
 from linvision.data.loader_batches import LoaderBatches, create_loader, evaluation_transform
-from linvision.data.order import key
+from linvision.data.order import seed_of
 
 
 class ChangedStream(IterableDataset):
@@ -39,7 +39,7 @@ class ChangedStream(IterableDataset):
         readers.addHandler(heard)  # timm's readers log a sample that they cannot read, and go on
         try:
             for i, (image, label) in enumerate(self.stream):
-                seed = key(*self.numbers, worker.id if worker else 0, i)
+                seed = seed_of(*self.numbers, worker.id if worker else 0, i)
                 yield self.transform(image, seed), label, heard.collect()
             if self.ends and (rest := heard.collect()):
                 yield self.transform(Image.new('RGB', (8, 8)), 0), -1, rest
@@ -59,16 +59,25 @@ class Complaints(logging.Handler):
         error = sys.exc_info()[1]
         if error is None:
             return
-        # the error does not know, but the loop does that met it: webdataset's, over samples or over shards
-        seen = error.__traceback__.tb_frame.f_locals
-        sample = seen.get('source') or seen.get('sample') or {}
-        name = f'{sample.get("__key__", "a sample")} in {sample.get("__url__") or sample.get("url") or "a shard"}'
-        self.messages.append(f'{name} cannot be read ({type(error).__name__}).')
+        self.messages.append(f'{name_of_sample(error)} cannot be read ({type(error).__name__}).')
 
     def collect(self) -> str:
-        """What was logged since the last look, a line for each sample."""
+        """What was logged since the last call, a line for each sample."""
         messages, self.messages = self.messages, []
         return '\n'.join(messages)
+
+
+def name_of_sample(error: BaseException) -> str:
+    """Which sample of which shard webdataset met an error in.
+
+    Neither the error nor timm's log says it: timm gives webdataset an error handler of its own, which cannot be
+    replaced and is told the error alone. What knows the sample is webdataset's loop over samples or shards, in which
+    the error was raised, as a variable of its own: here it is read from there. Where webdataset names it otherwise, the
+    complaint only says 'a sample in a shard'.
+    """
+    variables = error.__traceback__.tb_frame.f_locals if error.__traceback__ else {}
+    sample = variables.get('source') or variables.get('sample') or {}
+    return f'{sample.get("__key__", "a sample")} in {sample.get("__url__") or sample.get("url") or "a shard"}'
 
 
 class StreamBatches(LoaderBatches):
@@ -87,7 +96,7 @@ class StreamBatches(LoaderBatches):
             stream = self.images.open(True, seed, epoch, share, self.workers, order.rank, order.count)
             changed = ChangedStream(stream, transform, seed, epoch, order.rank)
             batches = islice(
-                create_loader(changed, self.workers, self.preparation, key(seed, epoch), batch_size=share),
+                create_loader(changed, self.workers, self.preparation, seed_of(seed, epoch), batch_size=share),
                 start,
                 len(order),
             )

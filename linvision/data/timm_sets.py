@@ -19,7 +19,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from linvision.data.image_file import UNREADABLE, read_image
-from linvision.data.order import key
+from linvision.data.order import seed_of
 
 PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
 STREAMS = ('wds/', 'hfids/', 'tfds/')
@@ -128,7 +128,7 @@ class TimmSet:
 
     in_chans = 3
     img_size = 0  # unknown: the model's
-    whole = False
+    uncropped = False
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """ImageNet's mean and standard deviation."""
@@ -224,12 +224,10 @@ class TimmStream(TimmSet):
             ValueError: There are fewer shards than workers.
         """
         dataset = timm.data.create_dataset(**self.arguments, is_training=training, seed=seed, batch_size=batch_size)
-        reader = dataset.reader
-        reader.dist_rank, reader.dist_num_replicas = rank, count
-        reader.worker_seed = key(seed, epoch)  # of this process; workers take their loader's
+        tell_reader(dataset.reader, rank, count, seed_of(seed, epoch))
         dataset.set_loader_cfg(num_workers=workers)
         dataset.set_epoch(epoch)
-        shards = shard_names(reader, str(self.arguments['root']).startswith('pipe:'))
+        shards = shard_names(dataset.reader, str(self.arguments['root']).startswith('pipe:'))
         readers = count * max(1, workers)
         if training and shards and len(shards) < readers:
             raise ValueError(
@@ -237,3 +235,18 @@ class TimmStream(TimmSet):
                 'each: write more shards, or use fewer --workers.'
             )
         return dataset
+
+
+def tell_reader(reader: Any, rank: int, count: int, seed: int) -> None:
+    """Let a reader of timm's take the share of one of `count` processes, and shuffle by a seed.
+
+    timm's readers ask torch's process group when they are made, and have no argument for either; but in evaluation
+    every process reads all, and a group may be there for other reasons. So their attributes are set before they read.
+
+    Args:
+        reader: The reader, not read from yet.
+        rank: Number of the process.
+        count: How many share the stream.
+        seed: Of this process; workers take their loader's.
+    """
+    reader.dist_rank, reader.dist_num_replicas, reader.worker_seed = rank, count, seed

@@ -148,6 +148,9 @@ class LinformerVisionTransformer(VisionTransformer):
         if projection != 'none':
             self.projection = Projection(projection, sharing, rows, grid, num_heads, embed_dim, **dd)
         self.token_norm = token_norm
+        # where blocks need all tokens of an image at once, they take no chunks and no padding
+        self.runs_whole = not all(block.streams for block in self.blocks)
+        self.needs_batch = head_norm  # training needs two images or more together, in one process and one part
         self.set_chunk_size(chunk_size)
         self.register_load_state_dict_pre_hook(resize_on_load)
         self._log_full_attention()
@@ -213,7 +216,7 @@ class LinformerVisionTransformer(VisionTransformer):
         """
         if chunk_size != 'auto' and (not isinstance(chunk_size, int) or chunk_size < 0):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
-        if chunk_size not in ('auto', 0) and not all(block.streams for block in self.blocks):
+        if chunk_size not in ('auto', 0) and self.runs_whole:
             raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")
         self.chunk_size = chunk_size
 
@@ -237,7 +240,7 @@ class LinformerVisionTransformer(VisionTransformer):
         inside: Tensor | None = None
         if key_padding_mask is not None:
             check_padding(key_padding_mask, x.shape[0], grid)
-            if self.token_norm:
+            if self.runs_whole:
                 raise ValueError('token_norm takes no key_padding_mask: padding would count in the norms of an image.')
             inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)
             x = x.masked_fill(padded_pixels(key_padding_mask, grid, self.patch_embed.patch_size), 0.0)

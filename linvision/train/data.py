@@ -7,16 +7,15 @@ from functools import partial
 from typing import Any
 
 import timm
-import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from linvision.data import Augmentation, Batches, Images, create_batches, create_dataset
+from linvision.data import Augmentation, Batches, Images, create_batches, create_dataset, split_validation
 from linvision.data.folders import ImageFiles
 from linvision.data.loader_batches import LoaderBatches
+from linvision.train.model import empty_model
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, set_size, split_validation
 
 
 class TrainingData:
@@ -40,79 +39,78 @@ class TrainingData:
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self.recipe, self.processes = recipe, processes
-        whole = self.open('train')
-        self.fingerprint = fingerprint(whole)
-        self.train_set, val_set = split_validation(whole, recipe.val_fraction, recipe.seed)
-        if recipe.val_fraction and not len(val_set):
+        all_images = self.open_split('train')
+        self.fingerprint = fingerprint(all_images)
+        self.train_set, val_set = split_validation(all_images, recipe.data.val_fraction, recipe.run.seed)
+        if recipe.data.val_fraction and not len(val_set):
             raise ValueError(
-                f'val_fraction {recipe.val_fraction:g} of {len(whole)} training images is none: say --val-fraction '
-                f'{1 / len(whole):.2g} or more, or 0.'
+                f'val_fraction {recipe.data.val_fraction:g} of {len(all_images)} training images is none: say '
+                f'--val-fraction {1 / len(all_images):.2g} or more, or 0.'
             )
         self.mean, self.std = self.train_set.statistics()
         config = timm.get_pretrained_cfg(recipe.model)
         # above 1 is the border of a set in memory, that of weights which come with the package
-        share = 1.0 if self.train_set.whole else min(config.crop_pct or 1.0, 1.0)
-        self.cropping = {'crop_pct': share, 'crop_mode': recipe.crop_mode}
-        self.stages = recipe.stages or ((recipe.img_size or self.natural_size(config.input_size[-1]), 1.0),)
+        crop_pct = 1.0 if self.train_set.uncropped else min(config.crop_pct or 1.0, 1.0)
+        self.cropping = {'crop_pct': crop_pct, 'crop_mode': recipe.data.crop_mode}
+        self.stages = recipe.data.stages or ((recipe.data.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
         if len(self.stages) > 2:
             self.check_stages()
-        if len(self.train_set) < recipe.batch_size:
+        if len(self.train_set) < recipe.data.batch_size:
             raise ValueError(
-                f'batch_size {recipe.batch_size} is larger than the training set of {len(self.train_set)} images: say '
-                f'--batch-size {len(self.train_set)} or less.'
+                f'batch_size {recipe.data.batch_size} is larger than the training set of {len(self.train_set)} images: '
+                f'say --batch-size {len(self.train_set)} or less.'
             )
-        self.batches = self.cut(self.train_set, recipe.batch_size, recipe.changes)
-        self.validation = self.cut(val_set, recipe.eval_batch_size) if len(val_set) else None
+        self.batches = self.batches_of(self.train_set, recipe.data.batch_size, recipe.augment.changes)
+        self.validation = self.batches_of(val_set, recipe.data.eval_batch_size) if len(val_set) else None
         # opened before training, so that what is wrong with it is said before
-        self.test = self.cut(self.open('test'), recipe.eval_batch_size) if recipe.test else None
+        self.test = self.batches_of(self.open_split('test'), recipe.data.eval_batch_size) if recipe.run.test else None
         classes = len(self.train_set.classes)
-        self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+        self.mixup = Mixup(
+            recipe.augment.mixup, recipe.augment.cutmix, label_smoothing=recipe.optim.smoothing, num_classes=classes
+        )
 
     def check_stages(self) -> None:
         """Raise ValueError for an image size that the model cannot have; the first and the last are met at once."""
-        with torch.device('meta'):
-            model = create_model(self.recipe, self.shape, self.stages[-1][0])
-            for img_size, _ in self.stages[1:-1]:
-                set_size(model, img_size)
+        for img_size, _ in self.stages[1:-1]:
+            empty_model(self.recipe, self.shape, self.stages[-1][0], img_size)
 
     def check_classes(self) -> None:
         """Raise ValueError where there is nothing to tell apart."""
         classes = self.train_set.classes
         if len(classes) < 2 and self.recipe.task == 'classify':
             raise ValueError(
-                f'{self.recipe.dataset} in {self.recipe.data_dir} has one class only, {classes[0]!r}, and there must '
-                'be two to tell apart. Is it one folder too high or too low?'
+                f'{self.recipe.data.dataset} in {self.recipe.data.data_dir} has one class only, {classes[0]!r}, and '
+                'there must be two to tell apart. Is it one folder too high or too low?'
             )
 
-    def open(self, split: str) -> Images:
+    def open_split(self, split: str) -> Images:
         """A split of the recipe's set: the first process fetches what is missing, then the others read it."""
-        r = self.recipe
-        fetch = r.download and not r.dry_run  # which writes nothing
-        load = partial(create_dataset, r.dataset, r.data_dir, split, fetch, **r.dataset_args)
+        wanted = self.recipe.data
+        fetch = wanted.download and not self.recipe.run.dry_run  # which writes nothing
+        load = partial(create_dataset, wanted.dataset, wanted.data_dir, split, fetch, **wanted.dataset_args)
         loaded: list[Images] = []
         self.processes.first(lambda: loaded.append(load()))
         return loaded[0] if loaded else load()
 
-    def cut(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
+    def batches_of(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
         """This process's share of the batches of a set."""
-        reading = {'workers': self.recipe.workers, 'on_bad_image': self.recipe.on_bad_image, **self.cropping}
+        reading = {'workers': self.recipe.data.workers, 'on_bad_image': self.recipe.data.on_bad_image, **self.cropping}
         where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
         return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
 
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""
         found = self.train_set.img_size
-        if self.train_set.whole:
+        if self.train_set.uncropped:
             return found
         if not found or found >= model_size:
             return model_size
-        with torch.device('meta'):
-            patch = create_model(self.recipe, self.shape, model_size).patch_embed.patch_size[0]
+        patch = empty_model(self.recipe, self.shape, model_size).patch_embed.patch_size[0]
         return max(patch, found // patch * patch)
 
     @property
-    def read(self) -> bool:
+    def reads_files(self) -> bool:
         """Whether images are read while the model trains, and can be waited for."""
         return isinstance(self.batches, LoaderBatches)
 
@@ -125,7 +123,7 @@ class TrainingData:
     def notes(self) -> list[str]:
         """What a user would want to know of the images, in words."""
         notes = []
-        if self.recipe.eval_every and self.validation is None:
+        if self.recipe.run.eval_every and self.validation is None:
             notes.append('no scores on the way: --eval-every needs a --val-fraction')
         if self.cropping['crop_mode'] == 'center' and isinstance(self.train_set, ImageFiles):
             long = sum(max(size) > 1.1 * min(size) for size in self.train_set.sizes) / len(self.train_set.sizes)
@@ -138,7 +136,7 @@ class TrainingData:
 
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""
-        return self.batches.stream(self.recipe.seed, step, img_size)
+        return self.batches.stream(self.recipe.run.seed, step, img_size)
 
     def bad_images(self) -> list[str]:
         """What could not be read in training, in words; all processes call this together."""

@@ -40,7 +40,7 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
         `num_samples`, and `num_left_out`, how many of the set could not be read.
     """
     order, device = batches.order, batches.preparation.device
-    evaluator = ClassificationEvaluator(device=device)
+    evaluator, images_scored = ClassificationEvaluator(device=device), torch.zeros((), dtype=torch.int64, device=device)
     steps = -(-order.n // order.batch_size)
     silent = None if order.rank == 0 else True  # None: only on a terminal
     with evaluating(model):
@@ -49,14 +49,14 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
                 logits = model(images)
             counted = labels >= 0
             evaluator.update(logits[counted].float(), labels[counted])
+            images_scored += counted.sum()
     scores = evaluator.compute(distributed=order.count > 1)
-    counted = evaluator.counts[:1].clone()
     if order.count > 1:
-        dist.all_reduce(counted)
+        dist.all_reduce(images_scored)
     return {
         'top1': scores['top1'] / 100,
         **({'top5': scores['top5'] / 100} if logits.shape[1] > 5 else {}),
         'loss': scores['loss'],
-        'num_samples': int(counted),
-        'num_left_out': order.n - int(counted),
+        'num_samples': int(images_scored),
+        'num_left_out': order.n - int(images_scored),
     }

@@ -17,15 +17,15 @@ from linvision.train.recipe import Recipe
 
 @contextmanager
 def run_folder(recipe: Recipe, processes: Processes) -> Iterator[Path]:
-    """The output folder, made, locked by the first process and, with `recipe.fresh`, emptied; released at the end.
+    """The output folder, made, locked by the first process and, with `fresh`, emptied; released at the end.
 
     Raises:
         OSError: It cannot be written, or another process is running in it.
     """
-    folder = Path(recipe.output_dir)
+    folder = Path(recipe.run.output_dir)
     locks: list[TextIO] = []
     try:
-        processes.first(lambda: prepare(folder, recipe.fresh, locks))
+        processes.first(lambda: prepare(folder, recipe.run.fresh, locks))
         yield folder
     finally:
         for lock in locks:
@@ -75,10 +75,11 @@ def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
         return {}
     found = json.loads(metrics.read_text())
     check_same_run(folder, recipe.to_dict(), found['recipe'])
-    moved = str(recipe.data_dir) != found['recipe']['data_dir']
-    may_change = recipe.dataset == 'image_folder' and Path(recipe.data_dir).is_dir()  # else they are gone, or fixed
+    data = recipe.data
+    moved = str(data.data_dir) != found['recipe']['data_dir']
+    may_change = data.dataset == 'image_folder' and Path(data.data_dir).is_dir()  # else they are gone, or fixed
     if 'images' in found and (moved or may_change):
-        images = create_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.download, **recipe.dataset_args)
+        images = create_dataset(data.dataset, data.data_dir, 'train', data.download, **data.dataset_args)
         check_same_images(folder, fingerprint(images), found['images'])
-    to_score = recipe.test and 'loss' not in found and checkpoints(folder / 'checkpoints')
+    to_score = recipe.run.test and 'loss' not in found and checkpoints(folder / 'checkpoints')
     return {} if to_score else found

@@ -19,14 +19,15 @@ from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.tensor import DTensor
 
 from linvision.train.checkpoint import first_line, load_shards
+from linvision.train.model import check_batch, create_model, freeze, has_idle_projection, set_size
 from linvision.train.objective import OBJECTIVES
 from linvision.train.optimizer import carry_state, create_optimizer, create_schedule
 from linvision.train.parallel import Processes
 from linvision.train.precision import autocast
+from linvision.train.pretrained import load_backbone
 from linvision.train.recipe import Recipe
-from linvision.train.setup import create_model, freeze, has_idle_projection, load_backbone, set_size
 
-WHOLE = sharded.StateDictOptions(full_state_dict=True)
+UNSHARDED = sharded.StateDictOptions(full_state_dict=True)
 
 
 class Learner:
@@ -56,18 +57,17 @@ class Learner:
         classes: tuple[str, ...] = (),
     ) -> None:
         self.recipe, self.shape, self.last_img_size = recipe, shape, last_img_size
-        self.updates, self.processes = updates, processes
-        self.fsdp = recipe.parallel == 'fsdp'
+        self.updates, self.processes, self.classes = updates, processes, classes
+        self.fsdp = recipe.run.parallel == 'fsdp'
         model = self.create(img_size)
+        check_batch(model, recipe, processes.count)
         if recipe.init:
             load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
         if self.fsdp and not hasattr(model, 'blocks'):
             raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')
         model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
         self.objective = OBJECTIVES[recipe.task](recipe)
-        self.task = self.objective.task(model, last_img_size, processes.device, classes)
-        if recipe.ema_decay:
-            self.task.setup_ema(decay=recipe.ema_decay, use_warmup=True)
+        self.adopt(model)
 
     # ------------------------------------------------------------------------------------------------------ making it
 
@@ -76,9 +76,17 @@ class Learner:
         model = create_model(self.recipe, self.shape, self.last_img_size).to(self.processes.device)
         set_size(model, img_size)
         freeze(model, self.recipe.freeze)
-        if self.recipe.grad_checkpointing:
+        if self.recipe.run.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return model
+
+    def adopt(self, model: nn.Module, average: nn.Module | None = None) -> None:
+        """A new task of timm's for a model, and a moving average that begins as the model, or as the one there was."""
+        self.task = self.objective.task(model, self.last_img_size, self.processes.device, self.classes)
+        if self.recipe.optim.ema_decay:
+            ema = self.task.setup_ema(decay=self.recipe.optim.ema_decay, use_warmup=True)
+            if average is not None:
+                ema.module.load_state_dict(average.state_dict())
 
     def start(self, precision: str) -> None:
         """Compile, distribute and make the optimizer, once the model is what it will be."""
@@ -89,7 +97,7 @@ class Learner:
     def arrange(self) -> None:
         """Whatever refers to the present parameters: compiled code, shards or DDP, optimizer and schedule."""
         model = self.model
-        if self.recipe.compile:
+        if self.recipe.run.compile:
             for part in model.blocks if self.fsdp else (model,):
                 part.compile()
         if self.fsdp:
@@ -100,8 +108,8 @@ class Learner:
             # a depth-wise kernel has one input channel: its gradient's strides differ in name only
             warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
             self.task.prepare_distributed(device_ids=[device.index] if device.type == 'cuda' else None)
-        self.optimizer = create_optimizer(self.recipe, model, self.precision)
-        self.schedule = create_schedule(self.recipe, self.optimizer, self.updates)
+        self.optimizer = create_optimizer(self.recipe.optim, model, self.precision)
+        self.schedule = create_schedule(self.recipe.optim, self.optimizer, self.updates)
 
     @property
     def model(self) -> nn.Module:
@@ -121,7 +129,7 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------- learning
 
     def update(self, images: Tensor, labels: Tensor, progress: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One step: forward and backward in `recipe.accumulate` parts, clip, update, average.
+        """One step: forward and backward in `accumulate` parts, clip, update, average.
 
         Args:
             images: This process's share of the batch, (B, C, height, width).
@@ -133,7 +141,7 @@ class Learner:
             The loss of this share, the norm of the gradient before it was clipped, and logits; all detached.
         """
         self.schedule.step(round(progress * self.updates))
-        parts = self.recipe.accumulate
+        parts = self.recipe.data.accumulate
         losses, logits = [], []
         for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             with nullcontext() if i == parts - 1 else self.task.no_sync():
@@ -144,38 +152,32 @@ class Learner:
             logits.append(result['output'].detach())
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.model.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad or float('inf'))
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optim.clip_grad or float('inf'))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.update_ema(step=step + 1)
-        return torch.stack(losses).mean(), whole(grad_norm).detach(), torch.cat(logits)
+        return torch.stack(losses).mean(), unsharded(grad_norm).detach(), torch.cat(logits)
 
     def set_size(self, img_size: int) -> None:
         """Another image size for the model and its moving average, and for all that refers to their parameters."""
-        old = dict(self.model.named_parameters())
+        old, previous = dict(self.model.named_parameters()), self.optimizer
+        models = [model for model in (self.model, self.ema) if model is not None]
         if self.fsdp:  # a sharded model cannot be resized: whole ones take its place
-            average, size = self.ema, self.model.patch_embed.img_size[0]
-            config = self.model.pretrained_cfg
-            weights = [sharded.get_model_state_dict(m, options=WHOLE) for m in (self.model, average) if m is not None]
-            models = [self.create(size) for _ in weights]
-            for model, state in zip(models, weights, strict=True):
+            size, config = self.model.patch_embed.img_size[0], self.model.pretrained_cfg
+            states = [sharded.get_model_state_dict(model, options=UNSHARDED) for model in models]
+            models = [self.create(size) for _ in states]
+            for model, state in zip(models, states, strict=True):
                 model.load_state_dict(state)
                 model.pretrained_cfg = config
-            self.task.trainable_module = models[0]
-            if average is not None:
-                self.task.get_trainable_module(ema=True).module = models[1].eval().requires_grad_(False)
-        else:
-            self.task.trainable_module = self.model  # without DDP …
-            gc.collect()  # … whose hooks go with it
-        for model in (self.model, self.ema):
-            if model is not None:
-                idle = not self.recipe.init and has_idle_projection(model)
-                set_size(model, img_size)
-                if idle:  # a random E would undo what full attention has learnt
-                    model.projection.pool()
-        freeze(self.model, self.recipe.freeze)
-        previous = self.optimizer
+        for model in models:
+            idle = not self.recipe.init and has_idle_projection(model)
+            set_size(model, img_size)
+            if idle:  # a random E would undo what full attention has learnt
+                model.projection.pool()
+        freeze(models[0], self.recipe.freeze)
+        self.adopt(*models)
+        gc.collect()  # the hooks of DDP go with the task that held it
         self.arrange()
         carry_state(previous, old, self.optimizer, dict(self.model.named_parameters()))
 
@@ -186,18 +188,18 @@ class Learner:
             yield self.scored.eval()
             return
         model = self.create(self.scored.patch_embed.img_size[0])
-        model.load_state_dict(sharded.get_model_state_dict(self.scored, options=WHOLE))
+        model.load_state_dict(sharded.get_model_state_dict(self.scored, options=UNSHARDED))
         yield model.eval()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds: what the first process writes, and what each writes its shards of."""
-        own = {'scaler': self.scaler.state_dict(), 'schedule': self.schedule.state_dict()}
+        state = {'scaler': self.scaler.state_dict(), 'schedule': self.schedule.state_dict()}
         if self.fsdp:
-            return own, self.shards()
+            return state, self.shards()
         return {
-            **own,
+            **state,
             'model': self.model.state_dict(),
             'ema': self.ema.state_dict() if self.ema is not None else {},
             'optimizer': self.optimizer.state_dict(),
@@ -241,6 +243,6 @@ class Learner:
         self.schedule.load_state_dict(state['schedule'])
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 Notable here:
 
 - One process or many (`parallel.py`): each takes its share of every batch; the first prints and writes.
-- Steps or minutes: one number, `progress` from 0 to 1, drives the learning rate, the stages and the end.
+- Steps or minutes: one number, `fraction` from 0 to 1, drives the learning rate, the stages and the end.
 - Coarse to fine: `stages` changes the image size through the model's `set_input_size` (`learner.py`).
 - Order, augmentation and dropout are functions of (seed, epoch, index) and (seed, step): a resumed run repeats nothing.
 - A run can die at any moment and loses the steps since its last checkpoint (`checkpoint.py`).
@@ -11,7 +11,7 @@ Notable here:
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from linvision.data import Batches
-from linvision.data.order import key
+from linvision.data.order import seed_of
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
     check_same_images,
@@ -32,16 +32,18 @@ from linvision.train.checkpoint import (
     set_random_states,
 )
 from linvision.train.data import TrainingData
+from linvision.train.finite import FiniteCheck
 from linvision.train.folder import finished_run, run_folder
 from linvision.train.learner import Learner
 from linvision.train.memory import memory_advice, peak_memory_gib
-from linvision.train.metrics import write_results
+from linvision.train.metrics import run_metrics, write_results
+from linvision.train.model import count_tokens, resolved
 from linvision.train.optimizer import CLOCK_UPDATES
 from linvision.train.parallel import Processes, processes
 from linvision.train.plan import plan
 from linvision.train.precision import choose_precision
+from linvision.train.progress import Progress, stage_at
 from linvision.train.recipe import Recipe
-from linvision.train.setup import count_tokens, resolved
 
 LOG_MINUTES = 0.5  # of training without a line, at most
 
@@ -50,7 +52,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     """Train, score and export a model; under `torchrun`, every process calls this.
 
     Args:
-        recipe: What to train. `recipe.output_dir` receives `metrics.json`, `model/`, `checkpoints/` and `tensorboard/`.
+        recipe: What to train. Its `output_dir` receives `metrics.json`, `model/`, `checkpoints/` and `tensorboard/`.
             An unfinished run in it is resumed; a finished one is reported as it is.
         interrupted: Asked after every step; true ends the run with a checkpoint.
 
@@ -66,13 +68,13 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     """
     recipe = resolved(recipe)
     recipe.validate()
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    with processes(recipe.device, recipe.parallel) as joined:
-        recipe.share(joined.count)
-        if recipe.dry_run:
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    with processes(recipe.run.device, recipe.run.parallel) as joined:
+        recipe.images_at_once(joined.count)
+        if recipe.run.dry_run:
             with memory_advice(recipe, joined, lambda: 'in the first step'):
-                Run(recipe, joined, None).try_one_step()
+                TrainingRun(recipe, joined, None).try_one_step()
             return {}
         with run_folder(recipe, joined) as folder:
             finished = joined.first(lambda: finished_run(folder, recipe))
@@ -82,7 +84,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
                     print(f'{folder} holds this run, finished: {", ".join(found) or "not scored"}.')
                 return finished
             with memory_advice(recipe, joined, lambda: 'before the first step'):
-                run = Run(recipe, joined, folder)
+                run = TrainingRun(recipe, joined, folder)
             try:
                 with memory_advice(recipe, joined, run.where):
                     return run.to_its_end(interrupted)
@@ -90,32 +92,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
                 run.board.close()
 
 
-@dataclass
-class Position:
-    """How far a run is: what a checkpoint holds beside the weights.
-
-    Attributes:
-        step: Steps taken; with the seed, also the place in the data: step = epoch × batches of an epoch + batch.
-        minutes: Minutes of training so far.
-        stage: Stage of the last step.
-        tokens: Tokens seen.
-        best_score: Best score on the validation slice.
-        best_step: Where it was.
-        curve: Scores on the validation slice on the way, each with its step and minutes.
-        bad_images: What could not be read in training, in words.
-    """
-
-    step: int = 0
-    minutes: float = 0.0
-    stage: int = 0
-    tokens: int = 0
-    best_score: float = 0.0
-    best_step: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    bad_images: list[str] = field(default_factory=list)
-
-
-class Run:
+class TrainingRun:
     """A run of a recipe in these processes, at its beginning or where its last checkpoint left it.
 
     Args:
@@ -126,30 +103,36 @@ class Run:
 
     def __init__(self, recipe: Recipe, joined: Processes, folder: Path | None) -> None:
         self.recipe, self.processes, self.folder = recipe, joined, folder
-        self.at, self.last_log, self.saved_step = Position(), (0, 0.0), -1
+        self.progress, self.last_log, self.saved_step = Progress(), (0, 0.0), -1
         path = folder and joined.first(lambda: newest_checkpoint(folder / 'checkpoints'))
         found = read_state(path) if path else {}
         if found:
             check_same_run(folder, self.identity, found['recipe'])
-            self.at = Position(**found['position'])
-            self.last_log, self.saved_step = (self.at.step, self.at.minutes), self.at.step
-        torch.manual_seed(recipe.seed)
-        self.finite, self.finite_until = torch.ones((), dtype=torch.bool, device=joined.device), self.at.step
+            if 'progress' not in found:
+                raise ValueError(
+                    f'{path} is of an earlier version of linvision, whose images came in another order. Finish the run '
+                    'with that version, or start over beside it with --fresh.'
+                )
+            self.progress = Progress(**found['progress'])
+            self.last_log, self.saved_step = (self.progress.step, self.progress.minutes), self.progress.step
+        torch.manual_seed(recipe.run.seed)
+        self.finite = FiniteCheck(joined.device, self.progress.step)
         self.data = TrainingData(recipe, joined)
         check_same_images(folder, self.data.fingerprint, found.get('images', {}))
-        self.data.batches.bad_images.update(self.at.bad_images)
-        self.updates = CLOCK_UPDATES if recipe.max_minutes else self.data.batches.order.steps(recipe.epochs)
+        self.data.batches.bad_images.update(self.progress.bad_images)
+        self.updates = CLOCK_UPDATES if recipe.run.max_minutes else self.data.batches.order.steps(recipe.run.epochs)
         self.make_learner(found, path)
-        self.board = Board(folder if joined.main else None, recipe, self.at.step, joined.main)
+        self.board = Board(folder if joined.main else None, recipe, self.progress.step, joined.main)
         self.board.say(
             f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters at '
             f'{self.img_size}×{self.img_size}, '
-            f'{recipe.dataset}: {len(self.data.train_set):,} training images, {joined.device}, '
+            f'{recipe.data.dataset}: {len(self.data.train_set):,} training images, {joined.device}, '
             f'{self.learner.precision}, {torch.get_num_threads()} thread(s)'
-            + (f', {joined.count} processes ({recipe.parallel})' if joined.count > 1 else '')
-            + (f'; resumed at step {self.at.step}' if found else '')
+            + (f', {joined.count} processes ({recipe.run.parallel})' if joined.count > 1 else '')
+            + (f'; resumed at step {self.progress.step}' if found else '')
         )
-        for note in [*self.data.notes, *([f'weights from {recipe.init}'] if recipe.init and not found else [])]:
+        notes = [f'weights from {recipe.init}'] if recipe.init and not found else []
+        for note in [*self.notes, *self.data.notes, *notes]:
             self.board.say(note)
 
     def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
@@ -161,12 +144,8 @@ class Run:
         self.learner = Learner(
             recipe, data.shape, *sizes, self.updates, data.mean, data.std, joined, data.train_set.classes
         )
-        if found:
-            precision, self.probe = found['precision'], found['probe']
-        else:
-            shape = (recipe.share(joined.count), data.train_set.in_chans, self.img_size, self.img_size)
-            sample = torch.randn(shape, device=joined.device)
-            precision, self.probe = choose_precision(recipe.precision, self.learner.model, sample, joined)
+        precision, why = (found['precision'], '') if found else choose_precision(recipe.run.precision, joined)
+        self.notes = [f'{precision}, since {why}'] if why else []
         self.learner.start(precision)
         if found:
             self.learner.restore(found['learner'], path)
@@ -180,64 +159,65 @@ class Run:
     @property
     def img_size(self) -> int:
         """Image size of the present stage."""
-        return self.data.stages[self.at.stage][0]
+        return self.data.stages[self.progress.stage][0]
 
     @property
-    def progress(self) -> float:
-        """Share of the run that is done; 1 or more at its end."""
-        if self.recipe.max_minutes:
-            return self.at.minutes / self.recipe.max_minutes
-        return self.at.step / self.updates
+    def fraction(self) -> float:
+        """Fraction of the run that is done; 1 or more at its end."""
+        if self.recipe.run.max_minutes:
+            return self.progress.minutes / self.recipe.run.max_minutes
+        return self.progress.step / self.updates
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def to_its_end(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
         """Train through the stages, then score and export; {} where it is stopped before."""
-        if self.recipe.max_steps and self.at.step >= self.recipe.max_steps and self.progress < 1:
-            self.board.say(f'{self.at.step} steps are taken already, and --max-steps is {self.recipe.max_steps}')
+        if self.recipe.run.max_steps and self.progress.step >= self.recipe.run.max_steps and self.fraction < 1:
+            self.board.say(f'{self.progress.step} steps are taken, and --max-steps is {self.recipe.run.max_steps}')
             return {}
-        while self.progress < 1:
-            stage = stage_at(self.data.stages, self.progress)
-            if stage != self.at.stage:
-                self.at.stage = stage
+        while self.fraction < 1:
+            stage = stage_at(self.data.stages, self.fraction)
+            if stage != self.progress.stage:
+                self.progress.stage = stage
                 self.learner.set_size(self.img_size)
                 if not self.learner.objective.best_of_any_size:
-                    self.at.best_step = 0
+                    self.progress.best_step = 0
             self.board.say(
                 f'stage {stage + 1} of {len(self.data.stages)}: {self.img_size}×{self.img_size} images from step '
-                f'{self.at.step}'
+                f'{self.progress.step}'
             )
             if not self.train_stage(interrupted):
                 self.save()
-                self.board.say(f'stopped after {self.at.step} steps as asked; the same command goes on')
+                self.board.say(f'stopped after {self.progress.step} steps as asked; the same command goes on')
                 return {}
         self.save()
         skipped = len(self.data.bad_images())
         left_out = f'; {skipped:,} of the training images could not be read and were left out' * bool(skipped)
-        self.board.say(f'{self.at.step} steps are taken{left_out}; scoring')
+        self.board.say(f'{self.progress.step} steps are taken{left_out}; scoring')
         return self.finish()
 
     def train_stage(self, interrupted: Callable[[], bool]) -> bool:
         """Steps until the stage ends (true) or the run is to stop (false)."""
-        recipe, at, stage = self.recipe, self.at, self.at.stage
+        recipe, progress, stage = self.recipe, self.progress, self.progress.stage
         self.learner.task.train()
-        tokens, waited, tick = recipe.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
-        for images, labels in self.data.stream(at.step, self.img_size):
-            waited += (time.perf_counter() - tick) * self.data.read  # else it is the device that is waited for
+        tokens, waited, tick = recipe.data.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
+        for images, labels in self.data.stream(progress.step, self.img_size):
+            waited += (time.perf_counter() - tick) * self.data.reads_files  # else it is the device that is waited for
             images, labels = self.prepare(images, labels)
             loss, grad_norm, logits = self.step(images, labels)
-            at.step, at.tokens = at.step + 1, at.tokens + tokens
+            progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
 
             # the clock and the signals, agreed on
             tock = time.perf_counter()
-            minutes, stop = self.processes.largest(at.minutes + (tock - tick) / 60, float(interrupted()))
-            at.minutes, tick = minutes, tock
-            stop = bool(stop) or at.step == recipe.max_steps and self.progress < 1
+            minutes, stop = self.processes.largest(progress.minutes + (tock - tick) / 60, float(interrupted()))
+            progress.minutes, tick = minutes, tock
+            stop = bool(stop) or progress.step == recipe.run.max_steps and self.fraction < 1
 
             # log, evaluate, save
-            logs = at.step % recipe.log_every == 0 or at.minutes - self.last_log[1] > LOG_MINUTES or self.progress >= 1
-            scores = recipe.eval_every and at.step % self.data.batches.order.steps(recipe.eval_every) == 0
-            saves = at.step % recipe.checkpoint_every == 0
+            due = progress.step % recipe.run.log_every == 0 or progress.minutes - self.last_log[1] > LOG_MINUTES
+            logs = due or self.fraction >= 1
+            scores = recipe.run.eval_every and progress.step % self.data.batches.order.steps(recipe.run.eval_every) == 0
+            saves = progress.step % recipe.run.checkpoint_every == 0
             if logs or scores or saves or stop:
                 self.settle()
             if logs:
@@ -249,7 +229,7 @@ class Run:
                 self.save()
             if stop:
                 return False
-            if self.progress >= 1 or stage != stage_at(self.data.stages, self.progress):
+            if self.fraction >= 1 or stage != stage_at(self.data.stages, self.fraction):
                 break
             tick = time.perf_counter()
         return True
@@ -259,52 +239,40 @@ class Run:
         if self.processes.device.type != 'cpu':
             start = time.perf_counter()
             torch.accelerator.synchronize()
-            (self.at.minutes,) = self.processes.largest(self.at.minutes + (time.perf_counter() - start) / 60)
+            waited = (time.perf_counter() - start) / 60
+            (self.progress.minutes,) = self.processes.largest(self.progress.minutes + waited)
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seed what is drawn in a step, and mix its images."""
-        seed = key(self.recipe.seed, self.at.step, self.processes.rank)
+        seed = seed_of(self.recipe.run.seed, self.progress.step, self.processes.rank)
         torch.manual_seed(seed)
-        if self.recipe.mixes:
+        if self.recipe.augment.mixes:
             np.random.seed(seed % 2**32)
             images, labels = self.data.mixup(images, labels)
-        if self.at.step == 0:
+        if self.progress.step == 0:
             self.board.batch(images, 0)
         return images, labels
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update, noting whether its loss and gradient are finite; see `Learner.update`."""
-        loss, grad_norm, logits = self.learner.update(images, labels, self.progress, self.at.step)
-        self.finite &= torch.isfinite(loss)
-        if not self.learner.scaler.is_enabled():  # which skips steps whose gradient overflows
-            self.finite &= torch.isfinite(grad_norm)
-        if images.device.type == 'cpu':  # elsewhere a look waits for the device: only at a log and before a checkpoint
-            self.check_finite(self.at.step + 1)
+        loss, grad_norm, logits = self.learner.update(images, labels, self.fraction, self.progress.step)
+        overflow = self.learner.scaler.is_enabled()  # then a gradient may, and its step is skipped
+        self.finite.note(loss, *([] if overflow else [grad_norm]))
+        if images.device.type == 'cpu':  # elsewhere only at a log and before a checkpoint
+            self.finite.check(self.progress.step + 1, self.folder)
         return loss, grad_norm, logits
-
-    def check_finite(self, step: int) -> None:
-        """Raise FloatingPointError where a loss or gradient since the last look, up to `step` steps, was not finite."""
-        if not self.finite:
-            last = step - 1
-            where = f'step {last}' if self.finite_until == last else f'steps {self.finite_until} to {last}'
-            raise FloatingPointError(
-                f'The loss or its gradient is not finite in {where}. The checkpoints in {self.folder}/checkpoints are '
-                'as they were, and go on only with the settings that they were made with: try a smaller --lr or '
-                '--precision fp32 with --fresh, or in another --output-dir.'
-            )
-        self.finite_until = step
 
     def where(self) -> str:
         """What the run is doing, for an error."""
-        return f'of {count_tokens(self.learner.model):,} tokens each, after {self.at.step} steps'
+        return f'of {count_tokens(self.learner.model):,} tokens each, after {self.progress.step} steps'
 
     # --------------------------------------------------------------------------------------- what a run leaves behind
 
     def log(self, loss: Tensor, grad_norm: Tensor, logits: Tensor, labels: Tensor, waited: float) -> None:
         """A line and a point of each curve."""
-        self.check_finite(self.at.step)
-        seconds = max((self.at.minutes - self.last_log[1]) * 60, 1e-9)
-        images_per_s = (self.at.step - self.last_log[0]) * self.recipe.batch_size / seconds
+        self.finite.check(self.progress.step, self.folder)
+        seconds = max((self.progress.minutes - self.last_log[1]) * 60, 1e-9)
+        images_per_s = (self.progress.step - self.last_log[0]) * self.recipe.data.batch_size / seconds
         loss = self.processes.mean(loss)
         lr = max(group['lr'] for group in self.learner.optimizer.param_groups)
         scalars = {
@@ -317,20 +285,21 @@ class Run:
             'speed/waiting_for_data': min(waited / seconds, 1.0),
             'memory/peak_gib': peak_memory_gib(self.processes.device),
         }
-        self.last_log = (self.at.step, self.at.minutes)
-        self.board.log(self.at.step, min(self.progress, 1), scalars, self.at.minutes)
-        self.board.weights(self.learner.model, self.at.step, self.progress)
+        self.last_log = (self.progress.step, self.progress.minutes)
+        self.board.log(self.progress.step, min(self.fraction, 1), scalars, self.progress.minutes)
+        self.board.weights(self.learner.model, self.progress.step, self.fraction)
 
     def validate(self) -> None:
         """Score the validation slice on the way; the best so far keeps its checkpoint."""
         if self.data.validation is None:
             return
-        objective, at = self.learner.objective, self.at
+        objective, progress = self.learner.objective, self.progress
         scores = self.score(self.data.validation, self.img_size, self.learner.precision)
-        self.board.scores('val', at.step, scores)
-        at.curve.append({'step': at.step, 'minutes': at.minutes, **scores})
-        if not at.best_step or objective.quality(scores) > objective.quality({objective.best: at.best_score}):
-            at.best_score, at.best_step = scores[objective.best], at.step
+        self.board.scores('val', progress.step, scores)
+        progress.curve.append({'step': progress.step, 'minutes': progress.minutes, **scores})
+        best = {objective.best: progress.best_score}
+        if not progress.best_step or objective.quality(scores) > objective.quality(best):
+            progress.best_score, progress.best_step = scores[objective.best], progress.step
             self.save()
 
     def score(self, batches: Batches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
@@ -339,64 +308,59 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint, unless there is one of this step."""
-        if self.saved_step == self.at.step:
+        if self.saved_step == self.progress.step:
             return
-        self.check_finite(self.at.step)
+        self.finite.check(self.progress.step, self.folder)
         self.board.flush()
-        self.at.bad_images = self.data.bad_images()
-        own, shards = self.learner.state()
+        self.progress.bad_images = self.data.bad_images()
+        learner, shards = self.learner.state()
         state = {
             'recipe': self.identity,
             'images': self.data.fingerprint,
-            'position': asdict(self.at),
+            'progress': asdict(self.progress),
             'precision': self.learner.precision,
-            'probe': self.probe,
             'random': random_states(),
-            'learner': own,
+            'learner': learner,
         }
-        keep = (self.recipe.keep_checkpoints, self.at.best_step)
-        save_checkpoint(self.folder / 'checkpoints', self.at.step, state, shards, self.processes, *keep)
-        self.saved_step = self.at.step
+        keep = (self.recipe.run.keep_checkpoints, self.progress.best_step)
+        save_checkpoint(self.folder / 'checkpoints', self.progress.step, state, shards, self.processes, *keep)
+        self.saved_step = self.progress.step
 
     def finish(self) -> dict[str, Any]:
         """Scores, pictures, the exported model and `metrics.json`."""
-        recipe, scores, size = self.recipe, {}, self.data.stages[-1][0]
+        recipe, joined, scores, size = self.recipe, self.processes, {}, self.data.stages[-1][0]
         if self.img_size != size:  # the last stage was too short for a step
-            self.at.stage = len(self.data.stages) - 1
+            self.progress.stage = len(self.data.stages) - 1
             self.learner.set_size(size)
         sets = {'val': self.data.validation, 'test': self.data.test}
         sets = {split: batches for split, batches in sets.items() if batches is not None}
         for split, batches in sets.items():
             scores[split] = self.score(batches, size)
-            self.board.scores(split, self.at.step, scores[split])
+            self.board.scores(split, self.progress.step, scores[split])
         with self.learner.whole_model() as model:
-            metrics = write_results(self, model, scores)
+            metrics = run_metrics(recipe, self.progress, self.data, self.learner, joined, model, scores)
+            if joined.main:
+                write_results(self.folder, metrics, self.learner.objective.exported(model), self.data)
             for split, batches in sets.items():
                 drawings, classes = self.learner.objective.pictures(), self.data.train_set.classes
-                self.board.pictures(split, drawings, model, batches, size, classes, self.at.step)
-        self.board.hparams(recipe, metrics, self.at.step)
+                self.board.pictures(split, drawings, model, batches, size, classes, self.progress.step)
+        self.board.hparams(recipe, metrics, self.progress.step)
         self.processes.wait()
         return metrics
 
     def try_one_step(self) -> None:
         """Print the plan, take one step of the largest images, and say what it took."""
-        self.board.say(plan(self))
+        self.board.say(plan(self.recipe, self.data, self.learner, self.processes, self.updates))
         largest = max(range(len(self.data.stages)), key=lambda stage: self.data.stages[stage][0])
-        if largest != self.at.stage:
-            self.at.stage = largest
+        if largest != self.progress.stage:
+            self.progress.stage = largest
             self.learner.set_size(self.img_size)
         self.learner.task.train()
-        images, labels = next(self.data.stream(self.at.step, self.img_size))
+        images, labels = next(self.data.stream(self.progress.step, self.img_size))
         start = time.perf_counter()
         loss, _, _ = self.step(*self.prepare(images, labels))
         self.board.say(
-            f'one step of {self.recipe.batch_size} images of {self.img_size}×{self.img_size} pixels taken: '
+            f'one step of {self.recipe.data.batch_size} images of {self.img_size}×{self.img_size} pixels taken: '
             f'{time.perf_counter() - start:.2f} s, loss {float(loss):.3f}, '
             f'{peak_memory_gib(self.processes.device):.2f} GiB in use at most. Nothing was written.'
         )
-
-
-def stage_at(stages: tuple[tuple[int, float], ...], progress: float) -> int:
-    """The stage that a share of the run belongs to; a share on the boundary belongs to the later one."""
-    ends = np.cumsum([share for _, share in stages])
-    return min(int(np.searchsorted(ends, progress + 1e-9, side='right')), len(stages) - 1)

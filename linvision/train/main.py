@@ -1,9 +1,10 @@
-"""The command line of a recipe: every field of `Recipe` is a flag."""
+"""The command line of a recipe: every field of `Recipe` and of its groups is a flag."""
 
 import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 import tyro
@@ -37,19 +38,30 @@ class Interrupt:
         return self.number != 0
 
 
-def main(recipe: Recipe, description: str | None = None) -> None:
-    """Change the recipe by the command line's flags, then train it.
+def read_flags(recipe: Recipe, description: str | None = None, args: Sequence[str] | None = None) -> Recipe:
+    """The recipe, changed by the command line's flags, which have no prefixes.
 
     `--model-args`, `--opt-args` and `--dataset-args` add to the recipe's own.
 
     Args:
         recipe: The recipe; its values are the defaults of the flags.
         description: Text above the flags in `--help`.
+        args: The flags; those of the command line by default.
     """
-    own = {name: getattr(recipe, name) for name in ('model_args', 'opt_args', 'dataset_args')}
-    bare = recipe.replace(**{name: {} for name in own})  # tyro offers only the keys of a default
-    recipe = tyro.cli(Recipe, default=bare, description=description)
-    recipe = recipe.replace(**{name: {**own[name], **getattr(recipe, name)} for name in own})
+    added = {name: recipe.fields()[name] for name in ('model_args', 'opt_args', 'dataset_args')}
+    bare = recipe.replace(**{name: {} for name in added})  # tyro offers only the keys of a default
+    found = tyro.cli(Recipe, default=bare, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
+    return found.replace(**{name: {**added[name], **found.fields()[name]} for name in added})
+
+
+def main(recipe: Recipe, description: str | None = None) -> None:
+    """Change the recipe by the command line's flags, then train it.
+
+    Args:
+        recipe: The recipe; its values are the defaults of the flags.
+        description: Text above the flags in `--help`.
+    """
+    recipe = read_flags(recipe, description)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     interrupt = Interrupt()
     try:

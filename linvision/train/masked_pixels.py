@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from linvision.data import Batches
@@ -29,7 +30,7 @@ def adapt(model: nn.Module) -> None:
             f'masked_pixels hides tokens, which only linformer_vit_* models can; got {type(model).__name__}. '
             "(--model-args projection none is a plain ViT's attention.)"
         )
-    if model.token_norm:
+    if model.runs_whole:
         raise ValueError('masked_pixels hides tokens as padding, of which token_norm takes none: leave token_norm out.')
     pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1] * model.in_chans
     model.usual_pool = model.global_pool  # of the backbone that a run exports
@@ -103,10 +104,9 @@ class MaskedPixelsTask(ClassificationTask):
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The loss of a batch, and what the head says; labels are not looked at."""
-        module = self.trainable_module
-        model = getattr(module, 'module', module)
+        model = unwrap_model(self.trainable_module)
         mask = mask_for(model, input, self.ratio, self.size)
-        output = module(input, key_padding_mask=mask)
+        output = self.trainable_module(input, key_padding_mask=mask)
         return {'loss': reconstruction_loss(model, output, input, mask), 'output': output}
 
 

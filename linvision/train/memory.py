@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from linvision.train.model import can_stream, empty_model, needs_batch
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
 
@@ -33,19 +34,18 @@ def memory_advice(recipe: Recipe, processes: Processes, where: Callable[[], str]
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        share = recipe.share(processes.count)
-        part = next((n for n in range(2, share + 1) if share % n == 0), 0)
-        ways = []
-        if part and not recipe.model_args.get('head_norm'):
-            ways.append(f'--accumulate {part * recipe.accumulate} (the same batch in smaller parts)')
-        chunks = recipe.chunk_size not in ('auto', 0) or recipe.model_args.get('chunk_size')
-        if not chunks and not recipe.model_args.get('token_norm'):
+        images = recipe.images_at_once(processes.count)
+        parts = next((n for n in range(2, images + 1) if images % n == 0), 0)
+        model, ways = empty_model(recipe, {}), []
+        if parts and not needs_batch(model):
+            ways.append(f'--accumulate {parts * recipe.data.accumulate} (the same batch in smaller parts)')
+        if can_stream(model) and model.chunk_size in ('auto', 0):
             ways.append('--chunk-size 8192 (blocks in pieces, each computed again)')
-        if not recipe.grad_checkpointing:
+        if not recipe.run.grad_checkpointing:
             ways.append('--grad-checkpointing')
         ways.append('a smaller --batch-size or --eval-batch-size')
         raise MemoryError(
-            f'Memory does not suffice for {share} images at a time {where()}; {peak_memory_gib(processes.device):.1f} '
+            f'Memory does not suffice for {images} images at a time {where()}; {peak_memory_gib(processes.device):.1f} '
             f'GiB were in use at most. Try, in this order: {"; ".join(ways)}. All but the batch size leave the run '
             'what it is: it goes on from its last checkpoint.'
         ) from error

@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -11,69 +12,83 @@ import torchvision
 from safetensors import SafetensorError
 from torch import nn
 
+from linvision.train.data import TrainingData
 from linvision.train.export import export_model
+from linvision.train.learner import Learner
 from linvision.train.memory import peak_memory_gib
-from linvision.train.setup import count_tokens
+from linvision.train.model import count_tokens
+from linvision.train.parallel import Processes
+from linvision.train.progress import Progress
+from linvision.train.recipe import Recipe
 from linvision.version import __version__
 
-if TYPE_CHECKING:
-    from linvision.train.loop import Run
 
-
-def write_results(run: 'Run', model: nn.Module, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Export the model, then write `metrics.json`, which marks the run as finished.
+def run_metrics(
+    recipe: Recipe,
+    progress: Progress,
+    data: TrainingData,
+    learner: Learner,
+    processes: Processes,
+    model: nn.Module,
+    scores: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """What stands in `metrics.json`.
 
     Args:
-        run: The run.
-        model: The model that was scored.
+        recipe: What was trained.
+        progress: How far.
+        data: On what.
+        learner: What learnt.
+        processes: Where.
+        model: The model that was scored, whole.
         scores: Scores by split.
-
-    Returns:
-        The contents of `metrics.json`.
     """
-    at, data, images_seen = run.at, run.data, run.at.step * run.recipe.batch_size
-    seconds = max(at.minutes * 60, 1e-9)
+    images_seen, seconds = progress.step * recipe.data.batch_size, max(progress.minutes * 60, 1e-9)
     metrics = {
         **scores.get('test', {}),
         **{f'val_{k}': v for k, v in scores.get('val', {}).items()},
         'epochs': images_seen / len(data.train_set),
-        'steps': at.step,
+        'steps': progress.step,
         'images_seen': images_seen,
-        'train_minutes': at.minutes,
+        'train_minutes': progress.minutes,
         'images_per_s': images_seen / seconds,
-        'tokens_per_s': at.tokens / seconds,
+        'tokens_per_s': progress.tokens / seconds,
         'tokens': count_tokens(model),
-        'peak_memory_gib': peak_memory_gib(run.processes.device),
+        'peak_memory_gib': peak_memory_gib(processes.device),
         'num_parameters': sum(p.numel() for p in model.parameters()),
         'classes': list(data.train_set.classes),
-        'bad_training_images': at.bad_images,
-        'weights': 'last' if run.learner.ema is None else 'ema',
-        'schedule': 'minutes' if run.recipe.max_minutes else 'epochs',
-        'precision': run.learner.precision,
-        'probe_seconds': run.probe,
-        'recipe': run.recipe.to_dict(),
+        'bad_training_images': progress.bad_images,
+        'weights': 'last' if learner.ema is None else 'ema',
+        'schedule': 'minutes' if recipe.run.max_minutes else 'epochs',
+        'precision': learner.precision,
+        'recipe': recipe.to_dict(),
         'images': data.fingerprint,
-        'seed': run.recipe.seed,
-        **machine(run.processes.device),
-        'processes': run.processes.count,
+        'seed': recipe.run.seed,
+        **machine(processes.device),
+        'processes': processes.count,
     }
-    if at.best_step:
-        metrics |= {f'best_val_{run.learner.objective.best}': at.best_score, 'best_step': at.best_step}
-        metrics['val_curve'] = at.curve
-    if run.processes.main:
-        try:
-            export_model(
-                run.learner.objective.exported(model), run.folder / 'model', data.train_set, data.data_config()
-            )
-            part = run.folder / 'metrics.json.part'
-            part.write_text(json.dumps(metrics, indent=2) + '\n')
-            os.replace(part, run.folder / 'metrics.json')
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f'The model cannot be written to {run.folder} ({error}). Its checkpoint is there: make room, and the '
-                'same command scores and writes it again.'
-            ) from error
+    if progress.best_step:
+        metrics |= {f'best_val_{learner.objective.best}': progress.best_score, 'best_step': progress.best_step}
+        metrics['val_curve'] = progress.curve
     return metrics
+
+
+def write_results(folder: Path, metrics: dict[str, Any], model: nn.Module, data: TrainingData) -> None:
+    """Export a model to `model/`, then write `metrics.json`, which marks the run as finished.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    try:
+        export_model(model, folder / 'model', data.train_set, data.data_config())
+        part = folder / 'metrics.json.part'
+        part.write_text(json.dumps(metrics, indent=2) + '\n')
+        os.replace(part, folder / 'metrics.json')
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f'The model cannot be written to {folder} ({error}). Its checkpoint is there: make room, and the same '
+            'command scores and writes it again.'
+        ) from error
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from linvision.data import Batches
 from linvision.train import pictures
 from linvision.train.evaluate import evaluate
 from linvision.train.masked_pixels import MaskedPixelsTask, evaluate_masked
+from linvision.train.pretrained import load_teacher
 from linvision.train.recipe import Recipe
-from linvision.train.setup import load_teacher
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,15 +38,15 @@ class Classes:
     def task(self, model: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...]) -> TrainingTask:
         """timm's task: the loss, and the teacher's where there is one."""
         recipe = self.recipe
-        criterion = {'soft_targets': True} if recipe.mixes else {'smoothing': recipe.smoothing}
-        if not recipe.teacher:
+        criterion = {'soft_targets': True} if recipe.augment.mixes else {'smoothing': recipe.optim.smoothing}
+        if not recipe.optim.teacher:
             return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
         return LogitDistillationTask(
             model,
-            load_teacher(recipe.teacher, model, img_size, device, classes),
+            load_teacher(recipe.optim.teacher, model, img_size, device, classes),
             criterion_kwargs=criterion,
-            task_loss_weight=1 - recipe.teacher_weight,
-            temperature=recipe.teacher_temperature,
+            task_loss_weight=1 - recipe.optim.teacher_weight,
+            temperature=recipe.optim.teacher_temperature,
             device=device,
             verbose=False,
         )

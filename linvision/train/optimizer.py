@@ -10,34 +10,33 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from linvision.train.recipe import Recipe
+from linvision.train.settings import Optim
 
 FALLBACK = ('patch_embed*', 'head*', 'pos_embed', 'cls_token', 'reg_token', 'projection*', 'position*')
 CLOCK_UPDATES = 10_000  # resolution of a schedule that follows the clock
 
 
-def create_optimizer(recipe: Recipe, model: nn.Module, precision: str = 'fp32') -> torch.optim.Optimizer:
+def create_optimizer(optim: Optim, model: nn.Module, precision: str = 'fp32') -> torch.optim.Optimizer:
     """The recipe's optimizer over groups with and without weight decay, and with a rate that falls by layer if wished.
 
     Hybrid optimizers (Muon) take the matrices of the blocks; embedding, head, positions and projections go to their
     fallback (AdamW).
 
     Args:
-        recipe: The recipe.
+        optim: Optimizer, learning rate and decay.
         model: The model.
         precision: In which it trains.
     """
-    muon = recipe.opt in list_optimizers('*muon*')
-    rule = partial(param_groups_layer_decay, layer_decay=recipe.layer_decay)
+    muon = optim.opt in list_optimizers('*muon*')
+    rule = partial(param_groups_layer_decay, layer_decay=optim.layer_decay)
     groups = partial(
-        rule if recipe.layer_decay < 1 else param_groups_weight_decay,
-        weight_decay=recipe.weight_decay,
+        rule if optim.layer_decay < 1 else param_groups_weight_decay,
+        weight_decay=optim.weight_decay,
         no_weight_decay_list=model.no_weight_decay() if hasattr(model, 'no_weight_decay') else (),
         fallback_list=FALLBACK if muon else (),
     )
-    optimizer = create_optimizer_v2(
-        model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, param_group_fn=groups, **recipe.opt_args
-    )
+    rates = {'lr': optim.lr, 'weight_decay': optim.weight_decay}
+    optimizer = create_optimizer_v2(model, opt=optim.opt, **rates, param_group_fn=groups, **optim.opt_args)
     if muon and precision == 'fp32' and next(model.parameters()).device.type == 'cpu':
         orthogonalise_in_fp32(optimizer)
     return optimizer
@@ -47,7 +46,8 @@ def orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
     """Let Muon's Newton-Schulz iteration run in fp32, in the steps of this optimizer.
 
     It runs in bf16, which CPUs that lack it emulate at a tenth of the speed of fp32: a quarter of a whole step at 256
-    tokens. timm's function takes a dtype, but its optimizer hands none on.
+    tokens. timm's function takes a dtype, but its optimizer hands none on, and finds the function in its module: so it
+    is exchanged there, and only while this optimizer steps, since others of the process may be elsewhere or in bf16.
     """
     name = zeropower_via_newtonschulz.__name__
     ours = partial(zeropower_via_newtonschulz, dtype=torch.float32)
@@ -55,16 +55,16 @@ def orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(lambda *_: setattr(timm_muon, name, zeropower_via_newtonschulz))
 
 
-def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
+def create_schedule(optim: Optim, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
     """The learning rate over `updates` updates, from a linear warm-up down to zero."""
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched=recipe.sched,
+        sched=optim.sched,
         num_epochs=updates,
-        warmup_epochs=round(updates * recipe.warmup),
+        warmup_epochs=round(updates * optim.warmup),
         warmup_lr=0.0,
-        decay_rate=1.0 if recipe.sched == 'poly' else 0.1,
-        decay_epochs=updates / 3 if recipe.sched == 'step' else None,
+        decay_rate=1.0 if optim.sched == 'poly' else 0.1,
+        decay_epochs=updates / 3 if optim.sched == 'step' else None,
     )
     return schedule
 

@@ -1,87 +1,88 @@
 """What a run will do and need, in words, before it does it: `python recipes/X.py --dry-run`."""
 
-from typing import TYPE_CHECKING
-
 import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.streaming.chunks import kept_bytes, whole_bytes
+from linvision.train.data import TrainingData
+from linvision.train.learner import Learner
+from linvision.train.model import can_stream, count_tokens, empty_model
+from linvision.train.parallel import Processes
 from linvision.train.precision import DTYPES
-from linvision.train.setup import count_tokens, create_model, set_size
-
-if TYPE_CHECKING:
-    from linvision.train.loop import Run
+from linvision.train.recipe import Recipe
 
 STREAMED = 3  # numbers for each token and channel that a streamed block needs: its output, two gradients
 MOMENTS = 2  # numbers that AdamW and its like keep for each parameter
 
 
-def plan(run: 'Run') -> str:
+def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Processes, updates: int) -> str:
     """Model, tokens, multiply-adds, memory, steps and schedule of a run."""
-    recipe, learner = run.recipe, run.learner
     parameters = sum(p.numel() for p in learner.model.parameters())
-    share = recipe.share(run.processes.count)
+    images = recipe.images_at_once(processes.count)
+    batch, optim, length = recipe.data, recipe.optim, recipe.run
     lines = [
         f'model        {recipe.model}, {parameters:,} parameters, {learner.precision}',
-        f'data         {recipe.dataset}: {len(run.data.train_set):,} images, {len(run.data.train_set.classes)} classes'
-        + (f', {run.data.validation.order.n:,} more for validation' if run.data.validation else ''),
-        f'batch        {recipe.batch_size} images = {run.processes.count} processes × {recipe.accumulate} parts × '
-        f'{share}',
-        f'optimizer    {recipe.opt}, learning rate {recipe.lr:g}, {recipe.sched}, warm-up {100 * recipe.warmup:g} %',
+        f'data         {batch.dataset}: {len(data.train_set):,} images, {len(data.train_set.classes)} classes'
+        + (f', {data.validation.order.n:,} more for validation' if data.validation else ''),
+        f'batch        {batch.batch_size} images = {processes.count} processes × {batch.accumulate} parts × {images}',
+        f'optimizer    {optim.opt}, learning rate {optim.lr:g}, {optim.sched}, warm-up {100 * optim.warmup:g} %',
     ]
     start = 0.0
-    for img_size, part in run.data.stages:
-        tokens, adds = count(run, img_size)
-        what = f'{100 * start:.0f}–{100 * (start + part):.0f} %'
-        start += part
+    for img_size, fraction in data.stages:
+        model = empty_model(recipe, data.shape, data.stages[-1][0], img_size)
+        end, tokens = start + fraction, count_tokens(model)
+        held = held_bytes(recipe, parameters, processes.count)
+        kept = kept_for_backward(recipe, model, images, DTYPES[learner.precision], processes.device)
         lines.append(
-            f'stage        {what}: {img_size}×{img_size} pixels, {tokens:,} tokens, {adds / 1e9:.2f} G multiply-adds '
-            f'for an image forward, about {memory_gib(run, parameters, tokens, share):.2f} GiB above the data'
+            f'stage        {100 * start:.0f}–{100 * end:.0f} %: {img_size}×{img_size} pixels, {tokens:,} tokens, '
+            f'{multiply_adds(model) / 1e9:.2f} G multiply-adds for an image forward, about '
+            f'{(held + kept) / 2**30:.2f} GiB above the data'
         )
-    if recipe.max_minutes:
-        lines.append(f'length       {recipe.max_minutes:g} minutes of training')
+        start = end
+    if length.max_minutes:
+        lines.append(f'length       {length.max_minutes:g} minutes of training')
     else:
-        lines.append(f'length       {run.updates:,} steps, {recipe.epochs:g} passes over the images')
-    lines.append(f'learning rate {", ".join(rates(run))}')
+        lines.append(f'length       {updates:,} steps, {length.epochs:g} passes over the images')
+    lines.append(f'learning rate {", ".join(rates(learner.schedule, learner.optimizer, updates))}')
     return '\n'.join(lines)
 
 
-def count(run: 'Run', img_size: int) -> tuple[int, int]:
-    """Tokens, and multiply-adds of one image forward, counted on a model without data."""
-    with torch.device('meta'):
-        model = create_model(run.recipe, run.data.shape, run.data.stages[-1][0]).eval()
-        set_size(model, img_size)
-        image = torch.empty(1, run.data.shape['in_chans'], img_size, img_size)
+def multiply_adds(model: nn.Module) -> int:
+    """Those of one image forward; `model` is on the meta device."""
+    image = torch.empty(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device='meta')
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(image)
-    return count_tokens(model), counter.get_total_flops() // 2
+        model.eval()(image)
+    return counter.get_total_flops() // 2
 
 
-def memory_gib(run: 'Run', parameters: int, tokens: int, share: int) -> float:
-    """Weights, gradients, moments and moving average, and what the backward pass keeps of `share` images."""
-    recipe, model = run.recipe, run.learner.model
-    copies = 2 + MOMENTS + (recipe.ema_decay > 0)
-    held = 4 * parameters * copies / (run.processes.count if recipe.parallel == 'fsdp' else 1)
-    numbers, depth, dtype = share * tokens * model.embed_dim, len(model.blocks), DTYPES[run.learner.precision]
-    kept = kept_bytes(numbers, depth, dtype, run.processes.device)
-    streams = isinstance(model, LinformerVisionTransformer) and not (recipe.compile or model.token_norm)
-    long = recipe.chunk_size == 'auto' and kept >= whole_bytes(run.processes.device)
-    if streams and (long or recipe.chunk_size not in ('auto', 0)):
-        kept = (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at
-    elif recipe.grad_checkpointing:
-        kept = depth * numbers * 4 + kept_bytes(
-            numbers, 1, dtype, run.processes.device
-        )  # the input of each block, and all of one
-    return (held + kept) / 2**30
+def held_bytes(recipe: Recipe, parameters: int, processes: int) -> float:
+    """Weights, gradients, moments and moving average, in fp32, that one process holds."""
+    copies = 2 + MOMENTS + (recipe.optim.ema_decay > 0)
+    return 4 * parameters * copies / (processes if recipe.run.parallel == 'fsdp' else 1)
 
 
-def rates(run: 'Run') -> list[str]:
+def kept_for_backward(recipe: Recipe, model: nn.Module, images: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes that the backward pass needs of so many images, at the model's present size."""
+    run, depth = recipe.run, len(model.blocks)
+    numbers = images * count_tokens(model) * model.embed_dim
+    kept = kept_bytes(numbers, depth, dtype, device)
+    long = run.chunk_size == 'auto' and kept >= whole_bytes(device)
+    if can_stream(model) and not run.compile and (long or run.chunk_size not in ('auto', 0)):
+        return (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at
+    if run.grad_checkpointing:
+        # the input of each block, and all of one
+        return depth * numbers * 4 + kept_bytes(numbers, 1, dtype, device)
+    return kept
+
+
+def rates(schedule: Scheduler, optimizer: torch.optim.Optimizer, updates: int) -> list[str]:
     """The learning rate at some moments of the run."""
-    schedule, words = run.learner.schedule, []
-    for share in (0.0, 0.05, 0.25, 0.5, 0.75, 1.0):
-        schedule.step(int(share * run.updates))
-        words.append(f'{max(g["lr"] for g in run.learner.optimizer.param_groups):.2g} at {100 * share:.0f} %')
+    words = []
+    for moment in (0.0, 0.05, 0.25, 0.5, 0.75, 1.0):
+        schedule.step(int(moment * updates))
+        words.append(f'{max(group["lr"] for group in optimizer.param_groups):.2g} at {100 * moment:.0f} %')
     schedule.step(0)
     return words

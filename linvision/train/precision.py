@@ -1,16 +1,16 @@
-"""Which arithmetic trains this model fastest on this machine: measured, not assumed."""
-
-import copy
-import time
+"""Which arithmetic a run computes in: told, or what the processor or the card is built for."""
 
 import torch
-from torch import Tensor, nn
 
 from linvision.train.parallel import Processes
 
-CLEAR = 3.0  # times as fast: what one image is enough to show
-LONG = 10.0  # seconds of repetitions that are enough
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+CPU_BF16 = (
+    'amx_bf16',
+    'avx512_bf16',
+    'sve_bf16',
+    'bf16',
+)  # torch's names of what multiplies in bf16; the last is ARM's
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -18,54 +18,28 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
 
 
-def probe_precision(model: nn.Module, images: Tensor, steps: int = 5) -> dict[str, float]:
-    """Seconds of one forward and backward pass of a copy of the model, in fp32 and in bf16 autocast.
+def choose_precision(wanted: str, processes: Processes) -> tuple[str, str]:
+    """The precision to train in; and why, in words, where `wanted` names none.
 
-    One image comes first: where that decides, the batch is spared, which takes minutes in bf16 on a CPU without it.
-
-    Args:
-        model: The model; it is copied, not touched.
-        images: One training batch.
-        steps: Repetitions after a warm-up; the fastest counts. There are fewer where they take long.
-
-    Returns:
-        Seconds by precision.
-    """
-    device = images.device
-    model = copy.deepcopy(model).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):  # of one image it knows no spread
-            module.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        for part in (images[:1], images):
-            seconds: dict[str, list[float]] = {'fp32': [], 'bf16': []}
-            began = time.perf_counter()
-            for i in range(steps + 1):
-                for precision, times in seconds.items():  # in turn, so that both meet the same load
-                    start = time.perf_counter()
-                    with autocast(device, precision):
-                        loss = model(part).float().square().mean()
-                    loss.backward()
-                    float(loss.detach())  # waits for the device
-                    times.append(time.perf_counter() - start)
-                fastest = {precision: min(times[1:], default=0.0) for precision, times in seconds.items()}
-                clear = max(fastest.values()) > CLEAR * min(fastest.values())
-                if clear or i and time.perf_counter() - began > LONG:
-                    break
-            if clear:
-                break
-    return fastest
-
-
-def choose_precision(
-    wanted: str, model: nn.Module, images: Tensor, processes: Processes
-) -> tuple[str, dict[str, float]]:
-    """The precision to train in, and the seconds that decided (none where `wanted` names one).
-
-    bf16 must be at least 5 % faster, since fp32 is the safer choice. Of several processes the slowest counts.
+    'auto' is bf16 where the device multiplies in it, else fp32: a processor that lacks it is ten times slower in bf16.
+    It depends on the machine alone, so that two runs of a recipe on one machine are in the same precision. Of several
+    processes, all must have it.
     """
     if wanted != 'auto':
-        return wanted, {}
-    seconds = probe_precision(model, images)
-    seconds = dict(zip(seconds, processes.largest(*seconds.values()), strict=True))
-    return ('bf16' if seconds['bf16'] < 0.95 * seconds['fp32'] else 'fp32'), seconds
+        return wanted, ''
+    has, why = has_bf16(processes.device)
+    (lacking,) = processes.largest(float(not has))
+    if has and lacking:
+        return 'fp32', 'another process of the run has no bf16'
+    return ('bf16' if has else 'fp32'), why
+
+
+def has_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether a device multiplies in bf16, and what says so."""
+    if device.type == 'cpu':
+        found = [name for name in CPU_BF16 if torch.cpu.get_capabilities().get(name)]
+        return bool(found), f'the processor has {found[0] if found else "no instructions for bf16"}'
+    if device.type == 'cuda':
+        name, has = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device) >= (8, 0)
+        return has, f'{name} {"computes in" if has else "has no"} bf16'
+    return False, f'of {device.type} nothing is known'

@@ -1,0 +1,171 @@
+"""The model of a recipe: made, given an image size, frozen; and what it asks of whoever trains it."""
+
+import timm
+import torch
+from timm.models import get_model_args, is_model_in_modules
+from torch import nn
+
+from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.local_conv import LocalPath
+from linvision.nearest import nearest
+from linvision.train import masked_pixels
+from linvision.train.checkpoint import first_line
+from linvision.train.pretrained import check_source, source_of
+from linvision.train.recipe import Recipe
+
+
+def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Module:
+    """The recipe's model.
+
+    Args:
+        recipe: The recipe, as `resolved` gives it.
+        shape: What the images ask for: `in_chans` and `num_classes`.
+        img_size: Image size (0: that of its name).
+
+    Raises:
+        ValueError: Its image size cannot be set.
+    """
+    arguments = {**shape, **({'img_size': img_size} if img_size else {}), **recipe.model_args}
+    if recipe.run.chunk_size != 'auto':
+        arguments['chunk_size'] = recipe.run.chunk_size
+    try:
+        model = timm.create_model(recipe.model, **arguments)
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+        names = ('linformer_vit_*', 'vit_*', 'deit_*')
+        raise ValueError(
+            f'{recipe.model} cannot be trained by a recipe: its image size cannot be set. Models that can: '
+            f'{", ".join(names)}, and others that take img_size.'
+        ) from error
+    if recipe.task == 'masked_pixels':
+        masked_pixels.adapt(model)
+    return model
+
+
+def empty_model(recipe: Recipe, shape: dict[str, int], made_for: int = 0, img_size: int = 0) -> nn.Module:
+    """The recipe's model on the meta device, without memory for its weights, to ask what it is and costs.
+
+    Args:
+        recipe: The recipe.
+        shape: As for `create_model`; may be empty.
+        made_for: Image size that it is made for (0: that of its name).
+        img_size: Image size that it then has, as in a stage of a run (0: the same).
+    """
+    with torch.device('meta'):
+        model = create_model(recipe, shape, made_for)
+        if img_size:
+            set_size(model, img_size)
+    return model
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves open: what the weights it starts from decide, and the span of local convolutions.
+
+    A recipe that names no model takes that of its weights, and their image size. A local convolution keeps the part of
+    the image that it spans where images grow, since a kernel that spans less than it was trained for means something
+    else: `local_grid` is that of the weights, or, where these say nothing, the token grid of the first stage. (On
+    Fashion-MNIST 84.3 % instead of 82.1 %.) `model_args` may say otherwise.
+
+    Raises:
+        ValueError: It names neither model nor weights.
+    """
+    if not recipe.init:
+        if not recipe.model:
+            raise ValueError('The recipe names no model: say --init, for that of the weights there, or --model.')
+        return with_span_of_first_stage(recipe)
+    check_source(recipe.init)
+    try:
+        with torch.device('meta'):
+            source = timm.create_model(source_of(recipe.init), pretrained=False)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f'No model in {recipe.init!r}: {first_line(error)}') from error
+    grid = next((module.grid for module in source.modules() if isinstance(module, LocalPath)), None)
+    if not recipe.model:
+        kept = {k: v for k, v in get_model_args(source).items() if k not in ('img_size', 'in_chans', 'num_classes')}
+        data = recipe.data
+        size = data.img_size if data.img_size or data.stages else source.patch_embed.img_size[0]
+        name = source.pretrained_cfg['architecture']
+        recipe = recipe.replace(model=name, model_args=kept | recipe.model_args, img_size=size)
+    elif grid and is_ours(recipe.model):
+        recipe = recipe.replace(model_args={'local_grid': grid} | recipe.model_args)
+    return recipe if grid else with_span_of_first_stage(recipe)
+
+
+def with_span_of_first_stage(recipe: Recipe) -> Recipe:
+    """With the token grid of its first stage as `local_grid`, where images grow and the model has use for it."""
+    sizes = [size for size, _ in recipe.data.stages]
+    grow = bool(sizes) and 0 < sizes[0] < max(sizes)
+    if not grow or 'local_grid' in recipe.model_args or not is_ours(recipe.model):
+        return recipe
+    model = empty_model(recipe, {}, sizes[0])
+    if not any(isinstance(module, LocalPath) for module in model.modules()):
+        return recipe
+    height, width = model.patch_embed.grid_size
+    grid = height if height == width else (height, width)
+    return recipe.replace(model_args={**recipe.model_args, 'local_grid': grid})
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model's name is one of linvision's."""
+    return is_model_in_modules(name, ['registry'])
+
+
+def can_stream(model: nn.Module) -> bool:
+    """Whether its blocks can run in chunks of tokens, each computed again in the backward pass."""
+    return isinstance(model, LinformerVisionTransformer) and not model.runs_whole
+
+
+def needs_batch(model: nn.Module) -> bool:
+    """Whether it normalises over the images that are together, so that a batch cannot be divided."""
+    return isinstance(model, LinformerVisionTransformer) and model.needs_batch
+
+
+def check_batch(model: nn.Module, recipe: Recipe, processes: int) -> None:
+    """Raise ValueError where a model that needs the whole batch would get a part of it, or a single image."""
+    data = recipe.data
+    if needs_batch(model) and (processes * data.accumulate > 1 or data.batch_size < 2):
+        raise ValueError(
+            'head_norm normalises over the images that are together: it needs one process, accumulate 1 and at '
+            f'least 2 images, got {processes}, {data.accumulate} and a batch_size of {data.batch_size}.'
+        )
+
+
+def freeze(model: nn.Module, blocks: int) -> None:
+    """Let the first blocks, and all that stands before them, not learn; -1 leaves nothing but the head.
+
+    Raises:
+        ValueError: There are not so many blocks.
+    """
+    if blocks > len(model.blocks):
+        raise ValueError(f'freeze must be at most the {len(model.blocks)} blocks that there are, got {blocks}.')
+    if not blocks:
+        return
+    model.requires_grad_(False)
+    learning = [model.get_classifier()]
+    if blocks > 0:
+        after = ('norm', 'fc_norm', 'attn_pool')
+        learning += [*model.blocks[blocks:], *(m for m in (getattr(model, name, None) for name in after) if m)]
+    for module in learning:
+        module.requires_grad_(True)
+
+
+def set_size(model: nn.Module, img_size: int) -> None:
+    """Give the model another image size, unless it has it."""
+    if tuple(model.patch_embed.img_size) == (img_size, img_size):
+        return
+    if not hasattr(model, 'set_input_size'):
+        raise ValueError(nearest('way to change the image size of', type(model).__name__, ['linformer_vit_*', 'vit_*']))
+    model.set_input_size(img_size=(img_size, img_size))
+
+
+def has_idle_projection(model: nn.Module) -> bool:
+    """Whether there is an E that no layer uses at the present size, since K is not below N."""
+    if getattr(model, 'projection', None) is None:
+        return False
+    return all(block.attn.is_full(model.patch_embed.grid_size) for block in model.blocks)
+
+
+def count_tokens(model: nn.Module) -> int:
+    """Tokens of one image at the model's present size."""
+    return model.patch_embed.num_patches
