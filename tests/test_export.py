@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-import export
+from linvision.cli import export
 from linvision.convert import from_vit
 
 
