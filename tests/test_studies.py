@@ -21,7 +21,7 @@ FULL = attention.FULL
 
 
 def flags(folder, **own):
-    return trials.Flags(workers=1, data_dir=folder, output_dir=folder, **own)
+    return trials.SeedFlags(workers=1, data_dir=folder, output_dir=folder, **own)
 
 
 def answering(monkeypatch, score):

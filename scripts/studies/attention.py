@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.studies.tables import DOCS, RESULTS, Rows, points_above, publish, table
-from scripts.studies.trials import FIGURES, Changes, Flags, Scores, Trials
+from scripts.studies.trials import FIGURES, Changes, Scores, SeedFlags, Trials
 
 RECIPE = 'fashion_mnist_pixels'
 RATES = (0.01, 0.02, 0.04)  # and on either side, while the outermost is chosen
@@ -34,7 +34,7 @@ FULL = 'K = N, full attention'
 
 
 @dataclass
-class Settings(Flags):
+class Settings(SeedFlags):
     """What both studies can be asked.
 
     Args:

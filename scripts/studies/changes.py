@@ -16,7 +16,7 @@ import torch
 from linvision.models.projection import Projection
 from linvision.models.resize import area_matrix
 from scripts.studies.tables import DOCS, Rows, publish, table
-from scripts.studies.trials import FIGURES, Changes, Flags, Trials, recipe_module
+from scripts.studies.trials import FIGURES, Changes, SeedFlags, Trials, recipe_module
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,17 @@ class Table:
     unit: str
     length: float
     columns: tuple[str, ...]
+
+
+@dataclass
+class Settings(SeedFlags):
+    """What a study of one thing changed can be asked.
+
+    Args:
+        lengths: Minutes or epochs of each run of a table, by the table's name.
+    """
+
+    lengths: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,21 +70,10 @@ class Study:
     page: str
     common: dict[str, Any]
     tables: dict[str, Table]
-    flags: Flags = field(default_factory=Flags)
+    flags: Settings
     before: dict[str, Callable[[], None]] = field(default_factory=dict)
     record: str = ''
     draw: Callable[[dict[str, Rows]], None] | None = None
-
-
-@dataclass
-class Settings(Flags):
-    """What a study of one thing changed can be asked.
-
-    Args:
-        lengths: Minutes or epochs of each run of a table, by the table's name.
-    """
-
-    lengths: dict[str, float] = field(default_factory=dict)
 
 
 def run(name: str, settings: Settings) -> None:

@@ -12,7 +12,7 @@ each; that of the pixels is the recipe's. Writes `results/pretraining.json`, and
 from dataclasses import dataclass
 
 from scripts.studies.tables import Rows, points_above, publish, table
-from scripts.studies.trials import FIGURES, Changes, Flags, Trials, run_folder
+from scripts.studies.trials import FIGURES, Changes, SeedFlags, Trials, run_folder
 
 RECIPE = 'fashion_mnist_pixels'
 RATES = (0.01, 0.02)
@@ -20,7 +20,7 @@ SCRATCH, PIXELS_FIRST = 'from scratch', 'masked pixels first'
 
 
 @dataclass
-class Settings(Flags):
+class Settings(SeedFlags):
     """What the study can be asked.
 
     Args:

@@ -4,8 +4,8 @@
 
 Both by `recipes/segment_pixels.py`, on scenes of 64×64 pixels (4,096 tokens). Optimizer and learning rate of each are
 chosen in short runs, on scenes of training items that are kept apart; the scenes of test items are for the scores
-alone. Writes `results/segmentation.json`, the pictures `segmentation_linformer.png` and `segmentation_unet.png`, and
-its table in `docs/results.md`.
+alone. One seed. Writes `results/segmentation.json`, the pictures `segmentation_linformer.png` and
+`segmentation_unet.png`, and its table in `docs/results.md`.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', '
 
 @dataclass
 class Settings(Flags):
-    """What the study can be asked; it has one seed.
+    """What the study can be asked.
 
     Args:
         minutes: Minutes of training of each network.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.studies.tables import Rows, points_above, publish, table
-from scripts.studies.trials import Changes, Flags, Scores, Trials
+from scripts.studies.trials import Changes, Scores, SeedFlags, Trials
 
 STARTS: Changes = {
     'from scratch': {'model': 'linformer_vit_pico_patch1_32', 'init': '', 'layer_decay': 1.0},
@@ -26,7 +26,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # the search begins in the m
 
 
 @dataclass
-class Settings(Flags):
+class Settings(SeedFlags):
     """What the study can be asked.
 
     Args:

@@ -127,20 +127,29 @@ class Flags:
     """What every study can be asked; each has defaults of its own, and may have more.
 
     Args:
-        seeds: Runs of each variant.
         workers: Runs at a time, one thread each.
         precision: Of every run.
-        again: Make every run anew, whatever figures are kept.
         data_dir: Folder that holds the data.
         output_dir: Folder for the runs, below it one for each study; finished runs are not repeated.
     """
 
-    seeds: int = 3
     workers: int = 2
     precision: Literal['fp32', 'bf16'] = 'fp32'
-    again: bool = False
     data_dir: Path = Path('data')
     output_dir: Path = Path('outputs')
+
+
+@dataclass
+class SeedFlags(Flags):
+    """Those of a study with several runs of each variant.
+
+    Args:
+        seeds: Runs of each variant.
+        again: Make every run anew, whatever is finished or kept.
+    """
+
+    seeds: int = 3
+    again: bool = False
 
 
 class Trials:
@@ -159,7 +168,8 @@ class Trials:
     ) -> None:
         self.folder, self.workers, self.fields = (flags.output_dir / study).resolve(), flags.workers, fields
         self.common = {'data_dir': flags.data_dir.resolve(), 'precision': flags.precision, 'threads': 1, **common}
-        self.record = Record(RESULTS / record, fields, flags.again) if record else None
+        self.again = isinstance(flags, SeedFlags) and flags.again
+        self.record = Record(RESULTS / record, fields, self.again) if record else None
 
     def run(
         self,
@@ -185,7 +195,7 @@ class Trials:
         jobs = [(name, seed) for seed in seeds for name in changed]
         asked = {(name, seed): record.asked(recipe, seed, changed[name]) for name, seed in jobs} if record else {}
         found = {job: run for job, what in asked.items() if (run := record.find(what)) is not None}
-        if record and record.again:
+        if self.again:
             changed = {name: {**fields, 'fresh': True} for name, fields in changed.items()}
         where, first = self.folder / folder, before or {}
         context = multiprocessing.get_context('spawn')
