@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from linvision.models.attention import LinformerAttention
-from linvision.models.projection import SHARING, Projection
+from linvision.models.projection import SHARING, Projection, projected_rows
 
 GRID = (4, 6)
 N, D, HEADS, DEPTH = 24, 12, 3, 3
@@ -58,15 +58,15 @@ def equation_7(x: torch.Tensor, attention: nn.Module, E: np.ndarray, F: np.ndarr
 
 
 def build(kind: str, sharing: str, prefix: int = 0, layer: int = 1, **kwargs) -> tuple[LinformerAttention, Projection]:
-    lengths = 6 if sharing == 'layerwise' else LENGTHS
-    projection = Projection(kind, sharing, lengths, GRID, DEPTH, HEADS, D, dtype=torch.float64)
+    rows = projected_rows(kind, sharing, 6 if sharing == 'layerwise' else LENGTHS, DEPTH)
+    projection = Projection(kind, sharing, rows, GRID, HEADS, D, dtype=torch.float64)
     attention = LinformerAttention(
         D,
         HEADS,
         qkv_bias=True,
         projection=kind,
         sharing=sharing,
-        rows=projection.row_grids[0 if sharing == 'layerwise' else layer],
+        rows=rows[layer],
         num_prefix_tokens=prefix,
         dtype=torch.float64,
         **kwargs,
@@ -113,7 +113,7 @@ def test_model_hands_each_block_its_own_matrices(kind, sharing):
 def test_attention_equals_the_pypi_package(share_kv):
     sharing = 'key_value' if share_kv else 'headwise'
     theirs = LinformerSelfAttention(D, N, k=6, heads=HEADS, share_kv=share_kv).double()
-    projection = Projection('linear', sharing, 6, GRID, 1, HEADS, D, dtype=torch.float64)
+    projection = Projection('linear', sharing, [(2, 3)], GRID, HEADS, D, dtype=torch.float64)
     ours = LinformerAttention(
         D, HEADS, projection='linear', sharing=sharing, rows=projection.row_grids[0], dtype=torch.float64
     )
@@ -160,8 +160,9 @@ def test_a_permutation_as_projection_gives_timm_attention(kind, sharing, prefix,
     arguments = dict(qkv_bias=True, qk_norm=norms, scale_norm=norms, norm_layer=nn.LayerNorm, dtype=torch.float64)
     theirs = Attention(D, HEADS, **arguments)
     randomise(theirs)
-    projection = Projection(kind, sharing, N, GRID, 1, HEADS, D, dtype=torch.float64)
-    assert projection.row_grids == [GRID]
+    rows = projected_rows(kind, sharing, N, 1)
+    assert rows == [GRID]
+    projection = Projection(kind, sharing, rows, GRID, HEADS, D, dtype=torch.float64)
     ours = LinformerAttention(
         D, HEADS, projection=kind, sharing=sharing, rows=GRID, num_prefix_tokens=prefix, **arguments
     )
@@ -219,7 +220,7 @@ def test_bf16_error_is_at_most_twice_that_of_plain_pytorch(sharing, training):
     with torch.no_grad():
         query, key, value = attention.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, H, 1 + N, D/H)
         key, value = (torch.cat([t[:, :, :1], m @ t[:, :, 1:]], dim=2) for t, m in ((key, E), (value, F_)))
-        weights = (query @ key.mT * attention.scale).softmax(-1)
+        weights = (query @ key.mT * attention.head_dim**-0.5).softmax(-1)
         plain = attention.proj((weights @ value).transpose(1, 2).flatten(2))
     assert (ours - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
 

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from linvision.models.projection import SHARING, Projection, row_grid
+from linvision.models.projection import SHARING, Projection, projected_rows, row_grid
 from linvision.models.projection_kinds import PROJECTIONS
 
 GRID = (4, 6)  # not square, so that a swapped axis shows
@@ -21,7 +21,8 @@ EXACT = dict(rtol=1e-12, atol=1e-12)
 def build(kind: str, sharing: str, **kwargs) -> Projection:
     """A float64 projection; one K for all layers where they share one matrix, else one a layer."""
     proj_len = 6 if sharing == 'layerwise' else LENGTHS
-    return Projection(kind, sharing, proj_len, GRID, DEPTH, HEADS, DIM, dtype=torch.float64, **kwargs)
+    rows = projected_rows(kind, sharing, proj_len, DEPTH)
+    return Projection(kind, sharing, rows, GRID, HEADS, DIM, dtype=torch.float64, **kwargs)
 
 
 def reference(kind: str, weights: list[torch.Tensor], x: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
@@ -112,12 +113,12 @@ def test_reduction_is_the_same_for_any_leading_axes(kind, grid, rows):
 @pytest.mark.parametrize('side', [8, 16, 32, 64])
 def test_initial_gain_is_one_at_every_length(side):
     N = side * side
-    linear = Projection('linear', 'layerwise', 16, (side, side), 1, 1, 4)
+    linear = Projection('linear', 'layerwise', [(4, 4)], (side, side), 1, 4)
     assert math.sqrt(N) * linear.weights[0].std().item() == pytest.approx(1, rel=0.05)
-    separable = Projection('separable', 'layerwise', 64, (side, side), 1, 1, 4)
+    separable = Projection('separable', 'layerwise', [(8, 8)], (side, side), 1, 4)
     E = torch.kron(*separable.weights)
     assert math.sqrt(N) * E.std().item() == pytest.approx(1, rel=0.15)  # of 16·side numbers drawn
-    conv = Projection('conv', 'layerwise', 4, (side, side), 1, 1, 64)
+    conv = Projection('conv', 'layerwise', [(2, 2)], (side, side), 1, 64)
     assert side / 2 * conv.weights[0].std().item() == pytest.approx(1, rel=0.1)
 
 
@@ -158,7 +159,7 @@ def test_rows_form_the_grid_nearest_to_a_square(K, rows):
 )
 def test_choices_that_do_not_exist_are_refused(kind, sharing, proj_len, message):
     with pytest.raises(ValueError, match=message):
-        Projection(kind, sharing, proj_len, GRID, DEPTH, HEADS, DIM)
+        projected_rows(kind, sharing, proj_len, DEPTH)
     with pytest.raises(ValueError, match=message):  # and by the model
         timm.create_model('test_linformer_vit', depth=3, projection=kind, sharing=sharing, proj_len=proj_len)
 

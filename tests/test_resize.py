@@ -65,7 +65,7 @@ def test_resizing_needs_no_double_precision(kwargs):
 
 
 def build(kind: str, sharing: str, grid: tuple[int, int]) -> Projection:
-    return Projection(kind, sharing, 6, grid, 2, 2, 4, dtype=torch.float64)
+    return Projection(kind, sharing, [(2, 3)] * 2, grid, 2, 4, dtype=torch.float64)
 
 
 def as_maps(projection: Projection, kind: str) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_there_and_back_by_integer_factors_is_exact(kind, new_grid):
 @pytest.mark.parametrize('kind', ['linear', 'separable', 'conv'])
 def test_there_and_back_hardly_changes_what_smooth_inputs_become(kind, new_grid):
     grid = (32, 32)
-    projection = Projection(kind, 'layerwise', 16, grid, 1, 1, 3, dtype=torch.float64)
+    projection = Projection(kind, 'layerwise', [(4, 4)], grid, 1, 3, dtype=torch.float64)
     x = smooth_images(grid).flatten(2).transpose(1, 2)  # (B, N, 3)
 
     def rows() -> torch.Tensor:

@@ -7,7 +7,6 @@ import timm
 import torch
 from timm.models import save_for_hf
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
@@ -291,29 +290,6 @@ def test_automatic_chunks_fit_into_cache_and_small_inputs_stay_whole():
     assert auto_chunk_size(x[:, :100], 768) == 0
     fused = cpu_kernels.supports(torch.float32)  # shorter sequences gain by its products
     assert auto_chunk_size(x[:, :2048], 768) == (chunk if fused else 0)
-
-
-@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')  # dynamo looks at it on inputs within a graph
-@pytest.mark.parametrize('arguments', [dict(), dict(key_padding_mask=padding())])
-def test_compiled_chunks_give_the_same_and_one_function_serves_all_blocks_and_chunks(arguments, monkeypatch):
-    from linvision.streaming import stream as streaming
-
-    counter = CompileCounterWithBackend('aot_eager')
-    compiled = torch.compile(streaming.map_tokens, backend=counter)
-    monkeypatch.setattr(streaming, 'compiled_map_tokens', lambda: compiled)
-    torch._dynamo.reset()
-    model, images = create(depth=5, img_size=(16, 6)), batch(size=(16, 6))
-    if arguments:
-        arguments = dict(key_padding_mask=padding().repeat(1, 2))
-    exact = gradients(model, images, **arguments)
-    with torch.no_grad():
-        plain = model(images, **arguments)
-        model.set_chunk_size(72, compiled=True)  # 4 rows of 3 images: 4 chunks; the first and the last have one border
-        torch.testing.assert_close(model(images, **arguments), plain, rtol=1e-9, atol=1e-9)
-    graphs = counter.frame_count
-    assert 1 <= graphs <= 4
-    torch.testing.assert_close(gradients(model, images, **arguments), exact, rtol=1e-9, atol=1e-9)
-    assert counter.frame_count <= 2 * graphs  # with and without gradients
 
 
 def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibibytes(calls, monkeypatch):

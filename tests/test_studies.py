@@ -216,9 +216,8 @@ def test_the_plain_network_is_as_large_as_pico_and_learns():
 
 
 def test_baselines_are_trained_once(tmp_path):
-    recipe = {'dataset': 'fake'}
-    found = model_card.baselines(tmp_path, recipe, Path(), minutes=0.01)
-    assert found == model_card.baselines(tmp_path, recipe, Path(), minutes=100.0)
+    found = model_card.baselines(tmp_path, 'fake', Path(), minutes=0.01)
+    assert found == model_card.baselines(tmp_path, 'fake', Path(), minutes=100.0)
     assert found['softmax regression']['num_parameters'] == 2570
 
 

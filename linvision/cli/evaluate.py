@@ -6,7 +6,8 @@
 
 The first gives the very score that the run reported, on its own test set. Another size resizes the model
 (`set_input_size`), without training, and the images (bicubic where they grow). A folder of other images may hold only
-some of the model's classes. Prints one line of JSON.
+some of the model's classes. Sets that timm opens (`wds/…` and the like) are named by you and not by the model's folder,
+with --dataset, --data-dir and --dataset-args. Prints one line of JSON.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch import nn
 from linvision.cli.pretrained import load_model
 from linvision.data import Images, create_batches, create_dataset, part
 from linvision.data.folders import ImageFiles, split_folders
+from linvision.data.recorded import recorded_data
 from linvision.nearest import nearest
 from linvision.train.data import fingerprint
 from linvision.train.evaluate import evaluate
@@ -115,18 +117,13 @@ def main(
     net = load_model(model).to(where)
     config = resolve_model_data_config(net)
     metrics = data_of(model)
-    trained = metrics.get('recipe', {})
-    if not dataset and not trained:
-        raise ValueError(f'{model} has no metrics.json that names its data: say --dataset and --data-dir.')
-    if trained and dataset in ('', trained['dataset']):
-        dataset, dataset_args = trained['dataset'], {**trained.get('dataset_args', {}), **(dataset_args or {})}
-        data_dir = data_dir or Path(trained['data_dir'])
-    data_dir = data_dir or Path('data')
+    dataset, data_dir, arguments = recorded_data(model, metrics, dataset, data_dir, dataset_args)
     try:
-        images = create_dataset(dataset, data_dir, split, **(dataset_args or {}))
+        images = create_dataset(dataset, data_dir, split, **arguments)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error} (Looked for from {Path.cwd()}; --data-dir names another folder.)') from error
-    if data_dir.resolve() == Path(trained.get('data_dir', '')).resolve() and split not in ('train', 'all'):
+    own = Path((metrics.get('recipe') or {}).get('data_dir', ''))
+    if data_dir.resolve() == own.resolve() and split not in ('train', 'all'):
         check_unseen(data_dir, dataset, metrics)
     images = with_classes_of(net, images)
     images = part(images, limit)

@@ -16,14 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-import linvision  # noqa: F401  (registers the models)
-from linvision.train.setup import check_source, source_of
+from linvision.cli.pretrained import load_vit
 
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4  # of the largest output, in fp32
@@ -143,9 +141,9 @@ def main(model: tyro.conf.Positional[str], output: Path = Path('outputs/model.on
         model: Folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights.
         output: The file; `.onnx` or `.pt2` says the format.
     """
-    check_source(model)
+    original = load_vit(model, '', 0)
     try:
-        report = export(timm.create_model(source_of(model), pretrained=True), output)
+        report = export(original, output)
     except ImportError as error:
         raise ValueError(f"{error}. ONNX needs: pip install -e '.[onnx]'") from error
     except RuntimeError as error:  # torch's, of a model that cannot be traced

@@ -7,6 +7,7 @@ from torch import nn
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES
+from linvision.train.checkpoint import first_line
 from linvision.train.setup import is_source, model_folder, source_of
 
 
@@ -38,9 +39,12 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
     """The original: a timm name or a folder, with its own weights or those of a file, in eval mode.
 
     Raises:
-        ValueError: Neither is there.
+        ValueError: Neither is there, or the weights are not to be loaded.
     """
     if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
     size = {'img_size': img_size} if img_size else {}
-    return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
+    try:
+        return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
+    except RuntimeError as error:  # weights of another shape, or a file that is more than weights
+        raise ValueError(f'The weights of {checkpoint or name} cannot be loaded: {first_line(error)}') from error

@@ -3,8 +3,12 @@
 Names as timm's: `wds/NAME` (shards in the root folder), `hfds/…`, `hfids/…`, `tfds/…`, `torch/…`. Sets with random
 access are read like folders of images; streams (`wds/`, `hfids/`, `tfds/`) are shuffled by timm's readers, by (seed,
 epoch) at a given number of workers and processes (`stream_batches.py`).
+
+webdataset takes a root like `pipe:COMMAND` for a shell command, and runs programs for other URLs. So a root is a folder
+here, handed on as an absolute path, in which nothing can be read as a URL. A command is named as one, by `pipe`.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from linvision.data.order import key
 PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
 STREAMS = ('wds/', 'hfids/', 'tfds/')
 SPLITS = {'train': 'train', 'test': 'validation'}
+# a Path makes http:/ of http://; at the beginning, a scheme is one without a slash too
+URL = re.compile(r'pipe\s*:|[a-z][a-z0-9+.-]+:/|\A\s*[a-z][a-z0-9+.-]+:', re.IGNORECASE)
+SHARD = re.compile(r'[\w./@%+=,~-]+')  # no shell reads more than a name in it
 
 
 def open_timm_set(
@@ -32,16 +39,20 @@ def open_timm_set(
         root: The folder that holds it.
         split: 'train' or 'test'.
         download: Let the reader fetch what is missing.
-        arguments: timm's further arguments, and three of ours: `train_split` and `test_split` (timm's names of the
-            splits, as 'name-train-{0000..1023}.tar|1281167'), and `num_classes` where the set does not say.
+        arguments: timm's further arguments, and four of ours: `train_split` and `test_split` (timm's names of the
+            splits, as 'name-train-{0000..1023}.tar|1281167'), `num_classes` where the set does not say, and, for
+            `wds/`, `pipe`: a shell command that prints a shard, to which '/SHARD' is added, in place of the root.
 
     Raises:
         FileNotFoundError: The set, or the package that reads it, is not there.
+        ValueError: A root or an argument is a URL, or a shard's name is none that a shell may see.
     """
     arguments = dict(arguments)
+    command = str(arguments.pop('pipe', ''))
+    place = source(name, root, arguments, command)
     splits = {s: arguments.pop(f'{s}_split', default) for s, default in SPLITS.items()}
     num_classes = int(arguments.pop('num_classes', 0))
-    known = {'name': name, 'root': str(root), 'split': splits[split], 'download': download, **arguments}
+    known = {'name': name, 'root': place, 'split': splits[split], 'download': download, **arguments}
     try:
         found = timm.data.create_dataset(**known)
     except (ImportError, RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
@@ -51,6 +62,7 @@ def open_timm_set(
             'train_split … test_split ….'
         ) from error
     reader = getattr(found, 'reader', None)
+    shard_names(reader, bool(command))
     by_name = getattr(reader, 'class_to_idx', None) or getattr(found, 'class_to_idx', None) or {}
     classes = tuple(sorted(by_name, key=by_name.get)) or tuple(f'class {i}' for i in range(num_classes))
     if not classes:
@@ -58,6 +70,42 @@ def open_timm_set(
     if name.startswith(STREAMS):
         return TimmStream(known, tuple(map(str, classes)), len_of(found, name))
     return TimmImages(found, tuple(map(str, classes)))
+
+
+def source(name: str, root: Path, arguments: dict[str, Any], command: str) -> str:
+    """What timm is given as the root: an absolute path, or the command that the user names.
+
+    Raises:
+        ValueError: The root or an argument is a URL, or there is a command for a set that takes none.
+    """
+    for what, value in {'data_dir': root, **arguments}.items():
+        if URL.search(str(value)):
+            raise ValueError(
+                f'{name} is read from a folder, and {what} is {str(value)!r}, which may be a URL or a shell command: '
+                'neither is opened. Name the folder by its whole path. Shards that a shell command is to print are '
+                "asked for by --dataset-args pipe 'COMMAND'."
+            )
+    if not command:
+        return str(root.absolute())
+    if not name.startswith('wds/'):
+        raise ValueError(f'pipe is a command that prints the shards of a wds/… set, and {name} has none: leave it out.')
+    return f'pipe:{command}'
+
+
+def shard_names(reader: Any, piped: bool) -> tuple[str, ...]:
+    """The shards that a reader found, where it reads shards.
+
+    Raises:
+        ValueError: A command would see a name in which a shell reads more: `_info.json` may be a stranger's.
+    """
+    names = tuple(getattr(getattr(reader, 'split_info', None), 'filenames', None) or ())
+    odd = [name for name in names if piped and not SHARD.fullmatch(str(name))]
+    if odd:
+        raise ValueError(
+            f'The name of a shard becomes part of a shell command (pipe), and {odd[0]!r} holds more than letters, '
+            "digits and './@%+=,~-': rename the shard, or read it from a folder without pipe."
+        )
+    return names
 
 
 def len_of(dataset: Any, name: str) -> int:
@@ -181,7 +229,7 @@ class TimmStream(TimmSet):
         reader.worker_seed = key(seed, epoch)  # of this process; workers take their loader's
         dataset.set_loader_cfg(num_workers=workers)
         dataset.set_epoch(epoch)
-        shards = getattr(getattr(reader, 'split_info', None), 'filenames', None)
+        shards = shard_names(reader, str(self.arguments['root']).startswith('pipe:'))
         readers = count * max(1, workers)
         if training and shards and len(shards) < readers:
             raise ValueError(

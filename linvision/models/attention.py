@@ -42,7 +42,7 @@ class LinformerAttention(nn.Module):
         norm_layer: Norm used by `qk_norm` and `scale_norm`.
         projection: Name of the projection, or 'none' for full attention.
         sharing: How E and F are shared (see `projection.Projection`).
-        rows: The K projected rows as a grid (K_h, K_w).
+        rows: The K projected rows as a grid (K_h, K_w); (0, 0) for full attention.
         num_prefix_tokens: Tokens at the head of the sequence that bypass E.
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
@@ -82,10 +82,9 @@ class LinformerAttention(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
         self.fused_attn = use_fused_attn()
         self.row_norm = row_norm
-        self.rows = rows if projection != 'none' else (0, 0)
+        self.rows = rows
         self.num_prefix_tokens = num_prefix_tokens
         self.per_head = sharing == 'none'
         self.matrices = SHARING[sharing]  # 1: E = F; 2: E and F
@@ -251,28 +250,29 @@ class LinformerAttention(nn.Module):
         query = F.linear(x, self.qkv.weight[:D], bias)
         query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))  # (B, H, n, D/H)
         if self.fused_attn:
-            dropout = self.attn_drop.p if self.training else 0.0
-            out = fused_attention(query, key, value, mask, dropout)
-        else:
-            attn = (query * self.scale) @ key.transpose(-2, -1)  # (B, H, n, P + K)
-            if mask is not None:
-                attn = attn.masked_fill(~mask, float('-inf'))
-            out = self.attn_drop(attn.softmax(dim=-1)) @ value
+            out = attention(query, key, value, mask, self.attn_drop.p if self.training else 0.0)
+        else:  # so that hooks and traces see the weights
+            out = self.attn_drop(attention_weights(query, key, mask)) @ value
         return out.transpose(1, 2).flatten(2)
 
 
-@torch.fx.wrap
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """`scaled_dot_product_attention`, but for few rows below fp32 on a CPU.
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(Q Kᵀ / √(D/H)) where the mask is true: (B, H, n, D/H), (B, H, P + K, D/H) -> (B, H, n, P + K)."""
+    weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, float('-inf'))
+    return weights.softmax(dim=-1)
 
-    There PyTorch's fused attention is slow: 2.14, bf16, B32 H3 N1024 K64 d32 on one core: 152 ms forward and backward,
-    42 ms written out; forward alone B1 H3 N2048 K256 d64 on two cores (Zen 5): twice the time. The array of weights is
-    small.
+
+@torch.fx.wrap
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(Q Kᵀ / √(D/H)) V by the faster kernel: PyTorch's fused one, but for few rows below fp32 on a CPU.
+
+    There the fused one is slow: torch 2.14, bf16, B32 H3 N1024 K64 d32 on one core: 152 ms forward and backward, 42 ms
+    written out; forward alone B1 H3 N2048 K256 d64 on two cores (Zen 5): twice the time. The array of weights is small.
+    (Streamed blocks without gradients on CPUs have kernels of their own: `streaming/cpu_kernels.py`.)
     """
     low = query.dtype != torch.float32 and query.dtype != torch.float64
     if query.is_cpu and low and key.shape[-2] <= 1024:
-        weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        if mask is not None:
-            weights = weights.masked_fill(~mask, float('-inf'))
-        return F.dropout(weights.softmax(dim=-1), dropout) @ value
+        return F.dropout(attention_weights(query, key, mask), dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

@@ -1,7 +1,11 @@
-"""A transformer block over projected keys and values, in two pieces: a reduction of the tokens, then a map over tokens.
+"""A transformer block over projected keys and values:
 
-Once a block's keys and values are known, everything else in it acts on each token alone (the local path needs a row of
-neighbours too). `forward` runs both pieces on the whole sequence, which can be traced, or streams them.
+    x ← x + attention(norm1(x))
+    x ← x + mlp(norm2(x))
+
+with layer scale and drop path on both branches, as in timm's `Block`. Once the keys and values of a block are known,
+everything else in it acts on each token alone (the local path needs a row of neighbours too). So `forward` runs it on
+the whole sequence, which can be traced, or chunk by chunk (`streaming/stream.py`); `residuals` is the equation of both.
 """
 
 from functools import partial
@@ -47,7 +51,7 @@ class LinformerBlock(nn.Module):
     """Pre-norm block with timm's names and arguments; the attention runs over K projected rows.
 
     Args:
-        rows: For each layer, the K rows as a grid (K_h, K_w).
+        rows: The K rows of this block as a grid (K_h, K_w); (0, 0) for full attention.
         projection: Name of the projection, or 'none'.
         sharing: How E and F are shared.
         num_prefix_tokens: Tokens that bypass E.
@@ -57,7 +61,7 @@ class LinformerBlock(nn.Module):
         token_norm: Normalise each channel over an image's tokens, in place of `norm_layer` before attention and MLP.
         mlp_layer: A class of timm's, or its name in `MLPS`.
         attn_layer: Must stay timm's default: the attention of this block is its own.
-        depth: Index of this block.
+        depth: Index of this block, which timm gives to every block.
 
     The other arguments are those of `timm.models.vision_transformer.Block`.
     """
@@ -66,7 +70,7 @@ class LinformerBlock(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        rows: list[tuple[int, int]],
+        rows: tuple[int, int],
         projection: str = 'linear',
         sharing: str = 'layerwise',
         num_prefix_tokens: int = 0,
@@ -95,7 +99,8 @@ class LinformerBlock(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
-        self.token_norm = token_norm
+        self.streams = not token_norm  # whose mean and variance are those of all tokens
+        self.hidden = int(dim * mlp_ratio)  # width of the MLP's hidden layer
         self.norm1 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
         self.attn = LinformerAttention(
             dim,
@@ -109,7 +114,7 @@ class LinformerBlock(nn.Module):
             norm_layer=norm_layer,
             projection=projection,
             sharing=sharing,
-            rows=rows[depth],
+            rows=rows,
             num_prefix_tokens=num_prefix_tokens,
             local_size=local_size,
             local_grid=local_grid,
@@ -121,7 +126,7 @@ class LinformerBlock(nn.Module):
         self.norm2 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
         self.mlp = MLPS.get(mlp_layer, mlp_layer)(
             in_features=dim,
-            hidden_features=int(dim * mlp_ratio),
+            hidden_features=self.hidden,
             act_layer=act_layer,
             norm_layer=norm_layer if scale_mlp_norm else None,
             bias=proj_bias,
@@ -130,7 +135,6 @@ class LinformerBlock(nn.Module):
         )
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.compiled = False  # whether chunks run through torch.compile; see the model's set_chunk_size
 
     def forward(
         self,
@@ -141,7 +145,7 @@ class LinformerBlock(nn.Module):
         chunk_size: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Both pieces, on the whole sequence or streamed: (B, P + N, D) -> (B, P + N, D).
+        """On the whole sequence or streamed: (B, P + N, D) -> (B, P + N, D).
 
         Args:
             x: Tokens.
@@ -149,7 +153,7 @@ class LinformerBlock(nn.Module):
                 `nn.Sequential`, which TorchScript compiles with one argument.
             grid: Token grid (height, width). Required.
             valid: Which tokens are not padding, (B, P + N), boolean; all of them by default.
-            chunk_size: Images × tokens in a chunk, 0 for the whole sequence (see `streaming/stream.py`).
+            chunk_size: Images × tokens in a chunk, 0 for the whole sequence.
             out: Where a streamed block without gradients may write its result.
 
         Raises:
@@ -158,7 +162,11 @@ class LinformerBlock(nn.Module):
         if projection is None or grid is None:
             raise ValueError('A block needs its projection tensors and token grid, which the model passes to it.')
         if not torch.jit.is_scripting():
-            if chunk_size > 0 and not self.token_norm:
+            if chunk_size > 0:
                 return stream(self, x, projection, grid, valid, chunk_size, out)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), projection, grid, valid)))
+        return self.residuals(x, self.attn(self.norm1(x), projection, grid, valid))
+
+    def residuals(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Both residual branches, once attention has given its output for these tokens: (B, n, D) -> (B, n, D)."""
+        x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

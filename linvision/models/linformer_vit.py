@@ -25,7 +25,7 @@ from linvision.models.block import LinformerBlock
 from linvision.models.checks import check_arguments, check_image, check_sizes, refuse_mask
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
-from linvision.models.projection import Projection, projected_lengths, row_grid
+from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
 from linvision.streaming.chunks import choose_chunk_size
 
@@ -96,24 +96,27 @@ class LinformerVisionTransformer(VisionTransformer):
     ) -> None:
         norms = {'row_norm': row_norm, 'token_norm': token_norm, 'head_norm': head_norm}
         check_arguments(type(self), kwargs, embed_dim, num_heads, projection, local_size, norms, pos_embed, class_token)
-        lengths = projected_lengths(projection, sharing, proj_len, depth)
+        rows = projected_rows(projection, sharing, proj_len, depth)
         check_sizes(img_size, patch_size)
         dd = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
         local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
         if min(local_grid) < 1:
             raise ValueError(f'local_grid must be at least 1 token in height and width, got {local_grid}.')
-        block_fn = partial(
-            LinformerBlock,
-            rows=[row_grid(k) for k in lengths],
-            projection=projection,
-            sharing=sharing,
-            num_prefix_tokens=int(class_token) + reg_tokens,
-            local_size=local_size,
-            local_grid=local_grid,
-            row_norm=row_norm,
-            token_norm=token_norm,
-        )
+
+        def block_fn(depth: int, **arguments: Any) -> LinformerBlock:
+            return LinformerBlock(
+                rows=rows[depth],
+                projection=projection,
+                sharing=sharing,
+                num_prefix_tokens=int(class_token) + reg_tokens,
+                local_size=local_size,
+                local_grid=local_grid,
+                row_norm=row_norm,
+                token_norm=token_norm,
+                **arguments,
+            )
+
         if norm_eps:
             kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer')) or LayerNorm, eps=norm_eps)
         super().__init__(
@@ -133,11 +136,9 @@ class LinformerVisionTransformer(VisionTransformer):
         self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
         if projection != 'none':
-            self.projection = Projection(projection, sharing, lengths, grid, depth, num_heads, embed_dim, **dd)
+            self.projection = Projection(projection, sharing, rows, grid, num_heads, embed_dim, **dd)
         self.token_norm = token_norm
-        self.hidden = int(embed_dim * kwargs.get('mlp_ratio', 4.0))
         self.set_chunk_size(chunk_size)
-        self.longest = 0 if projection == 'none' else max(lengths)
         self.register_load_state_dict_pre_hook(resize_on_load)
         self._log_full_attention()
 
@@ -191,28 +192,20 @@ class LinformerVisionTransformer(VisionTransformer):
         kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if self.projection is not None:
             self.projection.truncate(len(self.blocks))
-            self.longest = max(self.projection.proj_len)
         return kept
 
     @torch.jit.ignore
-    def set_chunk_size(self, chunk_size: int | str, compiled: bool = False) -> None:
+    def set_chunk_size(self, chunk_size: int | str) -> None:
         """How blocks are run: 0 whole, a number of images × tokens at a time, or 'auto'.
 
-        Args:
-            chunk_size: As for the model.
-            compiled: Let `torch.compile` make one function of what happens to a chunk, used for all chunks and blocks.
-                (`torch.compile(model)` compiles whole blocks instead.)
-
         Raises:
-            ValueError: Anything else.
+            ValueError: Anything else, or a number for a model whose blocks only run whole.
         """
         if chunk_size != 'auto' and (not isinstance(chunk_size, int) or chunk_size < 0):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
-        if self.token_norm and chunk_size not in ('auto', 0):
+        if chunk_size not in ('auto', 0) and not all(block.streams for block in self.blocks):
             raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")
         self.chunk_size = chunk_size
-        for block in self.blocks:
-            block.compiled = compiled
 
     def embed(
         self, x: Tensor, key_padding_mask: Tensor | None = None
@@ -246,14 +239,13 @@ class LinformerVisionTransformer(VisionTransformer):
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
         chunk_size = 0
         if not torch.jit.is_scripting():
-            if self.training and isinstance(self.patch_drop, PatchDropout):  # what is left is no grid: whole blocks
-                if inside is not None:
-                    raise ValueError(
-                        'In training patch_drop_rate must be 0 with a key_padding_mask, which is for all tokens, got '
-                        f'{self.patch_drop.prob}.'
-                    )
-            else:
-                chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, self.hidden)
+            drops_patches = self.training and isinstance(self.patch_drop, PatchDropout)
+            if drops_patches and inside is not None:
+                raise ValueError(
+                    'In training patch_drop_rate must be 0 with a key_padding_mask, which is for all tokens, got '
+                    f'{self.patch_drop.prob}.'
+                )
+            chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, on_grid=not drops_patches)
         if self.position is not None:
             x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:
@@ -263,7 +255,10 @@ class LinformerVisionTransformer(VisionTransformer):
             x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
         x = self.norm_pre(self.patch_drop(x))
         if self.projection is not None:
-            if grid[0] * grid[1] <= self.longest:  # some layers do not use it; DDP waits for its gradient
+            idle = False
+            for block in self.blocks:
+                idle = idle or block.attn.is_full(grid)
+            if idle:  # some layers do not use it; DDP waits for its gradient
                 x = self.projection.zero(x)
         valid: Tensor | None = None
         if inside is not None:

@@ -39,7 +39,7 @@ class LocalPath(nn.Module):
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
         self.std = std
-        self.half = size // 2  # taps on either side of a token
+        self.reach = size // 2  # taps on either side of a token
         self.weight = nn.Parameter(torch.empty(dim, 1, size, size, device=device, dtype=dtype))
         self.init_weights()
 
@@ -76,7 +76,7 @@ class LocalPath(nn.Module):
         if down > 1:
             image = image.unflatten(1, (-1, down)).transpose(1, 2).flatten(0, 1)  # (B * down, h / down, …)
         image = image.permute(0, 3, 1, 2)  # a view with channels last, which convolutions take as it is
-        out = F.conv2d(image, weight, padding=self.half, groups=weight.shape[0]).permute(0, 2, 3, 1)
+        out = F.conv2d(image, weight, padding=self.reach, groups=weight.shape[0]).permute(0, 2, 3, 1)
         if down > 1:
             out = out.unflatten(0, (-1, down)).transpose(1, 2).flatten(1, 2)
         if across > 1:

@@ -63,7 +63,7 @@ class ConvPosition(nn.Module):
         """`forward` without gradients, in less memory."""
         step, image = self.local.step(grid), x.unflatten(1, grid)  # (B, h, w, D)
         out = torch.empty_like(image)
-        for own, context, part in row_chunks(grid, chunk_size // x.shape[0], step[0], self.local.half):
+        for own, context, part in row_chunks(grid, chunk_size // x.shape[0], step[0], self.local.reach):
             rows = image[:, context]
             size = (rows.shape[1], grid[1])
             local = self.local.convolve(rows.flatten(1, 2), size, (1, step[1])).unflatten(1, size)

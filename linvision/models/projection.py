@@ -34,8 +34,14 @@ def row_grid(proj_len: int) -> tuple[int, int]:
     return k_h, proj_len // k_h
 
 
-def projected_lengths(kind: str, sharing: str, proj_len: int | Sequence[int], depth: int) -> list[int]:
-    """K of every layer.
+def projected_rows(kind: str, sharing: str, proj_len: int | Sequence[int], depth: int) -> list[tuple[int, int]]:
+    """The K rows of every layer as grids (K_h, K_w): the one place where K is checked. (0, 0) for full attention.
+
+    Args:
+        kind: Name of the projection, or 'none'.
+        sharing: How E and F are shared.
+        proj_len: K, one number or one a layer.
+        depth: Number of layers.
 
     Raises:
         ValueError: A kind, sharing or K that no projection can have.
@@ -54,7 +60,7 @@ def projected_lengths(kind: str, sharing: str, proj_len: int | Sequence[int], de
             f"With sharing='layerwise' all layers share one matrix, so that K cannot differ by layer (got "
             f"proj_len={proj_len}); use sharing='key_value', 'headwise' or 'none'."
         )
-    return lengths
+    return [(0, 0) if kind == 'none' else row_grid(k) for k in lengths]
 
 
 class Projection(nn.Module):
@@ -64,47 +70,50 @@ class Projection(nn.Module):
         kind: Name of the projection, a key of `PROJECTIONS`.
         sharing: `layerwise` (one E for all layers, keys and values), `key_value` (one E = F a layer), `headwise` (E and
             F a layer) or `none` (E and F for each head of each layer).
-        proj_len: K, the number of rows; a sequence gives one K a layer (not with `layerwise`).
+        rows: The K rows of every layer as grids (K_h, K_w), from `projected_rows`.
         grid: Token grid (height, width).
-        depth: Number of layers.
         num_heads: Number of heads.
         dim: Width D of the tokens.
 
-    Raises:
-        ValueError: An unknown kind or sharing, K below 1, or more than one K where all layers share one matrix.
+    Attributes:
+        row_grids: The K rows of every set of matrices: one for `layerwise`, else one a layer.
     """
+
+    __jit_unused_properties__ = ['proj_len']
 
     def __init__(
         self,
         kind: str,
         sharing: str,
-        proj_len: int | Sequence[int],
+        rows: Sequence[tuple[int, int]],
         grid: tuple[int, int],
-        depth: int,
         num_heads: int,
         dim: int,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        lengths = projected_lengths(kind, sharing, proj_len, depth)
         self.kind = PROJECTIONS[kind]
-        self.proj_len = lengths[:1] if sharing == 'layerwise' else lengths
+        self.row_grids = list(rows[:1] if sharing == 'layerwise' else rows)
         self.sharing = sharing
         self.grid = grid
-        self.depth = depth
+        self.depth = len(rows)
         self.matrices = SHARING[sharing]
         self.factors, self.counts = self.kind.factors, self.kind.counts
-        self.row_grids = [row_grid(k) for k in self.proj_len]
         heads, dim = ((num_heads,), dim // num_heads) if sharing == 'none' else ((), dim)
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(*heads, *shape, device=device, dtype=dtype))
-            for rows in self.row_grids
+            for own in self.row_grids
             for _ in range(self.matrices)
-            for shape in self.kind.shapes(grid, rows, dim)
+            for shape in self.kind.shapes(grid, own, dim)
         )
-        self.num_weights = len(self.weights) // (len(self.proj_len) * self.matrices)  # of one matrix
+        self.num_weights = len(self.weights) // (len(self.row_grids) * self.matrices)  # of one matrix
         self.init_weights()
+
+    @property
+    def proj_len(self) -> list[int]:
+        """K of every set of matrices."""
+        return [k_h * k_w for k_h, k_w in self.row_grids]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -163,7 +172,7 @@ class Projection(nn.Module):
         """Keep the matrices of the first `depth` layers."""
         self.depth = depth
         if self.sharing != 'layerwise':
-            self.proj_len, self.row_grids = self.proj_len[:depth], self.row_grids[:depth]
+            self.row_grids = self.row_grids[:depth]
             self.weights = self.weights[: depth * self.matrices * self.num_weights]
 
     @torch.no_grad()

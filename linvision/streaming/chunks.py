@@ -5,13 +5,14 @@ model's operators one by one. A local path whose taps are s rows apart never mix
 makes an image of its own, and chunks are cut from these, so that a chunk's neighbours are few however far it reaches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from linvision.streaming import cpu_kernels
+from linvision.streaming.parts import StreamedBlock
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
 FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
@@ -20,29 +21,35 @@ KEPT_NUMBERS = 24  # that a whole block keeps for the backward pass, for each to
 KEPT_BYTES = 2**32  # training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
 
 
-def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: nn.Sequential, hidden: int) -> int:
-    """Images × tokens in a chunk for tokens x; 0 (whole) where something looks into the blocks or traces them.
+def choose_chunk_size(
+    chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock] | nn.Sequential, on_grid: bool = True
+) -> int:
+    """Images × tokens in a chunk for tokens x. All that keeps blocks whole (0) is here.
 
     Args:
         chunk_size: What the model was told: 'auto', 0 or a number.
         x: Tokens, (B, N, D), with or without prefix.
         blocks: The model's blocks.
-        hidden: Width of their hidden layer.
+        on_grid: Whether x are the tokens of the whole grid; patch dropout leaves some of them only.
     """
-    if chunk_size == 0 or not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
+    if chunk_size == 0 or not on_grid or not all(block.streams for block in blocks):
         return 0
+    if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
+        return 0
+    # something looks into the blocks or traces them, operator by operator
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
         return 0
     if torch._C._are_functorch_transforms_active():  # torch.func, which takes no autograd.Function of this kind
         return 0
-    if any(m._forward_hooks or m._forward_pre_hooks for m in blocks.modules() if not isinstance(m, FSDPModule)):
+    modules = [m for block in blocks for m in block.modules() if not isinstance(m, FSDPModule)]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return 0
-    if chunk_size == 'auto' and torch.is_grad_enabled():
+    if chunk_size != 'auto':
+        return int(chunk_size)
+    if torch.is_grad_enabled():
         if kept_bytes(x.numel(), len(blocks), cpu_kernels.compute_dtype(x)) < whole_bytes(x.device):
             return 0
-    if chunk_size != 'auto':
-        return chunk_size
-    return auto_chunk_size(x, hidden)
+    return auto_chunk_size(x, blocks[0].hidden)
 
 
 def kept_bytes(numbers: int, depth: int, dtype: torch.dtype) -> int:

@@ -1,22 +1,23 @@
-"""A chunk of a streamed block on CPUs without gradients: products, biases, GELU and residuals fused by oneDNN.
+"""A chunk of a streamed block on CPUs without gradients: products, biases and GELU fused by oneDNN.
 
-`stream.map_tokens` says what is computed; this says it in operators that PyTorch's compiler uses on CPUs
-(`torch.ops.mkldnn._linear_pointwise`). They gain in two ways: a bias, an activation or a residual costs no pass of its
-own over memory; and in fp32 on AMD's CPUs they reach twice the rate of `F.linear`, which calls MKL (Zen 5, two cores,
-torch 2.14: 490 against 230 GFLOP/s). Attention is, for each head, a product with the rows of keys, a softmax and a
-product with the rows of values: with a few hundred rows that is faster than PyTorch's fused attention on CPUs.
+What is computed is the block's own equation; attention and MLP are replaced by operators that PyTorch's compiler uses
+on CPUs (`torch.ops.mkldnn._linear_pointwise`). They gain in two ways: a bias or an activation costs no pass of its own
+over memory; and in fp32 on AMD's CPUs they reach twice the rate of `F.linear`, which calls MKL (Zen 5, two cores, torch
+2.14: 490 against 230 GFLOP/s). Attention is, for each head, a product with the rows of keys, a softmax and a product
+with the rows of values: with a few hundred rows that is faster than PyTorch's fused attention on CPUs.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from linvision.models.block import LinformerBlock
+from linvision.streaming.parts import BlockWith, StreamedBlock
 
+Layer = tuple[Tensor, Tensor | None]  # a packed weight, and a bias
 LONG = 256  # tokens of an image from which products for each head of each image pay
 MAX_ROWS = 1024  # up to so many rows of keys the array of weights stays in cache
 
@@ -37,8 +38,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def applies(block: 'LinformerBlock', x: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether `FusedTokens` can stand for `map_tokens`, where there is no dropout and no drop path."""
+def applies(block: StreamedBlock, x: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether `fused` can stand for the block, where there is no dropout and no drop path."""
     attention, mlp = block.attn, block.mlp
     return (
         x.is_cpu
@@ -56,8 +57,83 @@ def applies(block: 'LinformerBlock', x: Tensor, key: Tensor, mask: Tensor | None
     )
 
 
-class FusedTokens:
-    """`map_tokens` of one block and its keys and values, without gradients; weights are cast once for all chunks.
+class Products:
+    """Linear layers as oneDNN likes them, in one dtype.
+
+    Args:
+        dtype: The dtype of the products.
+        tokens: Tokens of a chunk, about.
+    """
+
+    def __init__(self, dtype: torch.dtype, tokens: int) -> None:
+        self.dtype, self.tokens = dtype, tokens
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Layer:
+        """A linear layer: its weight (C', C) in blocks, and its bias."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous(), self.tokens)
+        return packed, None if bias is None else bias.to(self.dtype)
+
+    def linear(self, x: Tensor, layer: Layer, activation: str = 'none', algorithm: str = '') -> Tensor:
+        """A linear layer and what follows it: (B, n, C) -> (B, n, C')."""
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), *layer, activation, [], algorithm)
+
+
+class FusedAttention:
+    """`LinformerAttention.output` for one block's keys and values, each head a product with their rows.
+
+    Args:
+        attention: The attention.
+        products: The products.
+        key: Keys, (B, H, P + K, D/H).
+        value: Values, (B, H, P + K, D/H).
+    """
+
+    def __init__(self, attention: Any, products: Products, key: Tensor, value: Tensor) -> None:
+        self.attention, self.products = attention, products
+        self.norm, self.proj_drop = attention.norm, attention.proj_drop
+        weight, bias, d = attention.qkv.weight, attention.qkv.bias, key.shape[-1]
+        heads = [slice(i * d, (i + 1) * d) for i in range(key.shape[1])]
+        self.query = [products.pack(weight[s], None if bias is None else bias[s]) for s in heads]
+        self.key = [[products.pack(k) for k in image] for image in key * d**-0.5]
+        self.value = [[products.pack(v.T) for v in image] for image in value]
+        self.packed_proj = products.pack(attention.proj.weight, attention.proj.bias)
+
+    def proj(self, x: Tensor) -> Tensor:
+        """The output projection."""
+        return self.products.linear(x, self.packed_proj)
+
+    def attend(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention over the keys and values that are packed: (B, n, D) -> (B, n, D)."""
+        linear, images = self.products.linear, []
+        for tokens, keys, values in zip(x.to(self.products.dtype).split(1), self.key, self.value, strict=True):
+            heads = []
+            for query, k, v in zip(self.query, keys, values, strict=True):
+                weights = linear(linear(tokens, query), k).softmax(-1)  # (1, n, P + K)
+                heads.append(linear(weights, v))  # (1, n, D/H)
+            images.append(torch.cat(heads, dim=-1))
+        return torch.cat(images) if len(images) > 1 else images[0]
+
+    def output(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
+        """The attention's own equation, with the products that are here."""
+        equation: Callable[..., Tensor] = type(self.attention).output
+        return equation(self, x, key, value, mask, local)
+
+
+class FusedMlp:
+    """timm's `Mlp`, with GELU in the first product."""
+
+    def __init__(self, mlp: Any, products: Products) -> None:
+        self.products, self.approximate = products, mlp.act.approximate
+        self.fc1, self.fc2 = (products.pack(layer.weight, layer.bias) for layer in (mlp.fc1, mlp.fc2))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, n, D) -> (B, n, D)."""
+        hidden = self.products.linear(x, self.fc1, 'gelu', self.approximate)
+        return self.products.linear(hidden, self.fc2)
+
+
+def fused(block: StreamedBlock, tokens: int, x: Tensor, key: Tensor, value: Tensor) -> BlockWith:
+    """A block whose attention and MLP are oneDNN's, for given keys and values; weights are packed once for all chunks.
 
     Args:
         block: The block.
@@ -66,57 +142,5 @@ class FusedTokens:
         key: Keys, (B, H, P + K, D/H).
         value: Values, (B, H, P + K, D/H).
     """
-
-    def __init__(self, block: 'LinformerBlock', tokens: int, x: Tensor, key: Tensor, value: Tensor) -> None:
-        attention, D = block.attn, x.shape[-1]
-        self.block, self.dtype, self.tokens = block, compute_dtype(x), tokens
-        bias = attention.qkv.bias
-        d = attention.head_dim
-        parts = [slice(i, i + d) for i in range(0, D, d)]  # of each head
-        self.query = [self.pack(attention.qkv.weight[s], None if bias is None else bias[s]) for s in parts]
-        self.proj, self.fc1, self.fc2 = (
-            self.pack(layer.weight, layer.bias) for layer in (attention.proj, block.mlp.fc1, block.mlp.fc2)
-        )
-        self.key = [[self.pack(k) for k in image] for image in key * attention.scale]
-        self.value = [[self.pack(v.T) for v in image] for image in value]
-
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """A linear layer as oneDNN likes it: its weight (C', C) in blocks, and its bias."""
-        weight = torch.ops.mkldnn._reorder_linear_weight(self.cast(weight).contiguous(), self.tokens)
-        return weight, None if bias is None else self.cast(bias)
-
-    def cast(self, t: Tensor) -> Tensor:
-        """A tensor in the dtype of the products."""
-        return t.to(self.dtype)
-
-    def linear(self, x: Tensor, layer: tuple[Tensor, Tensor | None], activation: str = 'none') -> Tensor:
-        """A linear layer and what follows it: (B, n, C) -> (B, n, C')."""
-        algorithm = self.block.mlp.act.approximate if activation == 'gelu' else ''
-        return torch.ops.mkldnn._linear_pointwise(self.cast(x), *layer, activation, [], algorithm)
-
-    def residual(self, x: Tensor, y: Tensor, layer: tuple[Tensor, Tensor | None], scale: nn.Module) -> Tensor:
-        """x plus the (scaled) linear layer of y; x is not changed."""
-        if isinstance(scale, nn.Identity) and x.dtype == self.dtype:
-            return torch.ops.mkldnn._linear_pointwise.binary(self.cast(y), x, *layer, 'add')
-        return x + scale(self.linear(y, layer))
-
-    def attend(self, h: Tensor) -> Tensor:
-        """Attention before its output projection: (B, n, D) -> (B, n, D)."""
-        h, images = self.cast(h), []
-        for x, keys, values in zip(h.split(1), self.key, self.value, strict=True):
-            heads = []
-            for query, key, value in zip(self.query, keys, values, strict=True):
-                weights = self.linear(self.linear(x, query), key).softmax(-1)  # (1, n, P + K)
-                heads.append(self.linear(weights, value))  # (1, n, D/H)
-            images.append(torch.cat(heads, dim=-1))
-        return torch.cat(images) if len(images) > 1 else images[0]
-
-    def __call__(self, x: Tensor, h: Tensor, local: Tensor | None) -> Tensor:
-        """Attention, MLP and both residuals of some tokens, as `stream.read` gives them."""
-        block = self.block
-        y = self.attend(h)
-        if local is not None:
-            y += local
-        x = self.residual(x, block.attn.norm(y), self.proj, block.ls1)
-        y = self.linear(block.norm2(x), self.fc1, 'gelu')
-        return self.residual(x, y, self.fc2, block.ls2)
+    products = Products(compute_dtype(x), tokens)
+    return BlockWith(block, attn=FusedAttention(block.attn, products, key, value), mlp=FusedMlp(block.mlp, products))

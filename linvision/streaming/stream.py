@@ -8,14 +8,15 @@ chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
 - Without gradients the result goes to a buffer of the model's, never to the caller's tensor.
 - With gradients only the block's input is kept: each chunk is recomputed in the backward pass, with the same dropout,
   and the gradients of keys, values, E and weights add up over the chunks. Drop path is drawn once for each image.
-- Chunks are whole rows of the token grid, or several whole images where images are short (see `chunk_size.py`).
+- Chunks are whole rows of the token grid, or several whole images where images are short (see `chunks.py`).
 - `conv`, `max_pool`, `sharing='none'` and full attention get their keys and values from the whole sequence; all that
   follows is streamed.
+- What a block computes is the block's own `residuals` and its attention's `output`; on CPUs without gradients some
+  parts are replaced by oneDNN's products (`cpu_kernels.py`).
 """
 
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,14 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from linvision.streaming import cpu_kernels
 from linvision.streaming.chunks import row_chunks
-
-if TYPE_CHECKING:
-    from linvision.models.block import LinformerBlock
+from linvision.streaming.parts import BlockWith, Grid, KeysValues, StreamedBlock
 
 
 def stream(
-    block: 'LinformerBlock',
+    block: StreamedBlock,
     x: Tensor,
     projection: list[Tensor],
-    grid: tuple[int, int],
+    grid: Grid,
     valid: Tensor | None,
     chunk_size: int,
     out: Tensor | None = None,
@@ -64,11 +63,11 @@ def stream(
             weights = {name: p for name, p in block.named_parameters() if p.requires_grad}
             results.append(Recomputed.apply(block, settings, tuple(weights), images, *weights.values(), *projection))
         else:
-            results.append(Images(block, images, *settings).run(projection, None if out is None else out[part]))
+            results.append(TokenChunks(block, images, *settings).run(projection, None if out is None else out[part]))
     if len(results) == 1:
         return results[0]
     written = not learns and out is not None and out.dtype == results[0].dtype
-    return out if written else torch.cat(results)
+    return out if written and out is not None else torch.cat(results)
 
 
 class Recomputed(torch.autograd.Function):
@@ -76,15 +75,15 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: 'LinformerBlock', settings: tuple, names: tuple[str, ...], x: Tensor, *inputs: Tensor
+        ctx: Any, block: StreamedBlock, settings: tuple[Any, ...], names: tuple[str, ...], x: Tensor, *inputs: Tensor
     ) -> Tensor:
         """Inputs are the block's parameters that learn, whose names are given, then the projection tensors."""
         ctx.block, ctx.settings, ctx.names = block, settings, names
         ctx.save_for_backward(x, *inputs)
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.random = (torch.get_rng_state(), *get_device_states(x)) if drops(block) else None
-        return Images(block, x, *settings).run(list(inputs[len(names) :]))
+        ctx.random = (torch.get_rng_state(), *get_device_states(x)) if draws_dropout(block) else None
+        return TokenChunks(block, x, *settings).run(list(inputs[len(names) :]))
 
     @staticmethod
     @once_differentiable
@@ -104,27 +103,48 @@ class Recomputed(torch.autograd.Function):
                 torch.set_rng_state(state)
                 set_device_states(devices, states, device_type=kind)
             # the weights of the forward pass, whatever the block holds by now
-            return None, None, None, *functional_call(Again(ctx.block), weights, (x, ctx.settings, inputs, grad))
+            gradients = functional_call(BackwardPass(ctx.block), weights, (x, ctx.settings, inputs, grad))
+            return None, None, None, *gradients
 
 
-class Again(nn.Module):
+class BackwardPass(nn.Module):
     """A block's backward pass as a module, so that `torch.func.functional_call` can give it its weights."""
 
-    def __init__(self, block: 'LinformerBlock') -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, x: Tensor, settings: tuple, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+    def forward(self, x: Tensor, settings: tuple[Any, ...], inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
         """Gradients of x and the inputs of `Recomputed`."""
-        return Images(self.block, x, *settings).gradients(inputs, grad)
+        return TokenChunks(self.block, x, *settings).gradients(inputs, grad)
 
 
-def drops(block: 'LinformerBlock') -> bool:
+def draws_dropout(block: StreamedBlock) -> bool:
     """Whether the block draws dropout."""
     return block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
 
 
-class Images:
+class Chunk(NamedTuple):
+    """Some rows of the token grid, or the prefix.
+
+    Attributes:
+        own: The rows whose output it gives; None for the prefix.
+        context: The rows that it reads: its own, and those above and below that the local path reaches.
+        size: For a local path: rows and width of the context; None for no local path.
+        tokens: For a local path: which tokens of the context are its own.
+        step: For a local path: tokens from tap to tap, down and across.
+        valid: For a local path: which tokens of the context are not padding, (B, n, 1), None for all.
+    """
+
+    own: slice | None
+    context: slice | None
+    size: Grid | None = None
+    tokens: slice = slice(None)
+    step: tuple[int, int] = (1, 1)
+    valid: Tensor | None = None
+
+
+class TokenChunks:
     """Some images' tokens, cut into chunks of whole rows of the token grid; the prefix is a chunk of its own.
 
     Args:
@@ -133,51 +153,40 @@ class Images:
         grid: Token grid (height, width).
         chunk_size: Images × tokens in a chunk.
         valid: Which tokens are not padding, (B, P + N), None for all.
-        drop: The two scales of drop path, (B, 1, 1), or none.
+        scales: The two scales of drop path, (B, 1, 1), or none.
     """
 
     def __init__(
-        self,
-        block: 'LinformerBlock',
-        x: Tensor,
-        grid: tuple[int, int],
-        chunk_size: int,
-        valid: Tensor | None,
-        drop: list[Tensor],
+        self, block: StreamedBlock, x: Tensor, grid: Grid, chunk_size: int, valid: Tensor | None, scales: list[Tensor]
     ) -> None:
-        self.block, self.grid, self.valid, self.drop, self.x = block, grid, valid, drop, x.detach()
+        self.block, self.grid, self.valid, self.x = block, grid, valid, x.detach()
         self.P = block.attn.num_prefix_tokens
         self.chunk_size = chunk_size // len(x)
+        self.scales = scales
         attention = block.attn
         self.sums = attention.kind.part is not None and not attention.per_head and not attention.is_full(grid)
 
-    def at(self, tokens: Tensor, rows: slice | None) -> Tensor:
-        """A view of some rows of the token grid, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
-        if rows is None:
-            return tokens[:, : self.P].unsqueeze(1)  # (B, 1, P, …)
-        return tokens[:, self.P :].unflatten(1, self.grid)[:, rows]
+    # ------------------------------------------------------------------------------------------------- the two passes
 
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
             if self.sums:
-                key, value, mask = self.key_value(self.project(projection), self.x[:, : self.P], projection)
+                key, value, mask = self.key_value(self.reduce(projection), self.x[:, : self.P], projection)
             else:
                 key, value, mask = self.key_value_of_all(self.x, projection)
-            fused = None
-            plain = self.block.compiled or self.drop or drops(self.block)
+            plain = self.scales or draws_dropout(self.block)
             if not plain and cpu_kernels.applies(self.block, self.x[:, : self.chunk_size], key, mask):
-                fused = cpu_kernels.FusedTokens(self.block, self.chunk_size, self.x, key, value)
-            for own, context, area, inside in self.chunks():
-                x = self.at(self.x, context).flatten(1, 2)
-                if fused is not None:
-                    y = fused(*read(self.block, x, area, inside))
-                else:
-                    y = self.map(x, key, value, mask, area, inside)
+                block = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
+            else:
+                block = self.scaled_block()
+            for chunk in self.chunks():
+                y = self.output(block, self.rows(self.x, chunk.context).flatten(1, 2), key, value, mask, chunk)
                 if out is None or out.dtype != y.dtype:
                     out = y.new_empty(self.x.shape)
-                place = self.at(out, own)
+                place = self.rows(out, chunk.own)
                 place.copy_(y.reshape(place.shape))
+        assert out is not None, 'a sequence has at least one chunk'
         return out
 
     def gradients(self, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
@@ -190,21 +199,21 @@ class Images:
         projection = inputs[sum(p.requires_grad for p in self.block.parameters()) :]
         learning = [t for t in inputs if t.requires_grad]
         dx = torch.zeros_like(self.x)
-        found: dict[int, Tensor] = {}  # by the identity of what learns
+        sums: dict[int, Tensor] = {}  # gradients by the identity of what learns
 
-        def back(outputs: list[Tensor], grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        def backward(outputs: list[Tensor], grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
             """Gradients of the inputs; those of what learns are added up."""
             got = torch.autograd.grad(outputs, [*inputs, *learning], grads, allow_unused=True)
             for tensor, g in zip(learning, got[len(inputs) :], strict=True):
                 if g is not None:
                     # a copy first: autograd may hand the same tensor out twice
-                    found[id(tensor)] = found[id(tensor)].add_(g) if id(tensor) in found else g.clone()
+                    sums[id(tensor)] = sums[id(tensor)].add_(g) if id(tensor) in sums else g.clone()
             return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
 
         # keys and values, from leaves
         if self.sums:
             with torch.no_grad():
-                rows = self.project(projection)
+                rows = self.reduce(projection)
             sources = [r.requires_grad_() for r in (*rows, self.x[:, : self.P].clone())]
             made = self.key_value(sources[:-1], sources[-1], projection)
         else:
@@ -213,126 +222,111 @@ class Images:
         key, value = (t.detach().requires_grad_() for t in made[:2])
 
         # all that follows, chunk by chunk
+        block = self.scaled_block()
         dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
-        for own, context, area, inside in self.chunks():
-            x = self.at(self.x, context).flatten(1, 2).requires_grad_()
-            y = self.map(x, key, value, made[2], area, inside)
-            got = back([y], [self.at(grad, own).flatten(1, 2)], [x, key, value])
-            for whole, part in zip((self.at(dx, context), dkey, dvalue), got, strict=True):
-                whole += part.reshape(whole.shape)
+        for chunk in self.chunks():
+            x = self.rows(self.x, chunk.context).flatten(1, 2).requires_grad_()
+            y = self.output(block, x, key, value, made[2], chunk)
+            got = backward([y], [self.rows(grad, chunk.own).flatten(1, 2)], [x, key, value])
+            for total, part in zip((self.rows(dx, chunk.context), dkey, dvalue), got, strict=True):
+                total += part.reshape(total.shape)
 
         # back through keys and values to the tokens
-        got = back(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
+        got = backward(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
         if not self.sums:
             dx += got[0]
         else:
             dx[:, : self.P] += got[-1]
-            for rows, _, _ in row_chunks(self.grid, self.chunk_size):
-                x = self.at(self.x, rows).requires_grad_()
-                whole = self.at(dx, rows)
-                whole += back(self.part(x, projection, rows), got[:-1], [x])[0]
-        return [dx, *(found.get(id(t)) for t in inputs)]
+            for own, _, _ in row_chunks(self.grid, self.chunk_size):
+                x = self.rows(self.x, own).requires_grad_()
+                total = self.rows(dx, own)
+                total += backward(self.reduce_rows(x, projection, own), got[:-1], [x])[0]
+        return [dx, *(sums.get(id(t)) for t in inputs)]
 
-    def project(self, projection: list[Tensor]) -> list[Tensor]:
+    # ------------------------------------------------------------------------------------- keys and values from chunks
+
+    def reduce(self, projection: list[Tensor]) -> list[Tensor]:
         """[E x], or [E x, F x], as sums over the chunks: (B, K, D) each."""
         total: list[Tensor] = []
-        for rows, _, _ in row_chunks(self.grid, self.chunk_size):
-            parts = self.part(self.at(self.x, rows), projection, rows)
+        for own, _, _ in row_chunks(self.grid, self.chunk_size):
+            parts = self.reduce_rows(self.rows(self.x, own), projection, own)
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
         return total
 
-    def part(self, x: Tensor, projection: list[Tensor], rows: slice) -> list[Tensor]:
+    def reduce_rows(self, x: Tensor, projection: list[Tensor], own: slice) -> list[Tensor]:
         """What neighbouring rows of the token grid, x of (B, rows, width, D), add to E x and F x."""
         attention = self.block.attn
         n = len(projection) // attention.matrices
         x = self.block.norm1(x).flatten(1, 2)
         if self.valid is not None:
-            x = x.masked_fill(~self.at(self.valid, rows).flatten(1, 2).unsqueeze(-1), 0.0)
+            x = x.masked_fill(~self.rows(self.valid, own).flatten(1, 2).unsqueeze(-1), 0.0)
         parts = []
         for i in range(attention.matrices):
-            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], rows.start, rows.stop)
-            y = attention.reduce(x, factors, (rows.stop - rows.start, self.grid[1]), attention.rows)
+            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], own.start, own.stop)
+            y = attention.reduce(x, factors, (own.stop - own.start, self.grid[1]), attention.rows)
             parts.append(y.to(torch.promote_types(y.dtype, torch.float32)))  # a sum of many
         return parts
 
-    def key_value(
-        self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def key_value(self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask from [E x] or [E x, F x] and the prefix tokens."""
         prefix = self.block.norm1(prefix)
         rows = [r.to(prefix.dtype) for r in rows]
         return self.block.attn.key_value_of_rows(rows, prefix, projection, self.grid, self.valid)
 
-    def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask for kinds that are no sums over tokens, from the whole sequence."""
         return self.block.attn.key_value(self.block.norm1(x), projection, self.grid, self.valid)
 
-    def chunks(self) -> Iterator[tuple[slice | None, slice | None, Any, Tensor | None]]:
-        """Of each chunk: its own rows, those that it reads (see `at`), and `area` and `inside` of `map_tokens`."""
-        local, width = self.block.attn.local, self.grid[1]
+    # ------------------------------------------------------------------------------------------ all that follows them
+
+    def rows(self, tokens: Tensor, rows: slice | None) -> Tensor:
+        """A view of some rows of the token grid, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
+        if rows is None:
+            return tokens[:, : self.P].unsqueeze(1)  # (B, 1, P, …)
+        return tokens[:, self.P :].unflatten(1, self.grid)[:, rows]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of the token grid, after the prefix where there is one."""
+        local = self.block.attn.local
         if self.P:
-            yield None, None, None, None
+            yield Chunk(None, None)
         if local is None:
-            yield from ((own, own, None, None) for own, _, _ in row_chunks(self.grid, self.chunk_size))
+            yield from (Chunk(own, own) for own, _, _ in row_chunks(self.grid, self.chunk_size))
             return
-        step = local.step(self.grid)
-        for own, context, part in row_chunks(self.grid, self.chunk_size, step[0], local.half):
-            rows = len(range(context.start, context.stop, context.step))
-            area = (rows, width), (part.start * width, part.stop * width), (1, step[1])
-            inside = None if self.valid is None else self.at(self.valid, context).flatten(1, 2).unsqueeze(-1)
-            yield own, context, area, inside
+        (down, across), width = local.step(self.grid), self.grid[1]
+        for own, context, part in row_chunks(self.grid, self.chunk_size, down, local.reach):
+            size = (len(range(context.start, context.stop, context.step)), width)
+            valid = None if self.valid is None else self.rows(self.valid, context).flatten(1, 2).unsqueeze(-1)
+            yield Chunk(own, context, size, slice(part.start * width, part.stop * width), (1, across), valid)
 
-    def map(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, area: Any, inside: Any) -> Tensor:
-        """`map_tokens`, compiled or not."""
-        function = compiled_map_tokens() if self.block.compiled else map_tokens
-        return function(self.block, x, key, value, mask, self.drop, area, inside)
+    def scaled_block(self) -> StreamedBlock | BlockWith:
+        """The block, whose drop path was drawn before, once for all chunks of an image."""
+        if not self.scales:
+            return self.block
+        first, second = self.scales
+        return BlockWith(self.block, drop_path1=lambda y: y * first, drop_path2=lambda y: y * second)
 
+    def output(
+        self,
+        block: StreamedBlock | BlockWith,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        chunk: Chunk,
+    ) -> Tensor:
+        """A chunk's output, once keys and values are known: (B, n, D) of its context -> (B, n', D) of its own.
 
-def read(
-    block: 'LinformerBlock',
-    x: Tensor,
-    area: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None,
-    inside: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A chunk's own tokens, the same normalised, and the local path's output for them; arguments as in `map_tokens`."""
-    h = block.norm1(x)
-    if area is None:
-        return x, h, None
-    grid, own, step = area
-    local = block.attn.local.convolve(h if inside is None else h.masked_fill(~inside, 0.0), grid, step)
-    part = slice(*own)
-    return x[:, part], h[:, part], local[:, part]
-
-
-def map_tokens(
-    block: 'LinformerBlock',
-    x: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    drop: list[Tensor],
-    area: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None,
-    inside: Tensor | None = None,
-) -> Tensor:
-    """Attention, MLP and both residuals of some tokens, once keys and values are known.
-
-    Args:
-        block: The block.
-        x: Its input: the tokens, and with a local path also the rows above and below that it reads, (B, n, D).
-        key, value, mask: As `LinformerAttention.key_value` gives them.
-        drop: The two scales of drop path, (B, 1, 1), or none.
-        area: For the local path: the grid that x is, the first token of its own and the one after the last, the step
-            of the taps. None for no local path.
-        inside: Which tokens of x are not padding, (B, n, 1), None for all.
-    """
-    x, h, local = read(block, x, area, inside)
-    y = block.ls1(block.attn.output(h, key, value, mask, local))
-    x = x + (y * drop[0] if drop else y)
-    y = block.ls2(block.mlp(block.norm2(x)))
-    return x + (y * drop[1] if drop else y)
-
-
-@cache
-def compiled_map_tokens() -> Callable[..., Tensor]:
-    """`map_tokens`, compiled: once for all blocks, since their parameters are inputs of the graph."""
-    return torch.compile(map_tokens)
+        Args:
+            block: The block, or one with some of its parts replaced.
+            x: The block's input.
+            key, value, mask: As `LinformerAttention.key_value` gives them.
+            chunk: The chunk.
+        """
+        h = self.block.norm1(x)
+        local: Tensor | None = None
+        if chunk.size is not None:
+            read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
+            local = self.block.attn.local.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
+            x, h = x[:, chunk.tokens], h[:, chunk.tokens]
+        return block.residuals(x, block.attn.output(h, key, value, mask, local))

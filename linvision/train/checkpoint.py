@@ -7,12 +7,13 @@
         checksums.json    SHA-256 of each file
 
 A checkpoint is made in a folder named `.part`, brought to the disk, and then renamed. `state.pt` is read with
-`weights_only=True`: it can hold no code.
+`weights_only=True`, and the shards as `sharded.py` does: they can hold no code.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from linvision.data.timm_sets import STREAMS
 from linvision.train.parallel import Processes
+from linvision.train.sharded import ShardPlanner, ShardReader, refusal
 
 FREE_TO_CHANGE = {
     'output_dir',
@@ -159,13 +161,29 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of a whole checkpoint, without code."""
-    return torch.load(path / 'state.pt', map_location='cpu', weights_only=True)
+    """The state of a whole checkpoint, without code.
+
+    Raises:
+        OSError: It holds code.
+    """
+    try:
+        return torch.load(path / 'state.pt', map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise OSError(refusal(path / 'state.pt', error)) from error
 
 
 def load_shards(path: Path, shards: dict[str, Any]) -> None:
-    """Fill what each process holds of a sharded checkpoint, in place."""
-    own_error(dcp.load, shards, checkpoint_id=path / 'shards')
+    """Fill what each process holds of a sharded checkpoint, in place and without code.
+
+    Raises:
+        OSError: It holds code.
+    """
+    reader = ShardReader(path / 'shards')
+    reader.read_metadata()  # dcp.load itself would log a refusal as a missing file
+    try:
+        own_error(dcp.load, shards, storage_reader=reader, planner=ShardPlanner())
+    except pickle.UnpicklingError as error:
+        raise OSError(refusal(path / 'shards', error)) from error
 
 
 def own_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

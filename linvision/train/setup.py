@@ -191,10 +191,13 @@ def load_teacher(
         classes: What the student tells apart.
 
     Raises:
-        ValueError: The teacher tells other things apart.
+        ValueError: The teacher tells other things apart, or cannot be loaded.
     """
     in_chans = student.patch_embed.proj.in_channels
-    teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
+    try:
+        teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
+    except RuntimeError as error:
+        raise ValueError(f'No teacher can be loaded from {name!r}: {first_line(error)}') from error
     known = tuple(teacher.pretrained_cfg.get('label_names') or classes)
     renamed = bool(classes) and known != tuple(classes)
     if renamed or teacher.num_classes != student.num_classes:

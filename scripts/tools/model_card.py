@@ -8,12 +8,14 @@ to train them again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
+from linvision.data.recorded import recorded_data
 from scripts import ROOT
 from scripts.tools.plain_cnn import train_cnn
 from scripts.tools.softmax_regression import softmax_regression
@@ -26,12 +28,12 @@ LIMITS = {
 }
 
 
-def baselines(folder: Path, recipe: dict[str, Any], data_dir: Path, minutes: float) -> dict[str, Any]:
+def baselines(folder: Path, dataset: str, data_dir: Path, minutes: float) -> dict[str, Any]:
     """Scores of softmax regression and of the plain CNN on the same data, trained unless they are kept."""
     kept = folder / 'baselines.json'
     if not kept.is_file():
-        cnn = train_cnn(recipe['dataset'], data_dir, minutes)
-        softmax = softmax_regression(recipe['dataset'], data_dir)
+        cnn = train_cnn(dataset, data_dir, minutes)
+        softmax = softmax_regression(dataset, data_dir)
         softmax['train_minutes'] = softmax.pop('train_seconds') / 60
         kept.write_text(json.dumps({'plain CNN': cnn, 'softmax regression': softmax}, indent=2) + '\n')
     return json.loads(kept.read_text())
@@ -97,7 +99,11 @@ Written by `scripts/tools/model_card.py`.
 
 
 def main(
-    name: tyro.conf.Positional[str], minutes: float = 20.0, threads: int = 1, data_dir: Path = Path('data')
+    name: tyro.conf.Positional[str],
+    minutes: float = 20.0,
+    threads: int = 1,
+    dataset: str = '',
+    data_dir: Path = Path('data'),
 ) -> None:
     """Write a card.
 
@@ -105,14 +111,19 @@ def main(
         name: Folder in `linvision/weights/`.
         minutes: Minutes of training of the plain CNN, unless it is kept.
         threads: CPU threads of the baselines.
+        dataset: Name of the data set; by default that of the weights.
         data_dir: Folder that holds the data.
     """
     torch.set_num_threads(threads)
     folder = ROOT / 'linvision' / 'weights' / name
     config, metrics = (json.loads((folder / file).read_text()) for file in ('config.json', 'metrics.json'))
-    others = baselines(folder, metrics['recipe'], data_dir, minutes)
+    dataset, data_dir, _ = recorded_data(folder, metrics, dataset, data_dir)
+    others = baselines(folder, dataset, data_dir, minutes)
     (folder / 'README.md').write_text(card(name, config, metrics, others))
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')

@@ -2,8 +2,9 @@
 
     python -m scripts.tools.report --run outputs/demo
 
-Reads a finished run (`metrics.json`, `model/`) and the data that it was trained on; images in folders are shrunk to
-16×16 for softmax regression, whose penalty is chosen on a fifth of the training images. Writes into the same folder:
+Reads a finished run (`metrics.json`, `model/`) and the data that it was trained on; sets that timm opens (`wds/…` and
+the like) are named by you, with --dataset, --data-dir and --dataset-args. Images in folders are shrunk to 16×16 for
+softmax regression, whose penalty is chosen on a fifth of the training images. Writes into the same folder:
 `report.json` (both scores), `predictions.png` (test images, what the model sees in them and what it attends to) and
 `images/` (the images of the picture, for `linvision predict`).
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from linvision.analysis.attention_map import attention_maps
 from linvision.cli.pretrained import load_model
 from linvision.data import Batches, ImageSet, create_batches, create_dataset, in_memory
+from linvision.data.recorded import recorded_data
 from linvision.train.checkpoint import check_same_images
 from linvision.train.data import fingerprint
 from scripts.tools.softmax_regression import softmax_regression
@@ -150,18 +152,22 @@ def table(rows: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def report(run: Path) -> dict[str, Any]:
+def report(
+    run: Path, dataset: str = '', data_dir: Path | None = None, dataset_args: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Score both models, write `report.json`, `predictions.png` and `images/`.
 
     Args:
         run: Output folder of a finished run.
+        dataset, data_dir, dataset_args: Its data, where the run's folder does not decide (`recorded_data`).
 
     Returns:
         The contents of `report.json`: a row for each of the two.
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
-        ValueError: The run was not scored, is of no classifier, or its images have changed since.
+        ValueError: The run was not scored, is of no classifier, asks for data that the user must name, or its images
+            have changed since.
     """
     if not (run / 'metrics.json').is_file():
         raise FileNotFoundError(f'{run} holds no finished run: metrics.json is missing. Train first.')
@@ -171,20 +177,20 @@ def report(run: Path) -> dict[str, Any]:
         raise ValueError(f'The run in {run} learnt {recipe["task"]}, no classes: a report is of a classifier.')
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Give its command again without --no-test.')
+    dataset, data_dir, arguments = recorded_data(run, metrics, dataset, data_dir, dataset_args)
     model = load_model(run / 'model')
-    where = recipe['dataset'], recipe['data_dir']
-    train_set = create_dataset(*where, 'train', **recipe['dataset_args'])
+    train_set = create_dataset(dataset, data_dir, 'train', **arguments)
     check_same_images(run, fingerprint(train_set), metrics.get('images', {}))
-    found, known = create_dataset(*where, 'test', **recipe['dataset_args']), metrics['num_samples']
+    found, known = create_dataset(dataset, data_dir, 'test', **arguments), metrics['num_samples']
     if len(found) != known + metrics.get('num_left_out', 0):
-        raise ValueError(f'{recipe["data_dir"]} has {len(found):,} test images, and {known:,} when {run} was scored.')
+        raise ValueError(f'{data_dir} has {len(found):,} test images, and {known:,} when {run} was scored.')
     reading = {'crop_mode': recipe['crop_mode'], 'on_bad_image': recipe['on_bad_image']}
     test_set = in_memory(found, model.patch_embed.img_size[0], **reading)
     score = f'it is right on {100 * metrics["top1"]:.2f} % of all {metrics["num_samples"]:,}'
     picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
-    files = recipe['dataset'] == 'image_folder'
+    files = dataset == 'image_folder'
     baseline, shrink = ('16×16 pixels', {'img_size': 16, 'l2': 'auto'}) if files else ('raw pixels', {})
-    reading |= {'dataset_args': recipe['dataset_args'], **shrink}
+    reading |= {'dataset_args': arguments, **shrink}
     rows = {
         recipe['model']: {
             'top1': metrics['top1'],
@@ -193,20 +199,28 @@ def report(run: Path) -> dict[str, Any]:
             'train_seconds': 60 * metrics['train_minutes'],
             'tokens': metrics['tokens'],
         },
-        f'softmax regression, {baseline}': softmax_regression(recipe['dataset'], recipe['data_dir'], **reading),
+        f'softmax regression, {baseline}': softmax_regression(dataset, data_dir, **reading),
     }
     (run / 'report.json').write_text(json.dumps(rows, indent=2) + '\n')
     return rows
 
 
-def main(run: Path = Path('outputs/demo')) -> None:
+def main(
+    run: Path = Path('outputs/demo'),
+    dataset: str = '',
+    data_dir: Path | None = None,
+    dataset_args: dict[str, int | float | bool | str] | None = None,
+) -> None:
     """Compare a finished run with softmax regression, and show what it attends to.
 
     Args:
         run: Output folder of the run.
+        dataset: Name of the data set; by default the run's own.
+        data_dir: Folder that holds the data; by default the run's own.
+        dataset_args: Arguments of the data set, as in the recipe; by default the run's own.
     """
     try:
-        rows = report(run)
+        rows = report(run, dataset, data_dir, dataset_args)
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
     print(table(rows))

@@ -1,0 +1,86 @@
+"""What streaming knows of a block: its parts by name, and no class."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Grid = tuple[int, int]  # token grid (height, width)
+KeysValues = tuple[
+    Tensor, Tensor, Tensor | None
+]  # keys and values, (B, H, P + K, D/H), and which to attend to, or None
+
+
+class StreamedLocal(Protocol):
+    """A convolution over the token grid: how far it reaches, and itself on whole rows of tokens."""
+
+    reach: int
+
+    def step(self, grid: Grid) -> tuple[int, int]: ...
+    def convolve(self, x: Tensor, grid: Grid, step: tuple[int, int]) -> Tensor: ...
+
+
+class StreamedKind(Protocol):
+    """A kind of projection; `part` is None where it is no sum over tokens."""
+
+    part: Callable[[list[Tensor], int, int], list[Tensor]] | None
+
+
+class StreamedAttention(Protocol):
+    """Attention that tells how its keys and values come about, and its output once they are known."""
+
+    kind: StreamedKind
+    reduce: Callable[[Tensor, list[Tensor], Grid, Grid], Tensor]
+    rows: Grid
+    matrices: int
+    per_head: bool
+    num_prefix_tokens: int
+    fused_attn: bool
+    local: StreamedLocal | None
+
+    def is_full(self, grid: Grid) -> bool: ...
+    def key_value(self, x: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None) -> KeysValues: ...
+    def key_value_of_rows(
+        self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None
+    ) -> KeysValues: ...
+    def output(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor: ...
+
+
+class StreamedBlock(Protocol):
+    """A block: norms, attention, MLP, layer scale and drop path by timm's names, and the equation that joins them."""
+
+    streams: bool  # whether it may run chunk by chunk at all
+    hidden: int  # width of the MLP's hidden layer
+    training: bool
+    norm1: nn.Module
+    attn: Any  # a StreamedAttention, and a module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
+    def residuals(self, x: Tensor, attended: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+class BlockWith:
+    """A block with some of its parts replaced, for the tokens of one pass: the equation stays the block's own.
+
+    Args:
+        block: The block.
+        parts: What takes the place of its parts, by name: 'attn', 'mlp', 'drop_path1', 'drop_path2'.
+    """
+
+    def __init__(self, block: StreamedBlock, **parts: Any) -> None:
+        self.block = block
+        for name in ('attn', 'ls1', 'drop_path1', 'norm2', 'mlp', 'ls2', 'drop_path2'):
+            setattr(self, name, parts.get(name, getattr(block, name)))
+
+    def residuals(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's equation, with the parts that are here."""
+        equation: Callable[[Any, Tensor, Tensor], Tensor] = type(self.block).residuals
+        return equation(self, x, attended)
