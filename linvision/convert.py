@@ -70,21 +70,20 @@ def from_vit(
         ValueError: A part of the model has no counterpart, an argument contradicts the original, or with 'conv' the
             cells of K rows do not divide the token grid.
     """
-    if isinstance(model, str):
-        model = timm.create_model(model, pretrained=True)
-    arguments = architecture(model)
+    original: Any = timm.create_model(model, pretrained=True) if isinstance(model, str) else model
+    arguments = architecture(original)
     for name, value in kwargs.items():
         if arguments.get(name, value) != value and name not in ('img_size', 'dynamic_img_size'):
             raise ValueError(f'{name} is {arguments[name]!r} in the original, and cannot become {value!r}.')
     own = {'proj_len': proj_len, 'projection': projection, 'sharing': sharing, 'local_size': 0, 'row_norm': False}
     arguments |= own | kwargs
-    ours = timm.create_model(entry_point(arguments), **arguments)
-    refuse_difference(ours, model)
+    ours: Any = timm.create_model(entry_point(arguments), **arguments)
+    refuse_difference(ours, original)
     if projection == 'conv':
         refuse_cut_cells(ours.projection)
-    state = model.state_dict()
-    if model.pos_embed is not None:
-        state['pos_embed'] = resized_table(model.pos_embed.detach(), ours, model.patch_embed.grid_size)
+    state = original.state_dict()
+    if original.pos_embed is not None:
+        state['pos_embed'] = resized_table(original.pos_embed.detach(), ours, original.patch_embed.grid_size)
     result = ours.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if not name.startswith('projection.') and '.local.' not in name]
     if missing or result.unexpected_keys:
@@ -93,12 +92,13 @@ def from_vit(
         )
     if ours.projection is not None:
         ours.projection.pool()
-    cfg = getattr(model, 'pretrained_cfg', None) or {}  # timm's factory sets it, the class does not
+    cfg = getattr(original, 'pretrained_cfg', None) or {}  # timm's factory sets it, the class does not
     kept = {k: cfg[k] for k in DATA if cfg.get(k) is not None}
-    kept['input_size'] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': model.num_classes, **kept}
-    weight = model.patch_embed.proj.weight
-    return ours.to(weight.device, weight.dtype).train(model.training)
+    kept['input_size'] = (original.patch_embed.proj.in_channels, *original.patch_embed.img_size)
+    ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': original.num_classes, **kept}
+    weight = original.patch_embed.proj.weight
+    converted: LinformerVisionTransformer = ours.to(weight.device, weight.dtype).train(original.training)
+    return converted
 
 
 def architecture(model: VisionTransformer) -> dict[str, Any]:
@@ -113,10 +113,11 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
     refuse_type(model.patch_embed, PatchEmbed, 'its patch embedding')
     if model.patch_embed.dynamic_img_pad:
         raise ValueError('The model cannot be converted: it pads images of any size (dynamic_img_pad), ours does not.')
-    for block in model.blocks:
+    blocks: list[Any] = list(model.blocks)
+    for block in blocks:
         refuse_type(block, Block, 'a block')
         refuse_type(block.attn, Attention, 'an attention')
-    block = model.blocks[0]
+    block = blocks[0]
     attn, mlp = block.attn, block.mlp
     if attn.gate is not None:
         raise ValueError('The attention cannot be converted: its output is gated, for which a Linformer has no part.')
@@ -135,9 +136,9 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
         'depth': len(model.blocks),
         'num_heads': attn.num_heads,
         'qkv_bias': attn.qkv.bias is not None,
-        'qk_norm': there(attn.q_norm),
-        'scale_attn_norm': there(attn.norm),
-        'scale_mlp_norm': there(mlp.norm),
+        'qk_norm': is_part(attn.q_norm),
+        'scale_attn_norm': is_part(attn.norm),
+        'scale_mlp_norm': is_part(mlp.norm),
         'proj_bias': attn.proj.bias is not None,
         'class_token': model.has_class_token,
         'reg_tokens': model.num_reg_tokens,
@@ -147,9 +148,9 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
         'token_norm': False,
         'head_norm': False,
         'dynamic_img_size': model.dynamic_img_size,
-        'pre_norm': there(model.norm_pre),
-        'final_norm': there(model.norm) or there(model.fc_norm),
-        'fc_norm': there(model.fc_norm),
+        'pre_norm': is_part(model.norm_pre),
+        'final_norm': is_part(model.norm) or is_part(model.fc_norm),
+        'fc_norm': is_part(model.fc_norm),
         **mlp_arguments(mlp, model.embed_dim),
     }
     if isinstance(block.ls1, LayerScale):
@@ -162,23 +163,25 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
     return arguments
 
 
-def mlp_arguments(mlp: nn.Module, dim: int) -> dict[str, Any]:
+def mlp_arguments(mlp: Any, dim: int) -> dict[str, Any]:
     """Those of the arguments that are about the MLP."""
     arguments: dict[str, Any] = {}
+    first: Any = None
     if isinstance(mlp, GluMlp):
-        hidden, arguments['mlp_layer'] = mlp.fc1.out_features, 'glu' if mlp.gate_last else 'swiglu_packed'
+        first, arguments['mlp_layer'] = mlp.fc1, 'glu' if mlp.gate_last else 'swiglu_packed'
     elif isinstance(mlp, SwiGLU):
-        hidden, arguments['mlp_layer'] = mlp.fc1_g.out_features, 'swiglu'
+        first, arguments['mlp_layer'] = mlp.fc1_g, 'swiglu'
     else:
         refuse_type(mlp, Mlp, 'an MLP')
-        hidden = mlp.fc1.out_features
+        first = mlp.fc1
+    hidden = first.out_features
     if type(mlp.act) is not nn.GELU:
         arguments['act_layer'] = ACTIVATIONS.get(type(mlp.act), type(mlp.act))
     ratio = hidden / dim
     return arguments | {'mlp_ratio': ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim}
 
 
-def there(module: nn.Module) -> bool:
+def is_part(module: nn.Module) -> bool:
     """Whether an optional part is there."""
     return not isinstance(module, nn.Identity)
 
@@ -196,7 +199,7 @@ def refuse_difference(ours: nn.Module, theirs: nn.Module) -> None:
     own = dict(ours.named_modules())
     for name, module in theirs.named_modules():
         leaf = not any(module.children()) and not type(module).__name__.startswith(('Drop', 'PatchDrop'))
-        if leaf and there(module) and repr(own.get(name)) != repr(module):
+        if leaf and is_part(module) and repr(own.get(name)) != repr(module):
             raise ValueError(f'{name} cannot be converted: it is {module}, and a Linformer ViT has {own.get(name)}.')
 
 
@@ -279,7 +282,8 @@ def fit_projection(
 def attention_of(model: VisionTransformer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Input and output of every layer's attention, in eval mode: each (B, P + N, D)."""
     seen: list[tuple[Tensor, Tensor]] = []
-    hooks = [b.attn.register_forward_hook(lambda _, x, out: seen.append((x[0], out))) for b in model.blocks]
+    blocks: list[Any] = list(model.blocks)
+    hooks = [b.attn.register_forward_hook(lambda _, x, out: seen.append((x[0], out))) for b in blocks]
     training = model.training
     try:
         model.eval().forward_features(images)

@@ -390,3 +390,9 @@ def test_masks_are_refused(method):
         call(batch(), is_causal=True)
     with pytest.raises(ValueError, match='attn_mask means nothing'):
         call(batch(), attn_mask=torch.ones(64, 64, dtype=torch.bool))
+
+
+def test_blocks_become_half_precision_by_their_own_method():
+    model = create(local_size=3)
+    model.blocks.apply(lambda module: module.half())
+    assert {p.dtype for p in model.blocks.parameters()} == {torch.float16}

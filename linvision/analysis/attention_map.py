@@ -7,6 +7,7 @@ normalised (`row_norm`), it is the weight before that norm.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def attention_maps(
         raise IndexError(f'query must lie on the token grid of {grid[0]}×{grid[1]}, got {query}.')
     if not -len(model.blocks) <= block < len(model.blocks):
         raise IndexError(f'block must be one of the {len(model.blocks)} there are, got {block}.')
-    attention = model.blocks[block].attn
+    attention: Any = model.blocks[block].attn
     P, captured = model.num_prefix_tokens, []
 
     def capture(module: nn.Module, args: tuple[Tensor, ...], weights: Tensor) -> None:  # (B, H, P + N, P + K)

@@ -13,9 +13,11 @@ Notable here:
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from linvision.analysis.attention_map import projection_matrices
@@ -66,7 +68,7 @@ class Spectrum:
 
 @torch.no_grad()
 def attention_spectrum(
-    model: nn.Module,
+    model: VisionTransformer,
     batches: Iterable[Tensor],
     rank: int = 256,
     projection: Callable[[int], tuple[Tensor, Tensor]] | None = None,
@@ -108,7 +110,7 @@ def attention_spectrum(
     return Spectrum(tokens, mean['energy'], mean.get('cumulative'), mean.get('projected'), count)
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: nn.Module) -> list[Any]:
     """The attention of every block.
 
     Raises:
@@ -124,7 +126,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def queries_and_keys(model: nn.Module, layers: list[nn.Module], images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def queries_and_keys(model: VisionTransformer, layers: list[Any], images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Queries (scaled) and keys of every layer, of the image's tokens alone, in fp32 at least: (B, H, N, D/H) each."""
     seen: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers]
@@ -200,7 +202,7 @@ class Chunks:
 
     def square_norm(self) -> Tensor:
         """‖P‖² of each head, (H)."""
-        return sum(double(rows).square().sum((-1, -2)) for _, rows in self.rows())
+        return torch.stack([double(rows).square().sum((-1, -2)) for _, rows in self.rows()]).sum(0)
 
 
 def projected_share(query: Tensor, key: Tensor, E: Tensor, values: Tensor) -> Tensor:
@@ -208,8 +210,8 @@ def projected_share(query: Tensor, key: Tensor, E: Tensor, values: Tensor) -> Te
     E, values = (matrix.to(query.dtype).expand(len(query), -1, -1) for matrix in (E, values))  # (H, K, N)
     weights = (query @ (E @ key).transpose(-1, -2)).softmax(-1)  # (H, N, K)
     attention = Chunks(query, key)
-    parts = (double(rows - weights[:, part] @ values).square().sum((-1, -2)) for part, rows in attention.rows())
-    return 1 - sum(parts) / attention.square_norm()
+    parts = [double(rows - weights[:, part] @ values).square().sum((-1, -2)) for part, rows in attention.rows()]
+    return 1 - torch.stack(parts).sum(0) / attention.square_norm()
 
 
 def own_projection(model: LinformerVisionTransformer) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -217,7 +219,7 @@ def own_projection(model: LinformerVisionTransformer) -> Callable[[int], tuple[T
     return lambda layer: projection_matrices(model, layer)
 
 
-def pooling(model: nn.Module, proj_len: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def pooling(model: VisionTransformer, proj_len: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     """E = F that pools by area, as `convert.from_vit` starts with."""
     like = model.patch_embed.proj.weight
     E = Linear.pooling(model.patch_embed.grid_size, row_grid(proj_len), like)[0].flatten(-2)

@@ -15,7 +15,7 @@ Notable here:
   before the output projection. It starts at zero: a plain Linformer.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +73,16 @@ class LinformerAttention(nn.Module):
         local_size: int = 0,
         local_grid: tuple[int, int] = (0, 0),
         row_norm: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f'The width must be divisible by the number of heads, got {dim} and {num_heads}.')
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
         self.fused_attn = use_fused_attn()
         self.row_norm = row_norm
         self.rows = rows
@@ -252,13 +253,13 @@ class LinformerAttention(nn.Module):
         if self.fused_attn:
             out = attention(query, key, value, mask, self.attn_drop.p if self.training else 0.0)
         else:  # so that hooks and traces see the weights
-            out = self.attn_drop(attention_weights(query, key, mask)) @ value
+            out = self.attn_drop(attention_weights(query * self.scale, key, mask)) @ value
         return out.transpose(1, 2).flatten(2)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(Q Kᵀ / √(D/H)) where the mask is true: (B, H, n, D/H), (B, H, P + K, D/H) -> (B, H, n, P + K)."""
-    weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    """softmax(Q Kᵀ), for scaled queries, where the mask is true: (B, H, n, D/H), … -> (B, H, n, P + K)."""
+    weights = query @ key.transpose(-2, -1)
     if mask is not None:
         weights = weights.masked_fill(~mask, float('-inf'))
     return weights.softmax(dim=-1)
@@ -274,5 +275,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     """
     low = query.dtype != torch.float32 and query.dtype != torch.float64
     if query.is_cpu and low and key.shape[-2] <= 1024:
-        return F.dropout(attention_weights(query, key, mask), dropout) @ value
+        return F.dropout(attention_weights(query * query.shape[-1] ** -0.5, key, mask), dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

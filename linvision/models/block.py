@@ -8,7 +8,9 @@ everything else in it acts on each token alone (the local path needs a row of ne
 the whole sequence, which can be traced, or chunk by chunk (`streaming/stream.py`); `residuals` is the equation of both.
 """
 
+from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, LayerType, Mlp, SwiGLU, SwiGLUPacked
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from linvision.models.attention import LinformerAttention
 from linvision.streaming.stream import stream
 
-MLPS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPacked}  # timm has no names for them
+# timm has no names for them
+MLPS: dict[str, Any] = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglu_packed': SwiGLUPacked}
 
 
 class TokenNorm(nn.Module):
@@ -31,7 +34,9 @@ class TokenNorm(nn.Module):
         eps: Added to the variance.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, eps: float = 1e-5, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
@@ -91,13 +96,13 @@ class LinformerBlock(nn.Module):
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: type[nn.Module] = LayerNorm,
         mlp_layer: str | type[nn.Module] = Mlp,
-        attn_layer: LayerType = None,
+        attn_layer: LayerType | None = None,
         depth: int = 0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
         self.streams = not token_norm  # whose mean and variance are those of all tokens
         self.hidden = int(dim * mlp_ratio)  # width of the MLP's hidden layer
@@ -124,7 +129,8 @@ class LinformerBlock(nn.Module):
         self.ls1 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
-        self.mlp = MLPS.get(mlp_layer, mlp_layer)(
+        make_mlp: Any = MLPS[mlp_layer] if isinstance(mlp_layer, str) else mlp_layer
+        self.mlp = make_mlp(
             in_features=dim,
             hidden_features=self.hidden,
             act_layer=act_layer,
@@ -170,3 +176,12 @@ class LinformerBlock(nn.Module):
         """Both residual branches, once attention has given its output for these tokens: (B, n, D) -> (B, n, D)."""
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+if TYPE_CHECKING:
+
+    class Blocks(nn.Sequential):
+        """The blocks of a model, for the type checker: `nn.Sequential` says of none what it is."""
+
+        def __iter__(self) -> Iterator[LinformerBlock]: ...
+        def __getitem__(self, index: Any) -> Any: ...

@@ -62,11 +62,11 @@ def check_arguments(
 
 def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
     """Raise ValueError where an image does not divide into patches."""
-    img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-    if not all(isinstance(size, Integral) for size in (*img_size, *patch_size)):
-        raise ValueError(f'Image size and patch size must be whole numbers, got {img_size} and {patch_size}.')
-    if any(p < 1 or s < p or s % p for s, p in zip(img_size, patch_size, strict=True)):
-        raise ValueError(f'The image size must be a multiple of the patch size, got {img_size} and {patch_size}.')
+    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if not all(isinstance(size, Integral) for size in (*image, *patch)):
+        raise ValueError(f'Image size and patch size must be whole numbers, got {image} and {patch}.')
+    if any(p < 1 or s < p or s % p for s, p in zip(image, patch, strict=True)):
+        raise ValueError(f'The image size must be a multiple of the patch size, got {image} and {patch}.')
 
 
 def check_image(

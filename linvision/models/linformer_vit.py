@@ -12,7 +12,7 @@ Notable here:
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
 from linvision.streaming.chunks import choose_chunk_size
+
+if TYPE_CHECKING:
+    from linvision.models.block import Blocks
 
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +73,9 @@ class LinformerVisionTransformer(VisionTransformer):
         TypeError: An argument that does not exist (the nearest are listed).
     """
 
+    if TYPE_CHECKING:
+        blocks: Blocks
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -90,15 +96,15 @@ class LinformerVisionTransformer(VisionTransformer):
         reg_tokens: int = 0,
         norm_eps: float = 0.0,
         head_norm: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         norms = {'row_norm': row_norm, 'token_norm': token_norm, 'head_norm': head_norm}
         check_arguments(type(self), kwargs, embed_dim, num_heads, projection, local_size, norms, pos_embed, class_token)
         rows = projected_rows(projection, sharing, proj_len, depth)
         check_sizes(img_size, patch_size)
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
         local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
         if min(local_grid) < 1:
@@ -128,7 +134,7 @@ class LinformerVisionTransformer(VisionTransformer):
             pos_embed='none' if pos_embed in POSITIONS else pos_embed,
             class_token=class_token,
             reg_tokens=reg_tokens,
-            block_fn=block_fn,
+            block_fn=block_fn,  # type: ignore[arg-type]  # timm only calls it
             **kwargs,
             **dd,
         )
@@ -245,7 +251,7 @@ class LinformerVisionTransformer(VisionTransformer):
                     'In training patch_drop_rate must be 0 with a key_padding_mask, which is for all tokens, got '
                     f'{self.patch_drop.prob}.'
                 )
-            chunk_size = choose_chunk_size(self.chunk_size, x, self.blocks, on_grid=not drops_patches)
+            chunk_size = choose_chunk_size(self.chunk_size, x, list(self.blocks), on_grid=not drops_patches)
         if self.position is not None:
             x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:

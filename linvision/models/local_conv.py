@@ -30,8 +30,8 @@ class LocalPath(nn.Module):
         grid: tuple[int, int] = (0, 0),
         num_prefix_tokens: int = 0,
         std: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if size < 1 or size % 2 == 0:
@@ -67,7 +67,8 @@ class LocalPath(nn.Module):
         # a dilated kernel is a plain one. PyTorch's dilation is not safe in bf16 on CPUs: torch 2.14 died in the
         # backward pass at 256 × 256 tokens and dilation 16.
         down, across = step
-        image, weight = x.unflatten(1, grid), self.weight  # (B, h, w, D)
+        weight: Tensor = self.weight
+        image = x.unflatten(1, grid)  # (B, h, w, D)
         if grid[0] % down or grid[1] % across:
             image = F.pad(image, (0, 0, 0, -grid[1] % across, 0, -grid[0] % down))
         if across > 1:

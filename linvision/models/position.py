@@ -19,7 +19,14 @@ from linvision.streaming.chunks import row_chunks
 class SeparablePosition(nn.Module):
     """x + row[i] + column[j] for the token in row i and column j."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], local_grid: tuple[int, int], device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        local_grid: tuple[int, int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.row = nn.Parameter(torch.empty(1, grid[0], dim, device=device, dtype=dtype))
         self.column = nn.Parameter(torch.empty(1, grid[1], dim, device=device, dtype=dtype))
@@ -44,7 +51,14 @@ class SeparablePosition(nn.Module):
 class ConvPosition(nn.Module):
     """x + depth-wise 3×3 convolution of x on the token grid."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], local_grid: tuple[int, int], device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        local_grid: tuple[int, int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.local = LocalPath(dim, 3, local_grid, std=0.2, device=device, dtype=dtype)
 
@@ -71,7 +85,10 @@ class ConvPosition(nn.Module):
         return out.flatten(1, 2)
 
 
-POSITIONS = {'separable': SeparablePosition, 'conv': ConvPosition}
+POSITIONS: dict[str, type[SeparablePosition] | type[ConvPosition]] = {
+    'separable': SeparablePosition,
+    'conv': ConvPosition,
+}
 
 # a function of another module, which a trace calls as it is
 torch.fx.wrap('resize_axis')

@@ -89,8 +89,8 @@ class Projection(nn.Module):
         grid: tuple[int, int],
         num_heads: int,
         dim: int,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.kind = PROJECTIONS[kind]

@@ -22,8 +22,7 @@ class Kind:
         sized: How many of them depend on N or K.
         pools: Each row is an average, so that a row without tokens is left out and others count their tokens.
         padding: What padded tokens are set to before `reduce`.
-        part: `part(factors, start, stop)`, the factors for the tokens of some rows of the token grid, where E x is the
-            sum of E x over such parts; None where it is reduced whole.
+        by_parts: E x is the sum of E x over parts of the sequence, whose factors `part` gives.
         counts: Like `reduce`, for x of width 1: of ones, the row sums E 1 that scale the biases; of a mask, the part of
             each row that is not padding.
     """
@@ -31,7 +30,7 @@ class Kind:
     summed, sized = 0, 0
     pools = False
     padding = 0.0
-    part = None
+    by_parts = False
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
@@ -49,6 +48,11 @@ class Kind:
         raise NotImplementedError
 
     counts = reduce
+
+    @staticmethod
+    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
+        """The factors for the tokens of some rows of the token grid."""
+        raise NotImplementedError
 
     @staticmethod
     def grid(weights: list[Tensor]) -> tuple[int, ...]:
@@ -70,6 +74,7 @@ class Linear(Kind):
     """E is a learned K×N matrix, without structure (the paper's), stored as (K, h, w)."""
 
     summed, sized = 2, 3
+    by_parts = True
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
@@ -104,6 +109,7 @@ class Separable(Kind):
     """E = E_h ⊗ E_w, one small matrix for each image axis: K_h·h + K_w·w parameters instead of K·N."""
 
     summed, sized = 1, 2
+    by_parts = True
 
     @staticmethod
     def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
@@ -144,7 +150,7 @@ class Separable(Kind):
 class MeanPool(Kind):
     """Each row is the mean of a cell of the token grid: a separable E without parameters."""
 
-    pools = True
+    pools = by_parts = True
 
     @staticmethod
     def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:

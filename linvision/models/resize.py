@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def resize_axis(table: Tensor, length: int) -> Tensor:
     return F.interpolate(channels, size=length, mode='linear').transpose(1, 2).to(table.dtype).contiguous()
 
 
-def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def resized_state(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What a checkpoint of another image size, patch size or K must be changed to, to fit a Linformer ViT.
 
     Args:
@@ -80,22 +81,24 @@ def resized_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
     return changed
 
 
-def grid_of(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int, ...]:
+def grid_of(state_dict: dict[str, Tensor], model: Any) -> tuple[int, ...]:
     """The token grid of a checkpoint as its E has it; empty where E has none, or not one of all its positions."""
     projection = getattr(model, 'projection', None)  # a plain ViT has none
-    names = [] if projection is None else [f'projection.weights.{i}' for i in range(projection.num_weights)]
+    if projection is None:
+        return ()
+    names = [f'projection.weights.{i}' for i in range(projection.num_weights)]
     if not names or any(name not in state_dict for name in ('pos_embed', *names)):
         return ()
     grid = projection.kind.grid([state_dict[name] for name in names])
-    return grid if math.prod(grid) == state_dict['pos_embed'].shape[1] - prefix_positions(model) else ()
+    return tuple(grid) if math.prod(grid) == state_dict['pos_embed'].shape[1] - prefix_positions(model) else ()
 
 
-def prefix_positions(model: nn.Module) -> int:
+def prefix_positions(model: VisionTransformer) -> int:
     """How many entries of a ViT's table of positions are not of the token grid."""
     return 0 if model.no_embed_class else model.num_prefix_tokens
 
 
-def resized_table(table: Tensor, model: nn.Module, grid: tuple[int, ...] = ()) -> Tensor:
+def resized_table(table: Tensor, model: VisionTransformer, grid: tuple[int, ...] = ()) -> Tensor:
     """A table of positions of token grid `grid` on that of a model; (1, P + N, D).
 
     Args:
@@ -119,7 +122,7 @@ def resized_table(table: Tensor, model: nn.Module, grid: tuple[int, ...] = ()) -
     return resample_abs_pos_embed(table, new_size=new, old_size=grid or (side, side), num_prefix_tokens=prefix)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
     """Checkpoints of Linformer ViTs of any size, and of plain ViTs, for a Linformer ViT; timm calls it.
 
     A plain ViT has no projection: the model's own, as initialised, takes its place, and a warning says so. Sizes are

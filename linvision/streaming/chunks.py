@@ -8,7 +8,7 @@ makes an image of its own, and chunks are cut from these, so that a chunk's neig
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from linvision.streaming import cpu_kernels
@@ -21,9 +21,7 @@ KEPT_NUMBERS = 24  # that a whole block keeps for the backward pass, for each to
 KEPT_BYTES = 2**32  # training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
 
 
-def choose_chunk_size(
-    chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock] | nn.Sequential, on_grid: bool = True
-) -> int:
+def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock], on_grid: bool = True) -> int:
     """Images × tokens in a chunk for tokens x. All that keeps blocks whole (0) is here.
 
     Args:

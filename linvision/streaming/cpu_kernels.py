@@ -28,7 +28,7 @@ def supports(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_linear_pointwise'):
         return False
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
 
 
@@ -44,7 +44,7 @@ def applies(block: StreamedBlock, x: Tensor, key: Tensor, mask: Tensor | None) -
     return (
         x.is_cpu
         and mask is None
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and supports(compute_dtype(x))
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] >= LONG
@@ -94,7 +94,7 @@ class FusedAttention:
         weight, bias, d = attention.qkv.weight, attention.qkv.bias, key.shape[-1]
         heads = [slice(i * d, (i + 1) * d) for i in range(key.shape[1])]
         self.query = [products.pack(weight[s], None if bias is None else bias[s]) for s in heads]
-        self.key = [[products.pack(k) for k in image] for image in key * d**-0.5]
+        self.key = [[products.pack(k) for k in image] for image in key * attention.scale]
         self.value = [[products.pack(v.T) for v in image] for image in value]
         self.packed_proj = products.pack(attention.proj.weight, attention.proj.bias)
 

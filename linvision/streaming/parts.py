@@ -21,9 +21,11 @@ class StreamedLocal(Protocol):
 
 
 class StreamedKind(Protocol):
-    """A kind of projection; `part` is None where it is no sum over tokens."""
+    """A kind of projection: whether E x is a sum over parts of the sequence, and E for some rows of the token grid."""
 
-    part: Callable[[list[Tensor], int, int], list[Tensor]] | None
+    by_parts: bool
+
+    def part(self, factors: list[Tensor], start: int, stop: int) -> list[Tensor]: ...
 
 
 class StreamedAttention(Protocol):
@@ -47,19 +49,22 @@ class StreamedAttention(Protocol):
 
 
 class StreamedBlock(Protocol):
-    """A block: norms, attention, MLP, layer scale and drop path by timm's names, and the equation that joins them."""
+    """A block: norms, attention, MLP, layer scale and drop path by timm's names, and the equation that joins them.
+
+    Its parts are modules, or what stands in for them.
+    """
 
     streams: bool  # whether it may run chunk by chunk at all
     hidden: int  # width of the MLP's hidden layer
     training: bool
-    norm1: nn.Module
+    norm1: Any
     attn: Any  # a StreamedAttention, and a module
-    ls1: nn.Module
-    drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
+    ls1: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+    drop_path2: Any
 
     def residuals(self, x: Tensor, attended: Tensor) -> Tensor: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -77,6 +82,7 @@ class BlockWith:
 
     def __init__(self, block: StreamedBlock, **parts: Any) -> None:
         self.block = block
+        self.attn: Any = None
         for name in ('attn', 'ls1', 'drop_path1', 'norm2', 'mlp', 'ls2', 'drop_path2'):
             setattr(self, name, parts.get(name, getattr(block, name)))
 

@@ -164,7 +164,7 @@ class TokenChunks:
         self.chunk_size = chunk_size // len(x)
         self.scales = scales
         attention = block.attn
-        self.sums = attention.kind.part is not None and not attention.per_head and not attention.is_full(grid)
+        self.sums = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
 
     # ------------------------------------------------------------------------------------------------- the two passes
 
@@ -177,7 +177,7 @@ class TokenChunks:
                 key, value, mask = self.key_value_of_all(self.x, projection)
             plain = self.scales or draws_dropout(self.block)
             if not plain and cpu_kernels.applies(self.block, self.x[:, : self.chunk_size], key, mask):
-                block = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
+                block: StreamedBlock | BlockWith = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
             else:
                 block = self.scaled_block()
             for chunk in self.chunks():
