@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import tyro
 from timm.data import resolve_model_data_config
-from torch import nn
 
 from linvision.cli.pretrained import load_model
 from linvision.data import Images, create_batches, create_dataset, part
@@ -51,7 +50,7 @@ def check_unseen(data_dir: Path, dataset: str, metrics: dict[str, Any]) -> None:
         )
 
 
-def with_classes_of(model: nn.Module, images: Images) -> Images:
+def with_classes_of(model: Any, images: Images) -> Images:
     """The images, with labels that mean what the model learnt.
 
     Raises:

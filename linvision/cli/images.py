@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from linvision.data import create_batches, create_dataset, part
 from linvision.data.image_file import SUFFIXES
@@ -47,7 +47,7 @@ class ImagesOf:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,  # one of timm's, with a patch_embed
         dataset: str,
         data_dir: Path,
         batch_size: int,

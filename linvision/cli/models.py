@@ -7,6 +7,7 @@ Nothing is computed: the models are built, and their multiply-adds counted, on t
 """
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linvision  # noqa: F401  (registers the models)
 
-IMAGENET = {'in_chans': 3, 'num_classes': 1000}  # where there are weights, a name's own are those of their images
+# where there are weights, a name's own channels and classes are those of their images
+IMAGENET: dict[str, Any] = {'in_chans': 3, 'num_classes': 1000}
 HEADER = """# Models
 
 Names end in patch and image size. *Trunk* leaves out the projection and the positions; multiply-adds are those of one
@@ -28,7 +30,7 @@ same model with full attention (`projection='none'`). Written by
 """
 
 
-def multiply_adds(model: torch.nn.Module) -> int:
+def multiply_adds(model: Any) -> int:
     """Multiply-adds of one image; `model` is on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, 3, *model.patch_embed.img_size, device='meta'))
@@ -38,7 +40,8 @@ def multiply_adds(model: torch.nn.Module) -> int:
 def row(name: str) -> str:
     """The table's line of one model."""
     with torch.device('meta'):
-        model, full = (timm.create_model(name, **IMAGENET, **change) for change in ({}, {'projection': 'none'}))
+        model: Any = timm.create_model(name, **IMAGENET)
+        full: Any = timm.create_model(name, **IMAGENET, projection='none')
     count = {n: p.numel() for n, p in model.named_parameters()}
     trunk = sum(v for n, v in count.items() if not n.startswith(('projection.', 'position.', 'pos_embed')))
     heads = model.blocks[0].attn.num_heads

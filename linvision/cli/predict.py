@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from timm.data import create_transform, resolve_model_data_config
-from torch import nn
 
 from linvision.cli.images import find_images
 from linvision.cli.pretrained import load_model
@@ -25,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, paths: Sequence[Path], topk: int = 5, batch_size: int = 32, on_bad_image: str = 'stop'
+    model: Any, paths: Sequence[Path], topk: int = 5, batch_size: int = 32, on_bad_image: str = 'stop'
 ) -> list[dict[str, Any]]:
     """The likeliest classes of each image.
 

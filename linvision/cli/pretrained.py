@@ -1,9 +1,9 @@
-"""Models with their weights, by the name or folder that a user gives."""
+"""Models with their weights, by the name or folder that a user gives: timm's, whose attributes no type has."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
-from torch import nn
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES
@@ -11,7 +11,7 @@ from linvision.train.checkpoint import first_line
 from linvision.train.setup import is_source, model_folder, source_of
 
 
-def load_model(name: str | Path) -> nn.Module:
+def load_model(name: str | Path) -> Any:
     """A model with its weights, in eval mode.
 
     Args:
@@ -35,7 +35,7 @@ def load_model(name: str | Path) -> nn.Module:
     return model
 
 
-def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
+def load_vit(name: str, checkpoint: str, img_size: int) -> Any:
     """The original: a timm name or a folder, with its own weights or those of a file, in eval mode.
 
     Raises:
@@ -43,7 +43,7 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> nn.Module:
     """
     if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
-    size = {'img_size': img_size} if img_size else {}
+    size: dict[str, Any] = {'img_size': img_size} if img_size else {}
     try:
         return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
     except RuntimeError as error:  # weights of another shape, or a file that is more than weights

@@ -34,8 +34,8 @@ def table(spectrum: Spectrum, proj_len: int, name: str) -> str:
         f'| layer | {shares} | for its worst head | best rank {proj_len} keeps | {name} to {proj_len} rows keeps |',
         '| --- ' * (len(LOSSES) + 4) + '|',
     ]
-    kept = spectrum.energy.mean(1)
-    for layer, energy in enumerate(kept):
+    assert spectrum.projected is not None  # a projection was given
+    for layer, energy in enumerate(spectrum.energy.mean(1)):
         lengths = [first(energy, 1 - loss) for loss in LOSSES]
         lengths.append(first(spectrum.energy[layer].min(0).values, 1 - LOSSES[-1]))
         best, made = energy[proj_len - 1].item(), spectrum.projected[layer].mean().item()
@@ -117,7 +117,7 @@ def main(
     from torch.utils.tensorboard import SummaryWriter
 
     where = choose_device(device)
-    net = load_vit(model, checkpoint, img_size).to(where)
+    net: Any = load_vit(model, checkpoint, img_size).to(where)
     attention_layers(net)  # refuses what has none
     projects = isinstance(net, LinformerVisionTransformer) and net.projection is not None
     # rows that are normalised have lost their scale: E alone says nothing of P
@@ -135,6 +135,7 @@ def main(
     spectrum = attention_spectrum(net, images.test(limit), max(rank, K), projection)
     lines, figure = table(spectrum, K, name), draw(spectrum, K, f'{model}, {spectrum.num_samples} images')
     report = {'model': model, 'tokens': tokens, 'proj_len': K, 'projection': name, 'num_samples': spectrum.num_samples}
+    assert spectrum.projected is not None  # a projection was given
     report |= {'energy': rounded(spectrum.energy), 'projected': spectrum.projected.tolist()}
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / 'spectrum.json').write_text(json.dumps(report) + '\n')

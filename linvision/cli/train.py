@@ -30,7 +30,7 @@ def recipe_folder() -> Path:
     if (root / 'pyproject.toml').is_file() and checkout.is_dir():  # first: another copy may be installed beside it
         return checkout
     found = importlib.util.find_spec('linvision.recipes')
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise FileNotFoundError(f'linvision has no recipes here: neither {checkout} nor the package linvision.recipes.')
     return Path(found.submodule_search_locations[0])
 

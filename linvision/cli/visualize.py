@@ -88,7 +88,7 @@ def attention_of_heads(
 def projection_rows(model: LinformerVisionTransformer, block: int, count: int = 64) -> Any:
     """Rows of a block's E; None where attention is full."""
     attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
-    if attention.is_full(grid):
+    if model.projection is None or attention.is_full(grid):
         return None
     _, matrix = projection_matrices(model, block)
     matrix = matrix[0] if matrix.ndim == 3 else matrix  # of the first head
