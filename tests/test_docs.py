@@ -21,7 +21,11 @@ def run(page, folder, monkeypatch):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
     environment = {**os.environ, 'PYTHONPATH': str(folder), 'OMP_NUM_THREADS': '1'}
-    environment['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{environment["PATH"]}'
+    command = folder / 'bin' / 'linvision'  # of this checkout, whatever is installed
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m linvision "$@"\n')
+    command.chmod(0o755)
+    environment['PATH'] = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), environment['PATH']])
     names, printed = {}, []
     blocks = BLOCK.findall((ROOT / 'docs' / page).read_text())
     assert blocks
