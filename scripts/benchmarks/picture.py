@@ -1,6 +1,6 @@
 """Time against tokens, three lines: the picture of the README.
 
-python -m scripts.benchmarks.picture [--results scripts/benchmarks/results/speed.json] [--output docs/images/time.png]
+    python -m scripts.benchmarks.picture
 """
 
 import json
