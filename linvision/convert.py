@@ -10,7 +10,7 @@ Notable here:
   with its reason: nothing is converted to something that is nearly the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -46,7 +46,7 @@ DATA = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'label_names', 
 
 def from_vit(
     model: str | VisionTransformer,
-    proj_len: int = 64,
+    proj_len: int | Sequence[int] = 64,
     projection: str = 'linear',
     sharing: str = 'layerwise',
     **kwargs: Any,

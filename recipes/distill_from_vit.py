@@ -1,13 +1,13 @@
 """A plain ViT's conversion learns from the ViT itself: classes and the teacher's logits, on the teacher's own data.
 
-    python scripts/convert_vit.py outputs/vit --dataset fashion_mnist --proj-len 64 --output-dir outputs/converted
+    linvision convert outputs/vit --dataset fashion_mnist --proj-len 64 --output-dir outputs/converted
     python recipes/distill_from_vit.py --init outputs/converted --teacher outputs/vit --output-dir outputs/distilled
 
 Teacher and student share every weight at the start but E, and the head where the classes are the data's own; so a short
 run with a small learning rate is enough to mend what the projection has cost (timm's logit distillation).
 
 Result: from a teacher of 89.0 %, with `--epochs 0.5` 89.2 % at K = N/4 and, with `--lr 0.002` too, 88.8 % at K = N/16,
-on all 10,000 test images of Fashion-MNIST, one seed (`python scripts/compare_conversion.py`). Not yet run on a GPU.
+on all 10,000 test images of Fashion-MNIST, one seed (`python -m scripts.studies.run conversion`). Not yet run on a GPU.
 """
 
 from pathlib import Path

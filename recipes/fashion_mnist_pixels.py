@@ -4,8 +4,8 @@
 
 Result: 93.39 % on all 10,000 test images, one seed (24 epochs, 1,440,000 images, `--threads 1 --precision bf16`: 152
 minutes on one thread of a Zen 5 with other jobs beside it, torch 2.14.1, 2026-11-24; metrics beside the weights in the
-package, log in docs/). By the clock, `bash scripts/demo.sh` gave 89.50 % (11 minutes, two threads). Not yet run on a
-GPU.
+package, log in scripts/studies/results/). By the clock, `bash scripts/demo.sh` gave 89.50 % (11 minutes, two threads).
+Not yet run on a GPU.
 
 Coarse to fine: three quarters of the steps, and less than half of the time, on 16×16 images (256 tokens), the rest on
 32×32. (In the run of 93.39 % convolutions spanned three pixels at both sizes; now they keep the span of the first.)

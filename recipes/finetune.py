@@ -11,8 +11,8 @@ projection are resized. `--freeze 2` leaves the first two blocks and what stands
 trains the head alone. `--layer-decay` slows the layers the more, the nearer they are to the image.
 
 Result: 1,440 handwritten digits at 16×16 pixels, 98.5 ± 0.4 % of 355 test images after five epochs, the same model from
-scratch 59.7 ± 11.6 % (`--lr 0.01`, five seeds; `python scripts/compare_transfer.py --precision bf16`). Not yet run on a
-GPU.
+scratch 59.7 ± 11.6 % (`--lr 0.01`, five seeds; `python -m scripts.studies.run transfer --precision bf16`). Not yet
+run on a GPU.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A folder of your own images: classes, channels and sizes are found out.
 
     python recipes/image_folder.py --data-dir MY_IMAGES --output-dir outputs/my_images
-    python scripts/predict.py --model outputs/my_images SOME_IMAGE
+    linvision predict --model outputs/my_images SOME_IMAGE
 
 `MY_IMAGES/train/CLASS/IMAGE` and `MY_IMAGES/val/CLASS/IMAGE`, or `MY_IMAGES/CLASS/IMAGE`, of which every fifth is then
 the test. Images are read at their own size, at most 64×64 (4,096 tokens): `--img-size 128` takes another.

@@ -7,8 +7,8 @@ batch (`head_norm`); docs/pathfinder.md says what the model does without. Coarse
 half the size, 256 tokens.
 
 Result: 87.5 % on 8,000 test images, one seed (270,000 images in 40 minutes on one thread of a Xeon of 2.5 GHz, with
-other jobs beside it, 2.4 GiB at most, torch 2.14.1, 2026-11-27; log in docs/; images of version 1, before their seeds
-changed). The distance between the markers alone gives 71 %, a CNN 94 %. Not yet run on a GPU.
+other jobs beside it, 2.4 GiB at most, torch 2.14.1, 2026-11-27; log in scripts/studies/results/; images of version 1,
+before their seeds changed). The distance between the markers alone gives 71 %, a CNN 94 %. Not yet run on a GPU.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `mode
 run was stopped, from at most a minute before.
 
 Result: mean IoU 53.5 % after 20 minutes on one CPU thread in bf16, the U-Net 70.6 % (one seed;
-`python scripts/compare_segmentation.py --precision bf16`). Not yet run on a GPU.
+`python -m scripts.studies.run segmentation --precision bf16`). Not yet run on a GPU.
 
 An example of your own loop around a backbone, in one file; the other recipes share the engine in `linvision.train`.
 """

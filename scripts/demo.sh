@@ -52,10 +52,10 @@ print(f'{sizes[0]:,} training and {sizes[1]:,} test images')
 EOF
 }
 if ! fetch; then
-    [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null || fail 'no Fashion-MNIST; see above for the ways to get it.'
-    echo 'installing the Debian package dataset-fashion-mnist'
-    apt-get -qq update || fail 'apt-get update failed; see above.'
-    apt-get -qq install -y dataset-fashion-mnist > /dev/null || fail 'apt-get install failed; see above.'
+    command -v apt-get > /dev/null || fail 'no Fashion-MNIST; see above for the ways to get it.'
+    echo 'fetching the Debian package dataset-fashion-mnist'
+    [ "$(id -u)" != 0 ] || apt-get -qq update || fail 'apt-get update failed; see above.'
+    "$python" -m scripts.tools.debian dataset-fashion-mnist usr/share/datasets/fashion-mnist "$data_dir/FashionMNIST/raw"
     fetch
 fi
 
@@ -71,7 +71,7 @@ fi
 
 # ------------------------------------------------------------------------------------------------------------ report
 step '4 of 4: softmax regression on the same pixels, and a picture (about a minute)'
-"$python" scripts/report.py --run "$output_dir"
+"$python" -m scripts.tools.report --run "$output_dir"
 cat <<EOF
 
 Done in $((SECONDS - start)) s. In $output_dir:
@@ -79,5 +79,5 @@ Done in $((SECONDS - start)) s. In $output_dir:
   report.json, metrics.json the scores above, and all about the run
   model/                    the model, for timm.create_model('local-dir:$output_dir/model', pretrained=True)
 Curves:    .venv/bin/tensorboard --logdir $output_dir/tensorboard
-Predict:   .venv/bin/python scripts/predict.py --model $output_dir/model $output_dir/images
+Predict:   .venv/bin/linvision predict --model $output_dir/model $output_dir/images
 EOF

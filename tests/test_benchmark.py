@@ -6,12 +6,10 @@ import sys
 import pytest
 import torch
 
-import benchmark
-import gpu_report
-import profile_step
-from benchmark_tables import markdown
-from contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
-from trials import ROOT
+from scripts import ROOT
+from scripts.benchmarks import gpu_report, profile_step, speed
+from scripts.benchmarks.contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
+from scripts.benchmarks.tables import markdown
 
 D, DEPTH, HEADS = SIZE.values()
 
@@ -52,16 +50,16 @@ def test_attention_that_cannot_fit_is_predicted():
 
 
 def test_what_fits_is_not_predicted_to_be_too_large():
-    rows = json.loads((ROOT / 'docs' / 'benchmark.json').read_text())['rows']
+    rows = json.loads((ROOT / 'scripts/benchmarks/results/speed.json').read_text())['rows']
     for row in rows:
         if row['steps'] and row['peak_gib'] > 0.08:  # below it, what the process itself needs comes and goes
-            assert predicted_gib(Case(*(row[k] for k in benchmark.KEY))) < row['peak_gib'], row['model']
+            assert predicted_gib(Case(*(row[k] for k in speed.KEY))) < row['peak_gib'], row['model']
 
 
 def test_a_missing_package_is_a_reason_in_the_table(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'linformer', None)
     monkeypatch.setitem(sys.modules, 'linformer_pytorch', None)
-    (row,) = benchmark.measure([Case('linformer', 64, False, 'fp32')], 1, float('inf'), 60, 1e9, 1, print)
+    (row,) = speed.measure([Case('linformer', 64, False, 'fp32')], 1, float('inf'), 60, 1e9, 1, print)
     assert row['why_not'] == "linformer is missing: pip install -e '.[bench]'" and not row['steps']
     (row, _) = gpu_report.whole_models(
         gpu_report.Meter(torch.device('cpu'), float('inf')), (64,), ('linformer-pytorch',), repeats=1
@@ -71,7 +69,7 @@ def test_a_missing_package_is_a_reason_in_the_table(tmp_path, monkeypatch):
 
 def test_tokens_that_make_no_square_are_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(ValueError, match='must be a square number, for a square image, got 1,000'):
-        benchmark.main(tmp_path / 'b', tokens=(64, 1000))
+        speed.main(tmp_path / 'b', tokens=(64, 1000))
     with pytest.raises(ValueError, match='got 1,000'):
         gpu_report.main(tmp_path / 'g', device='cpu', tokens=(64, 1000))
 
@@ -101,7 +99,7 @@ def test_the_table_gives_medians_ratios_and_reasons():
 
 def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
     names = ('linvision', 'ViT, fused')
-    benchmark.main(tmp_path / 'b', False, names, (64,), ('training',), ('fp32',), repeats=2, threads=1)
+    speed.main(tmp_path / 'b', False, names, (64,), ('training',), ('fp32',), repeats=2, threads=1)
     found = json.loads((tmp_path / 'b.json').read_text())
     assert [row['model'] for row in found['rows']] == ['linvision', 'ViT, fused']
     for row in found['rows']:
@@ -109,14 +107,14 @@ def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
         assert row['peak_gib'] >= 4 * row['parameters'] / 2**30  # the gradients at least
     assert (tmp_path / 'b.png').stat().st_size > 10_000
     updated = {'models': ('linvision',), 'tokens': (64,), 'modes': ('training',), 'precisions': ('fp32',)}
-    benchmark.main(tmp_path / 'b', **updated, repeats=1, threads=1, update=True)
+    speed.main(tmp_path / 'b', **updated, repeats=1, threads=1, update=True)
     again = json.loads((tmp_path / 'b.json').read_text())
     assert again['rows'][0] == found['rows'][1] and len(again['rows'][1]['steps']) == 1  # the other model is kept
     (tmp_path / 'b.json').write_text(json.dumps(found))
-    kept = benchmark.earlier(tmp_path / 'b.json', {'machine': found['machine'], 'command': 'again'})
+    kept = speed.earlier(tmp_path / 'b.json', {'machine': found['machine'], 'command': 'again'})
     assert kept['rows'] == found['rows'] and kept['command'] == found['command'] + '; again'
     with pytest.raises(ValueError, match='measured with another threads'):
-        benchmark.earlier(tmp_path / 'b.json', {'machine': {**found['machine'], 'threads': 9}, 'command': ''})
+        speed.earlier(tmp_path / 'b.json', {'machine': {**found['machine'], 'threads': 9}, 'command': ''})
 
 
 def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):

@@ -15,7 +15,8 @@ from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-import convert_vit
+from linvision.cli import convert
+from linvision.cli.images import ImagesOf
 from linvision.convert import agreement, attention_of, fit_projection, from_vit
 from linvision.data import create_batches, create_dataset
 from linvision.train import Recipe, train
@@ -247,7 +248,7 @@ def vit_folder(tmp_path_factory):
 
 
 def test_the_command_converts_a_runs_model_and_reports_what_evaluation_finds(vit_folder, tmp_path, capsys):
-    convert_vit.main(str(vit_folder), tmp_path, proj_len=4, dataset='fake', steps=100, lr=0.01, device='cpu')
+    convert.main(str(vit_folder), tmp_path, proj_len=4, dataset='fake', steps=100, lr=0.01, device='cpu')
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / 'conversion.json').read_text()) and report['tokens'] == 64
     assert report['fitted']['relative_error'] < report['pooled']['relative_error']
@@ -275,8 +276,8 @@ def test_the_command_takes_timms_own_folders_a_k_for_each_layer_and_leaves_out_b
     lengths = tuple(range(4, 4 + len(original.blocks)))
     flags = {'data_dir': tmp_path / 'images', 'steps': 3, 'batch_size': 4, 'device': 'cpu', 'sharing': 'key_value'}
     with pytest.raises(OSError, match='on-bad-image skip'):
-        convert_vit.main(str(tmp_path / 'vit'), tmp_path / 'out', proj_len=lengths, **flags)
-    convert_vit.main(str(tmp_path / 'vit'), tmp_path / 'out', proj_len=lengths, on_bad_image='skip', **flags)
+        convert.main(str(tmp_path / 'vit'), tmp_path / 'out', proj_len=lengths, **flags)
+    convert.main(str(tmp_path / 'vit'), tmp_path / 'out', proj_len=lengths, on_bad_image='skip', **flags)
     report = json.loads(capsys.readouterr().out)
     assert report['proj_len'] == list(lengths) and report['pooled']['num_samples'] == 3  # a fifth of 20, but for one
     worse = report['fitted']['relative_error'] > report['pooled']['relative_error']
@@ -286,7 +287,7 @@ def test_the_command_takes_timms_own_folders_a_k_for_each_layer_and_leaves_out_b
 
 
 def test_fitting_says_how_far_it_is(capsys):
-    seen = list(convert_vit.counted(iter([1, 2, 3]), 4, seconds=-1.0))
+    seen = list(convert.counted(iter([1, 2, 3]), 4, seconds=-1.0))
     assert seen == [1, 2, 3] and capsys.readouterr().err.splitlines() == [
         'fitting: step 1 of 4, 0.0 min left',
         'fitting: step 2 of 4, 0.0 min left',
@@ -295,14 +296,14 @@ def test_fitting_says_how_far_it_is(capsys):
 
 def test_the_command_refuses_unknown_models_and_other_channels(vit_folder, tmp_path):
     with pytest.raises(ValueError, match="'vit_nowhere' is neither a folder nor a name"):
-        convert_vit.main('vit_nowhere', tmp_path)
+        convert.main('vit_nowhere', tmp_path)
     with pytest.raises(ValueError, match='takes 3 channels, but the images of fake have 1'):
         save_for_hf(timm.create_model('test_vit'), str(tmp_path / 'rgb'), safe_serialization=True)
-        convert_vit.main(str(tmp_path / 'rgb'), tmp_path / 'out', dataset='fake', device='cpu')
+        convert.main(str(tmp_path / 'rgb'), tmp_path / 'out', dataset='fake', device='cpu')
 
 
 def test_distillation_from_the_original_brings_a_conversion_back_to_it(vit_folder, tmp_path, capsys):
-    convert_vit.main(str(vit_folder), tmp_path / 'converted', proj_len=4, dataset='fake', steps=0, device='cpu')
+    convert.main(str(vit_folder), tmp_path / 'converted', proj_len=4, dataset='fake', steps=0, device='cpu')
     before = json.loads(capsys.readouterr().out.splitlines()[-1])['pooled']
     recipe = runpy.run_path(str(Path(__file__).parents[1] / 'recipes/distill_from_vit.py'))['RECIPE']
     changes = {'dataset': 'fake', 'epochs': 8, 'augmentation': 'torchvision', 'hflip': 0.0, 'device': 'cpu'}
@@ -312,7 +313,7 @@ def test_distillation_from_the_original_brings_a_conversion_back_to_it(vit_folde
         timm.create_model(f'local-dir:{folder}', pretrained=True)
         for folder in (vit_folder / 'model', tmp_path / 'run/model')
     )
-    images = convert_vit.ImagesOf(original, 'fake', tmp_path, 32, torch.device('cpu'))
+    images = ImagesOf(original, 'fake', tmp_path, 32, torch.device('cpu'))
     after = agreement(student, original, images.test(0))
     assert student.blocks[0].attn.rows == (2, 2)
     assert after['relative_error'] < 0.7 * before['relative_error'] and after['same_top1'] > before['same_top1']

@@ -124,7 +124,7 @@ def refuse(*args):
 
 
 def test_missing_data_names_the_three_ways(tmp_path, monkeypatch):
-    for source in ('_download', '_unpack_installed', '_unpack_package'):
+    for source in ('_download', '_unpack_installed'):
         monkeypatch.setattr(fashion_mnist, source, refuse)
     with pytest.raises(FileNotFoundError) as error:
         create_dataset('fashion_mnist', tmp_path, 'train')

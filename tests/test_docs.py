@@ -21,7 +21,11 @@ def run(page, folder, monkeypatch):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
     environment = {**os.environ, 'PYTHONPATH': str(folder), 'OMP_NUM_THREADS': '1'}
-    environment['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{environment["PATH"]}'
+    command = folder / 'bin' / 'linvision'  # of this checkout, whatever is installed
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m linvision "$@"\n')
+    command.chmod(0o755)
+    environment['PATH'] = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), environment['PATH']])
     names, printed = {}, []
     blocks = BLOCK.findall((ROOT / 'docs' / page).read_text())
     assert blocks
@@ -67,3 +71,18 @@ def test_pixel_features(tmp_path, monkeypatch):
 def test_pathfinder(tmp_path, monkeypatch, capsys):
     names, _ = run('pathfinder.md', tmp_path, monkeypatch)
     assert names['image'].size == (32, 32) and names['images'].classes[names['label']] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_readme(tmp_path):
+    """Its Python runs as it stands, from 65,536 tokens to a converted ViT."""
+    names: dict = {}
+    for kind, code in BLOCK.findall((ROOT / 'README.md').read_text()):
+        if kind == 'python':
+            exec(compile(code, 'README.md', 'exec'), names)
+    assert names['logits'].shape == (1, 10) and names['maps'][0].shape == (1, 192, 256, 256)
+    assert names['long'].patch_embed.num_patches == 1024
+
+
+def test_readme_is_read_in_two_minutes():
+    assert len((ROOT / 'README.md').read_text().split()) <= 1000

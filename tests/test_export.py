@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-import export
+from linvision.cli import export
 from linvision.convert import from_vit
 
 
@@ -60,5 +60,5 @@ def test_an_unknown_format_or_model_is_refused(tmp_path):
         export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.tflite')
     with pytest.raises(ValueError, match='got ResNet'):
         export.export(timm.create_model('resnet10t'), tmp_path / 'model.onnx')
-    with pytest.raises(ValueError, match="'nowhere': it is neither a folder"):
+    with pytest.raises(ValueError, match="'nowhere' is neither a folder"):
         export.main('nowhere', tmp_path / 'model.onnx')

@@ -15,10 +15,10 @@ from PIL import Image
 from runs import CPU, image_set, save_folder, small
 from timm.data import create_transform, resolve_model_data_config
 
-import evaluate
-import report
+from linvision.cli import evaluate
 from linvision.data import create_batches, create_dataset
 from linvision.train import train
+from scripts.tools import report
 
 RECIPE = Path(__file__).parents[1] / 'recipes/image_folder.py'
 

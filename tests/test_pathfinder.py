@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import pathfinder_report
 from linvision.data import create_dataset
 from linvision.data.pathfinder import SIZES, draw
 from linvision.train import Recipe
 from linvision.train.data import TrainingData
 from linvision.train.parallel import Processes
+from scripts.studies import pathfinder as leaks
 
 EDGE = 1.5  # pixels: places are rounded down to pixels before distances are kept
 
@@ -188,13 +188,13 @@ def test_the_leak_detectors_find_a_leak_where_there_is_one():
     torch.manual_seed(0)
     labels = torch.arange(600) % 2
     pixels = torch.randint(0, 200, (600, 8, 8)).add(5 * labels.view(-1, 1, 1)).to(torch.uint8)
-    x = pathfinder_report.features(pixels)
+    x = leaks.features(pixels)
     assert x[:, 0].tolist() == pytest.approx((pixels.double() / 255).mean((1, 2)).tolist(), rel=1e-5)
-    assert pathfinder_report.linear_score(x[:400], labels[:400], x[400:], labels[400:]) > 0.65
+    assert leaks.linear_score(x[:400], labels[:400], x[400:], labels[400:]) > 0.65
     noise = torch.randn(600, 4)
-    assert 0.35 < pathfinder_report.linear_score(noise[:400], labels[:400], noise[400:], labels[400:]) < 0.65
+    assert 0.35 < leaks.linear_score(noise[:400], labels[:400], noise[400:], labels[400:]) < 0.65
     far = labels + torch.rand(600)
-    assert pathfinder_report.histogram_score(far[:400], labels[:400], far[400:], labels[400:]) > 0.95
+    assert leaks.histogram_score(far[:400], labels[:400], far[400:], labels[400:]) > 0.95
     pixels = pixels // 2 + (80 * labels).view(-1, 1, 1).to(torch.uint8)
-    assert pathfinder_report.cnn_score(pixels[:400], labels[:400], pixels[400:], labels[400:], 20) > 0.9
-    assert sum(p.numel() for p in pathfinder_report.small_cnn().parameters()) == 208_498
+    assert leaks.cnn_score(pixels[:400], labels[:400], pixels[400:], labels[400:], 20) > 0.9
+    assert sum(p.numel() for p in leaks.small_cnn().parameters()) == 208_498

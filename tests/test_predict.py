@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from runs import CPU, data_config
 
-import predict
+from linvision.cli import predict
+from linvision.cli.images import find_images
+from linvision.cli.main import main
+from linvision.cli.pretrained import load_model
 from linvision.data import ImageSet, create_batches, create_dataset
 from linvision.train.export import export_model
-
-SCRIPT = Path(predict.__file__)
 
 
 def save(images: ImageSet, folder: Path, n: int) -> list[Path]:
@@ -25,10 +26,9 @@ def save(images: ImageSet, folder: Path, n: int) -> list[Path]:
     return paths
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """The script with a command line, in this process."""
-    monkeypatch.setattr(sys, 'argv', ['predict.py', *map(str, words)])
-    predict.tyro.cli(predict.main)
+def run(*words: object) -> None:
+    """The command in this process."""
+    main(['predict', *map(str, words)])
 
 
 @pytest.mark.parametrize('side', [16, 12])  # as large as the model's images, and smaller: with a border
@@ -37,7 +37,7 @@ def test_predictions_equal_those_of_evaluation(tmp_path, side):
     images = ImageSet(fake.images[:, :, :side, :side], fake.labels, fake.classes, img_size=16)
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
     export_model(model, tmp_path, images, data_config(images))
-    model = predict.load_model(tmp_path)
+    model = load_model(tmp_path)
     batches = create_batches(images, 7, *images.statistics(), CPU)
     with torch.inference_mode():
         expected = model(next(batches.ordered(16))[0]).softmax(-1)
@@ -52,7 +52,7 @@ def test_predictions_equal_those_of_evaluation(tmp_path, side):
 
 def test_classes_come_likeliest_first_and_at_most_all(model_folder, tmp_path):
     paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 2)
-    results = predict.predict(predict.load_model(model_folder), paths, topk=99)
+    results = predict.predict(load_model(model_folder), paths, topk=99)
     for result in results:
         probabilities = [c['probability'] for c in result['classes']]
         assert probabilities == sorted(probabilities, reverse=True)
@@ -62,7 +62,7 @@ def test_classes_come_likeliest_first_and_at_most_all(model_folder, tmp_path):
 
 def test_an_image_that_is_named_twice_is_answered_twice(model_folder, tmp_path):
     (path,) = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 1)
-    results = predict.predict(predict.load_model(model_folder), [path, path])
+    results = predict.predict(load_model(model_folder), [path, path])
     assert [result['image'] for result in results] == [str(path)] * 2
     first, second = ([c['probability'] for c in result['classes']] for result in results)
     assert first == pytest.approx(second)
@@ -72,23 +72,23 @@ def test_an_image_that_is_named_twice_is_answered_twice(model_folder, tmp_path):
 def test_any_kind_of_image_is_read(model_folder, tmp_path, mode):
     path = tmp_path / 'image.png'
     Image.new('L', (40, 30), 128).convert(mode).save(path)
-    assert len(predict.predict(predict.load_model(model_folder), [path])) == 1
+    assert len(predict.predict(load_model(model_folder), [path])) == 1
 
 
 def test_a_folder_gives_its_images_in_order_and_nothing_else(tmp_path):
     for name in ('b.png', 'a.JPG', 'below/c.png', 'notes.txt', '.cache/d.png', '.e.png'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert predict.find_images([tmp_path]) == [tmp_path / name for name in ('a.JPG', 'b.png', 'below/c.png')]
+    assert find_images([tmp_path]) == [tmp_path / name for name in ('a.JPG', 'b.png', 'below/c.png')]
 
 
-def test_json_and_table_hold_every_image(model_folder, tmp_path, monkeypatch, capsys):
+def test_json_and_table_hold_every_image(model_folder, tmp_path, capsys):
     paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path / 'images', 2)
-    run(monkeypatch, '--model', model_folder, tmp_path / 'images', '--topk', 3, '--json')
+    run('--model', model_folder, tmp_path / 'images', '--topk', 3, '--json')
     results = json.loads(capsys.readouterr().out)
     assert [r['image'] for r in results] == [str(p) for p in paths]
     assert [len(r['classes']) for r in results] == [3, 3]
-    run(monkeypatch, *paths, '--model', model_folder, '--topk', 3)
+    run(*paths, '--model', model_folder, '--topk', 3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for path, line, result in zip(paths, lines, results, strict=True):
@@ -117,18 +117,16 @@ def test_a_mistake_ends_with_an_error_that_names_it(model_folder, tmp_path, monk
     Path('damaged/model.safetensors').write_bytes((model_folder / 'model.safetensors').read_bytes()[:1000])
     Image.new('L', (16, 16)).save('image.png')
     with pytest.raises(SystemExit, match=f'error: .*{message}'):
-        run(monkeypatch, *(model_folder if word == 'MODEL' else word for word in words))
+        run(*(model_folder if word == 'MODEL' else word for word in words))
 
 
 def test_a_model_is_named_as_timm_names_it(model_folder, tmp_path):
     paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 1)
-    results = [predict.predict(predict.load_model(f'{kind}{model_folder}'), paths) for kind in ('', 'local-dir:')]
+    results = [predict.predict(load_model(f'{kind}{model_folder}'), paths) for kind in ('', 'local-dir:')]
     assert results[0] == results[1]
-    assert (
-        predict.load_model('linformer_vit_pico_patch1_32.fashion_mnist').pretrained_cfg['label_names'][1] == 'Trouser'
-    )
+    assert load_model('linformer_vit_pico_patch1_32.fashion_mnist').pretrained_cfg['label_names'][1] == 'Trouser'
     with pytest.raises(FileNotFoundError, match='nowhere holds no model'):
-        predict.load_model('nowhere')
+        load_model('nowhere')
 
 
 def test_a_truncated_image_is_named(model_folder, tmp_path):
@@ -136,11 +134,11 @@ def test_a_truncated_image_is_named(model_folder, tmp_path):
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(OSError, match='half.png cannot be read.*--on-bad-image skip'):
-        predict.predict(predict.load_model(model_folder), [path])
+        predict.predict(load_model(model_folder), [path])
 
 
 def test_an_unreadable_image_is_left_out_where_that_is_wished(model_folder, tmp_path, caplog):
-    model, paths = predict.load_model(model_folder), save(create_dataset('fake', tmp_path, 'test'), tmp_path, 3)
+    model, paths = load_model(model_folder), save(create_dataset('fake', tmp_path, 'test'), tmp_path, 3)
     expected = predict.predict(model, paths, batch_size=1)
     paths[1].write_bytes(b'damaged')
     assert predict.predict(model, paths, on_bad_image='skip', batch_size=1) == [expected[0], expected[2]]
@@ -148,8 +146,8 @@ def test_an_unreadable_image_is_left_out_where_that_is_wished(model_folder, tmp_
 
 
 @pytest.mark.slow
-def test_the_script_runs_by_path(model_folder, tmp_path):
+def test_the_command_runs_as_a_module(model_folder, tmp_path):
     paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path, 1)
-    command = [sys.executable, str(SCRIPT), '--model', str(model_folder), str(paths[0]), '--topk', '1']
+    command = [sys.executable, '-m', 'linvision', 'predict', '--model', str(model_folder), str(paths[0]), '--topk', '1']
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert out.startswith(str(paths[0])) and 'bar' in out

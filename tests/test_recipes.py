@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 OWN_LOOP = 'segment_pixels'  # with a test of its own
-RECIPES = [p for p in sorted((Path(__file__).parent.parent / 'recipes').glob('*.py')) if p.stem != OWN_LOOP]
+FILES = sorted((Path(__file__).parent.parent / 'recipes').glob('*.py'))
+RECIPES = [p for p in FILES if p.stem not in ('__init__', OWN_LOOP)]
 NAMES = {
     'fashion_mnist_pixels',
     'cifar10_pixels',

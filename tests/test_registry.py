@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-import model_table
+from linvision.cli import models as model_table
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = {'pico': (64, 4), 'tiny': (192, 12), 'small': (384, 12), 'base': (768, 12), 'large': (1024, 24)}  # D, layers

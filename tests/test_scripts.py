@@ -13,12 +13,13 @@ from PIL import Image
 from runs import data_config
 from timm.models import save_for_hf
 
-import evaluate
-import report
+from linvision.cli import evaluate
+from linvision.cli.pretrained import load_model
 from linvision.data import create_dataset
 from linvision.train import Recipe, train
 from linvision.train.export import export_model
-from softmax_regression import fit, pixels, softmax_regression
+from scripts.tools import report
+from scripts.tools.softmax_regression import fit, pixels, softmax_regression
 
 ROOT = Path(__file__).parents[1]
 SHELL = ['scripts/demo.sh', 'scripts/test.sh', '.ci/run']
@@ -197,9 +198,9 @@ def test_contributing_names_files_that_exist():
 
 
 @pytest.mark.slow
-def test_report_runs_by_path(finished_run):
-    command = [sys.executable, str(ROOT / 'scripts/report.py'), '--run', str(finished_run)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_report_runs_as_a_module(finished_run):
+    command = [sys.executable, '-m', 'scripts.tools.report', '--run', str(finished_run)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert 'softmax regression' in out
 
 
@@ -207,5 +208,5 @@ def test_picture_of_a_coarser_token_grid_covers_the_image(tmp_path):
     images = create_dataset('fake', tmp_path, 'test').subset(torch.arange(30))
     model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, patch_size=2)
     export_model(model, tmp_path, images, data_config(images))
-    report.picture(tmp_path, report.load_model(tmp_path), images, 'untrained')
+    report.picture(tmp_path, load_model(tmp_path), images, 'untrained')
     assert (tmp_path / 'predictions.png').stat().st_size > 10_000

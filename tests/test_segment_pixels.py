@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-import compare_segmentation
 import segment_pixels
 from linvision.data import ImageSet
+from scripts.studies import segmentation
 from segment_pixels import Settings, UNet, intersection_over_union, network, scene, scenes
 
 
@@ -122,15 +122,15 @@ def test_networks_are_compared_with_what_validation_chose(tmp_path, monkeypatch)
             found[name] |= {'train_minutes': own['minutes'], 'num_parameters': 1234}
         return found
 
-    monkeypatch.setattr(compare_segmentation, 'segment_all', segment_all)
-    monkeypatch.setattr(compare_segmentation, 'ROOT', tmp_path)
-    monkeypatch.setattr(compare_segmentation, 'write_table', tables.__setitem__)
-    (tmp_path / 'docs').mkdir()
-    compare_segmentation.main(minutes=10.0, data_dir=tmp_path, output_dir=tmp_path / 'runs')
+    monkeypatch.setattr(segmentation, 'segment_all', segment_all)
+    monkeypatch.setattr(segmentation, 'DOCS', tmp_path)
+    monkeypatch.setattr(segmentation, 'publish', lambda name, result, text: tables.update({name: text}))
+    (tmp_path / 'images').mkdir()
+    segmentation.segmentation(segmentation.Settings(minutes=10.0, data_dir=tmp_path, output_dir=tmp_path / 'runs'))
     assert [(own['network'], own['opt'], own['lr']) for own in asked.values() if own['minutes'] == 10.0] == [
         ('linformer', 'muon', 0.02),
         ('unet', 'muon', 0.02),
     ]
     assert all(own.get('validation', False) == (own['minutes'] == 1.5) for own in asked.values()) and len(asked) == 7
-    assert (tmp_path / 'docs/results/segmentation_unet.png').read_bytes() == b'unet'
+    assert (tmp_path / 'images/segmentation_unet.png').read_bytes() == b'unet'
     assert tables['segmentation'].splitlines()[3] == '| U-Net | 1,234 | muon, 0.02 | 50.0 % | 90.0 % | 8,000 | 10.0 |'

@@ -1,22 +1,18 @@
 """How low-rank attention is, against brute force in float64."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.models import save_for_hf
 
-from convert_vit import ImagesOf
 from linvision.analysis.attention_map import projection_matrices
 from linvision.analysis.spectrum import Spectrum, attention_spectrum, own_projection, pooling
+from linvision.cli import spectrum as command
+from linvision.cli.images import ImagesOf
 from linvision.convert import from_vit
 
-SPEC = importlib.util.spec_from_file_location('command', Path(__file__).parents[1] / 'scripts/spectrum.py')
-command = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(command)
 SMALL = {'img_size': 32, 'patch_size': 4, 'embed_dim': 48, 'depth': 2, 'num_heads': 3, 'num_classes': 5}
 
 

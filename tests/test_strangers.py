@@ -16,16 +16,13 @@ import torch.distributed.checkpoint as dcp
 from runs import small, weights
 from test_streams import CLASSES, write_shards
 
-import convert_vit
-import evaluate
-import export
-import model_card
-import predict
-import report
+from linvision.cli import evaluate
+from linvision.cli.pretrained import load_model, load_vit
 from linvision.data import create_dataset
 from linvision.train import train
 from linvision.train.checkpoint import load_shards, read_state, seal
 from linvision.train.pretrained import load_backbone, load_teacher
+from scripts.tools import model_card, report
 
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 
@@ -125,7 +122,7 @@ def test_a_run_goes_on_by_its_own_recipe_and_not_by_the_folders(model_folder, tm
 
 def test_commands_that_read_a_model_read_no_metrics(model_folder, tmp_path, marker):
     folder = plant(tmp_path / 'f', model_folder, dataset='wds/x', data_dir=f'pipe:touch {marker} #')
-    for load in (predict.load_model, lambda name: convert_vit.load_vit(str(name), '', 0)):
+    for load in (load_model, lambda name: load_vit(str(name), '', 0)):
         assert load(folder).num_classes == 10
 
 
@@ -144,16 +141,14 @@ def planted_model(model_folder, tmp_path, marker):
 def test_weights_that_are_code_are_refused_by_every_command(planted_model, tmp_path):
     name, student = str(planted_model), timm.create_model('test_linformer_vit', in_chans=1, num_classes=10)
     for load in (
-        predict.load_model,  # and evaluate, report
-        lambda name: convert_vit.load_vit(name, '', 0),  # and spectrum, visualize
-        lambda name: convert_vit.load_vit('test_linformer_vit', f'{name}/pytorch_model.bin', 0),
+        load_model,  # and evaluate, report
+        lambda name: load_vit(name, '', 0),  # and export, spectrum, visualize
+        lambda name: load_vit('test_linformer_vit', f'{name}/pytorch_model.bin', 0),
         lambda name: load_backbone(student, name),  # --init
         lambda name: load_teacher(name, student, 16, torch.device('cpu')),  # --teacher
     ):
         with pytest.raises(ValueError, match=r'weights_only=True blocked|Unsupported|cannot be loaded'):
             load(name)
-    with pytest.raises(RuntimeError, match='weights_only=True blocked'):  # the command prints it as an error
-        export.main(name, tmp_path / 'model.pt2')
 
 
 # ------------------------------------------------------------------------------------------- streams, and their shards

@@ -8,8 +8,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models import save_for_hf
 
-import visualize
 from linvision.analysis.attention_map import attention_maps, projection_matrices
+from linvision.cli import visualize
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
 
@@ -116,6 +116,8 @@ def test_pictures_are_written_and_logged(tmp_path):
     save_for_hf(net, str(tmp_path / 'model'), safe_serialization=True)
     for i in range(3):
         Image.new('RGB', (20, 16), (80 * i, 10, 10)).save(tmp_path / f'{i}.png')
+    with pytest.raises(ValueError, match='block must be one of the 3 that the model has, from 0, got 3'):
+        visualize.main(str(tmp_path / 'model'), [tmp_path], tmp_path / 'out', block=3)
     visualize.main(str(tmp_path / 'model'), [tmp_path], tmp_path / 'out', block=0, limit=2)
     names = {'attention_blocks', 'attention_heads', 'projection', 'positions'}
     assert {path.stem for path in (tmp_path / 'out').glob('*.png')} == names

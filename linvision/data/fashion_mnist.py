@@ -7,14 +7,11 @@ compressed otherwise than torchvision's list of checksums expects, so that they 
 
 import gzip
 import shutil
-import subprocess
 from pathlib import Path
 from urllib.error import URLError
 
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
-
-from linvision.data.debian import unpacked
 
 FOLDER = FashionMNIST.__name__  # below the root, as torchvision names it
 PACKAGE = 'dataset-fashion-mnist'
@@ -48,12 +45,11 @@ def fetch(root: Path) -> list[str]:
         'the .gz files': _unpack_present,
         "torchvision's download": _download,
         f'the installed package {PACKAGE}': _unpack_installed,
-        f'apt-get download {PACKAGE}': _unpack_package,
     }.items():
         try:
             raw.mkdir(parents=True, exist_ok=True)
             source(root, raw)
-        except (OSError, RuntimeError, URLError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, URLError) as error:
             failures.append(f'{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}')
         if _complete(raw):
             break
@@ -74,11 +70,6 @@ def _download(root: Path, raw: Path) -> None:
 
 def _unpack_installed(root: Path, raw: Path) -> None:
     _unpack(PACKAGE_FOLDER, raw)
-
-
-def _unpack_package(root: Path, raw: Path) -> None:
-    with unpacked(PACKAGE) as folder:
-        _unpack(folder / PACKAGE_FOLDER.relative_to('/'), raw)
 
 
 def _unpack(folder: Path, raw: Path) -> None:

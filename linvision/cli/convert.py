@@ -1,0 +1,98 @@
+"""A plain ViT as a Linformer ViT: convert it, fit E to images, and report how near the two are.
+
+    linvision convert vit_tiny_patch16_224 --data-dir MY_IMAGES --output-dir outputs/converted
+    linvision convert outputs/my_vit --dataset fashion_mnist --proj-len 64 --output-dir outputs/converted
+
+The first argument is a timm name with pretrained weights, `hf-hub:…`, or the folder of a model (a run's output folder
+too). Fitting takes training images of the set, without labels; agreement is that on its test images. Writes
+`config.json` and `model.safetensors`, which `timm.create_model('local-dir:FOLDER', pretrained=True)`, `linvision
+predict` and `evaluate` and a recipe's `--init` read, and `conversion.json`, which is printed as well.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from timm.models import save_for_hf
+from torch import Tensor
+
+from linvision.cli.images import ImagesOf
+from linvision.cli.pretrained import load_vit
+from linvision.convert import agreement, fit_projection, from_vit
+from linvision.train.parallel import choose_device
+
+
+def counted(batches: Iterable[Tensor], steps: int, seconds: float = 10.0) -> Iterator[Tensor]:
+    """The batches; on the way it is said, every so many seconds, how many were asked for and how long it will take."""
+    start = said = time.perf_counter()
+    for step, images in enumerate(batches):
+        now = time.perf_counter()
+        if step and now - said > seconds:
+            said = now
+            left = (now - start) / step * (steps - step) / 60
+            print(f'fitting: step {step} of {steps}, {left:.1f} min left', file=sys.stderr, flush=True)
+        yield images
+
+
+def main(
+    model: tyro.conf.Positional[str],
+    output_dir: Path = Path('outputs/converted'),
+    checkpoint: str = '',
+    img_size: int = 0,
+    proj_len: int | tuple[int, ...] = 64,
+    projection: str = 'linear',
+    sharing: str = 'layerwise',
+    steps: int = 200,
+    lr: float = 3e-3,
+    dataset: str = 'image_folder',
+    data_dir: Path = Path('data'),
+    batch_size: int = 32,
+    limit: int = 1000,
+    on_bad_image: Literal['stop', 'skip'] = 'stop',
+    device: str = 'auto',
+) -> None:
+    """Convert a model.
+
+    Args:
+        model: A timm name with pretrained weights, `hf-hub:…`, or a folder with a model.
+        output_dir: Folder for the converted model.
+        checkpoint: File with the weights, for a timm name.
+        img_size: Image size, 0 for the model's own.
+        proj_len: K, the number of projected rows; or one for each layer, where each has an E (`--sharing key_value`).
+        projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool' or 'none'.
+        sharing: 'layerwise', 'key_value', 'headwise' or 'none'.
+        steps: Steps of fitting E, a batch each; 0 leaves it as pooling by area.
+        lr: Learning rate of fitting.
+        dataset: Name of the data set.
+        data_dir: Folder that holds the data.
+        batch_size: Images in a batch.
+        limit: Test images to compare on, 0 for all.
+        on_bad_image: What becomes of an image that cannot be read: it stops the conversion, or is left out.
+        device: Torch device; 'auto' takes the accelerator if there is one.
+    """
+    where = choose_device(device)
+    original = load_vit(model, checkpoint, img_size).to(where)
+    converted = from_vit(original, proj_len, projection, sharing)
+    images = ImagesOf(original, dataset, data_dir, batch_size, where, on_bad_image)
+    report = {
+        'original': model,
+        'proj_len': proj_len,
+        'tokens': original.patch_embed.num_patches,
+        'projection': projection,
+        'sharing': sharing,
+        'pooled': agreement(converted, original, images.test(limit)),
+    }
+    if steps and projection not in ('none', 'mean_pool', 'max_pool'):
+        errors = fit_projection(converted, original, counted(images.training(), steps), steps, lr)
+        report['fitted'] = agreement(converted, original, images.test(limit))
+        if report['fitted']['relative_error'] > report['pooled']['relative_error']:
+            logging.warning('the fitted E is further from the original than pooling: try more steps, or a smaller lr.')
+        report['attention_error'] = {'first': errors[0], 'last': errors[-1], 'steps': steps}
+    save_for_hf(converted, str(output_dir), safe_serialization=True)
+    (output_dir / 'conversion.json').write_text(json.dumps(report, indent=2) + '\n')
+    print(json.dumps(report))

@@ -1,0 +1,100 @@
+"""Images by the paths or the data set that a user gives, as a model reads them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from linvision.data import create_batches, create_dataset, part, split_validation
+from linvision.data.image_file import SUFFIXES
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are given, and the images in each folder and below it, by name, without hidden ones.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a folder holds no image.
+    """
+    images = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f'{path} does not exist.')
+        found = [path]
+        if path.is_dir():
+            shown = (p for p in path.rglob('*') if not any(w.startswith('.') for w in p.relative_to(path).parts))
+            found = sorted(p for p in shown if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise FileNotFoundError(f'{path} holds no image ({", ".join(SUFFIXES)}).')
+        images += found
+    return images
+
+
+class ImagesOf:
+    """Images of a set, as a model reads them.
+
+    Args:
+        model: The model, for its size, channels and normalisation.
+        dataset: Name of the set.
+        data_dir: Folder that holds it.
+        batch_size: Images in a batch.
+        device: Where they go.
+        on_bad_image: 'stop', or 'skip' to leave out what cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # one of timm's, with a patch_embed
+        dataset: str,
+        data_dir: Path,
+        batch_size: int,
+        device: torch.device,
+        on_bad_image: str = 'stop',
+    ) -> None:
+        self.model, self.dataset, self.data_dir = model, dataset, data_dir
+        self.batch_size, self.device, self.on_bad_image = batch_size, device, on_bad_image
+
+    def batches(self, split: str, limit: int = 0, without: float = 0.0) -> Any:
+        """A split of the set, or a part of it, cut into batches.
+
+        Args:
+            split: 'train' or 'test'.
+            limit: Take so many images, 0 for all.
+            without: Leave out the validation slice of a run with this `val_fraction` and seed 0.
+
+        Raises:
+            ValueError: The images have other channels than the model.
+        """
+        images, config = create_dataset(self.dataset, self.data_dir, split), resolve_model_data_config(self.model)
+        if images.in_chans != self.model.in_chans:
+            raise ValueError(
+                f'The model takes {self.model.in_chans} channels, but the images of {self.dataset} have '
+                f'{images.in_chans}.'
+            )
+        if without:
+            images, _ = split_validation(images, without, 0)
+        images = part(images, limit)
+        cropping = {'crop_pct': min(config['crop_pct'], 1.0), 'crop_mode': config['crop_mode']}
+        batch_size = min(self.batch_size, len(images))
+        reading = {'on_bad_image': self.on_bad_image, **cropping}
+        return create_batches(images, batch_size, config['mean'], config['std'], self.device, **reading)
+
+    @property
+    def size(self) -> int:
+        """The model's image size."""
+        return self.model.patch_embed.img_size[0]
+
+    def training(self, without: float = 0.0) -> Iterator[Tensor]:
+        """Batches of training images in random order, without end; a validation slice may be left out."""
+        return readable(self.batches('train', without=without).stream(0, 0, self.size))
+
+    def test(self, limit: int) -> Iterator[Tensor]:
+        """Batches of test images."""
+        return readable(self.batches('test', limit).ordered(self.size))
+
+
+def readable(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The images that could be read, which have a label, batch by batch."""
+    return (images[labels >= 0] for images, labels in batches if (labels >= 0).any())

@@ -1,0 +1,88 @@
+"""The `linvision` command: finds the subcommand's module, and turns a user's mistake into one line.
+
+    linvision train fashion_mnist_pixels --epochs 2
+    linvision predict --model outputs/demo MY_IMAGES
+
+A module is imported when its command is called, and only then; its text is the command's `--help`. A mistake ends as
+`error: …` with exit code 1; `LINVISION_TRACEBACK=1` shows where it was raised. Faults of our own keep their traceback.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from linvision.nearest import nearest
+from linvision.version import __version__
+
+COMMANDS = {
+    'train': 'train by a recipe, on one device or under torchrun',
+    'evaluate': 'score a trained model on a data set, at its own image size or another',
+    'predict': 'classify images',
+    'convert': 'a plain ViT as a Linformer ViT, fitted to images',
+    'export': 'a model as a file for torch.export or ONNX',
+    'visualize': 'draw what a model attends to, its projection, its positions',
+    'spectrum': "how low-rank a model's attention is, and which K keeps what",
+    'models': 'the registered models: tokens, K, parameters, multiply-adds',
+}
+
+
+def usage() -> str:
+    """What `linvision --help` prints."""
+    lines = [f'  {name:10} {what}' for name, what in COMMANDS.items()]
+    return '\n'.join(
+        ['usage: linvision COMMAND …', '', *lines, '', 'linvision COMMAND --help: its flags; linvision --version']
+    )
+
+
+@contextmanager
+def mistakes_in_a_line() -> Iterator[None]:
+    """End the program in one line where the user can mend what went wrong.
+
+    Raises:
+        SystemExit: With `error: …`.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, TypeError) as error:
+        # of TypeErrors, those alone that an argument's name makes, as in --dataset-args: others are our own faults
+        ours = isinstance(error, TypeError) and 'unexpected keyword argument' not in str(error)
+        if ours or os.environ.get('LINVISION_TRACEBACK'):
+            raise
+        sys.exit(f'error: {error}')
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        words: The command and its arguments; those of the program by default.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if words in ([], ['-h'], ['--help']):
+        print(usage())
+        sys.exit(0 if words else 2)
+    if words == ['--version']:
+        print(__version__)
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        sys.exit(f'error: {nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
+    with mistakes_in_a_line():
+        logging.basicConfig(format='%(levelname)s: %(message)s')
+        module = importlib.import_module(f'linvision.cli.{name}')
+        if name == 'train':  # its flags are known once the recipe is
+            module.main(rest)
+            return
+        import tyro
+
+        tyro.cli(module.main, prog=f'linvision {name}', description=module.__doc__, args=rest)
+
+
+if __name__ == '__main__':
+    main()

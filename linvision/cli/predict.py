@@ -1,0 +1,94 @@
+"""Classify images with a model that a run exported.
+
+    linvision predict --model outputs/demo IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
+
+Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from timm.data import create_transform, resolve_model_data_config
+
+from linvision.cli.images import find_images
+from linvision.cli.pretrained import load_model
+from linvision.data.image_file import read_image
+
+_logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def predict(
+    model: Any, paths: Sequence[Path], topk: int = 5, batch_size: int = 32, on_bad_image: str = 'stop'
+) -> list[dict[str, Any]]:
+    """The likeliest classes of each image.
+
+    Args:
+        model: The model, in eval mode.
+        paths: Image files.
+        topk: Classes for each image; at most all are given.
+        batch_size: Images that go through the model together.
+        on_bad_image: 'stop' or 'skip' what cannot be read; what is skipped is logged.
+
+    Returns:
+        For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
+    """
+    transform = create_transform(**resolve_model_data_config(model))
+    names = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    results = []
+    for start in range(0, len(paths), batch_size):
+        read = []
+        for path in paths[start : start + batch_size]:
+            try:
+                read.append((path, transform(read_image(path, model.in_chans))))  # (C, height, width)
+            except OSError as error:
+                if on_bad_image == 'stop':
+                    raise OSError(f'{error} --on-bad-image skip leaves such images out.') from error
+                _logger.warning(f'left out: {error}')
+        if not read:
+            continue
+        batch = torch.stack([image for _, image in read])  # (B, C, height, width)
+        probabilities, labels = model(batch).softmax(-1).topk(min(topk, model.num_classes))  # (B, topk) each
+        for (path, _), row, columns in zip(read, probabilities.tolist(), labels.tolist(), strict=True):
+            classes = [{'name': names[i], 'label': i, 'probability': p} for p, i in zip(row, columns, strict=True)]
+            results.append({'image': str(path), 'classes': classes})
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Predictions as text: a line for each image, the likeliest class first."""
+    cells = [[r['image'], *(f'{c["name"]} {100 * c["probability"]:.1f} %' for c in r['classes'])] for r in results]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def main(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    model: str,
+    topk: int = 5,
+    on_bad_image: Literal['stop', 'skip'] = 'stop',
+    as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name='json')] = False,
+) -> None:
+    """Print the likeliest classes of each image.
+
+    Args:
+        images: Image files, and folders of images.
+        model: Output folder of a run, folder with `config.json` and `model.safetensors`, `hf-hub:OWNER/MODEL`, or a
+            name with weights.
+        topk: Classes to print for each image.
+        on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
+        as_json: Print JSON, not a table.
+    """
+    if topk < 1:
+        raise ValueError(f'topk must be at least 1, got {topk}.')
+    if not images:
+        raise ValueError('Expected at least one image or folder after the options.')
+    results = predict(load_model(model), find_images(images), topk, on_bad_image=on_bad_image)
+    if not results:
+        raise OSError('None of the images could be read.')
+    print(json.dumps(results, indent=2) if as_json else table(results))

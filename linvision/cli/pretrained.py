@@ -1,0 +1,50 @@
+"""Models with their weights, by the name or folder that a user gives: timm's, whose attributes no type has."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+
+import linvision  # noqa: F401  (registers the models)
+from linvision.data.image_file import MODES
+from linvision.train.checkpoint import first_line
+from linvision.train.pretrained import is_source, model_folder, source_of
+
+
+def load_model(name: str | Path) -> Any:
+    """A model with its weights, in eval mode.
+
+    Args:
+        name: Folder with `config.json` and `model.safetensors`, a run's output folder, `hf-hub:OWNER/MODEL`, or a name
+            with weights.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it lacks one of the two.
+        ValueError: They cannot be loaded, or the model takes no ordinary images.
+    """
+    source = source_of(str(name)) if is_source(str(name)) else f'local-dir:{model_folder(Path(name))}'
+    try:
+        model = timm.create_model(source, pretrained=True).eval()
+    except Exception as error:  # whatever timm, json and safetensors make of a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f'The model in {name} cannot be loaded: {reason}') from error
+    if not model.num_classes:
+        raise ValueError(f'The model in {name} is a backbone without classes: start a recipe from it with --init.')
+    if model.in_chans not in MODES:
+        raise ValueError(f'The model in {name} takes images of {model.in_chans} channels; 1 or 3 were expected.')
+    return model
+
+
+def load_vit(name: str, checkpoint: str, img_size: int) -> Any:
+    """The original: a timm name or a folder, with its own weights or those of a file, in eval mode.
+
+    Raises:
+        ValueError: Neither is there, or the weights are not to be loaded.
+    """
+    if not is_source(name):
+        raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
+    size: dict[str, Any] = {'img_size': img_size} if img_size else {}
+    try:
+        return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
+    except RuntimeError as error:  # weights of another shape, or a file that is more than weights
+        raise ValueError(f'The weights of {checkpoint or name} cannot be loaded: {first_line(error)}') from error

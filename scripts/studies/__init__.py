@@ -1,0 +1,1 @@
+"""What choices and claims are worth, by training: `python -m scripts.studies.run --list`."""

@@ -1,0 +1,107 @@
+"""A plain convolutional network as large as the pico models, trained by the clock, to compare pixel models with.
+
+    python -m scripts.tools.plain_cnn --minutes 20 --threads 1
+
+Five 3×3 convolutions with batch norm and ReLU, two poolings, a mean over the image; AdamW, one cycle of the learning
+rate, flips, on the data of `recipes/fashion_mnist_pixels.py`. Scores all test images; prints JSON.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+
+from linvision.data import Augmentation, create_batches, create_dataset, split_validation
+from linvision.train.evaluate import evaluate
+from linvision.train.metrics import machine
+
+WIDTHS = (38, 77, 154)  # 202,073 parameters with one channel and ten classes
+BATCH_SIZE, LR, WARMUP = 128, 4e-3, 0.1
+
+
+def plain_cnn(in_chans: int, num_classes: int) -> nn.Sequential:
+    """The network."""
+    a, b, c = WIDTHS
+
+    def conv(before: int, after: int) -> list[nn.Module]:
+        return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+
+    layers = [*conv(in_chans, a), *conv(a, a), nn.MaxPool2d(2), *conv(a, b), *conv(b, b), nn.MaxPool2d(2), *conv(b, c)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, num_classes))
+
+
+def train_cnn(
+    dataset: str, data_dir: Path, minutes: float, val_fraction: float = 0.0, lr: float = LR, seed: int = 0
+) -> dict[str, Any]:
+    """Train for some minutes, then score.
+
+    Args:
+        dataset: Name of a dataset in memory.
+        data_dir: The folder that holds it.
+        minutes: Minutes of training.
+        val_fraction: Share of the training set that is kept apart and scored instead of the test set (0: none).
+        lr: Highest learning rate.
+        seed: Seed of weights, order and augmentation.
+
+    Returns:
+        Scores, `images_seen`, `train_minutes`, `num_parameters`.
+    """
+    torch.manual_seed(seed)
+    train_set, val_set = split_validation(create_dataset(dataset, data_dir, 'train'), val_fraction, seed)
+    test_set = val_set if val_fraction else create_dataset(dataset, data_dir, 'test')
+    statistics, device = train_set.statistics(), torch.device('cpu')
+    batches = create_batches(train_set, BATCH_SIZE, *statistics, device, Augmentation('kornia', hflip=0.5))
+    model = plain_cnn(train_set.in_chans, len(train_set.classes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    start, steps, progress = time.perf_counter(), 0, 0.0
+    for images, labels in batches.stream(seed, 0, train_set.img_size):
+        for group in optimizer.param_groups:  # up in a line, then down in a line
+            group['lr'] = lr * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        steps, progress = steps + 1, (time.perf_counter() - start) / (60 * minutes)
+        if progress >= 1:
+            break
+    return {
+        **evaluate(model, create_batches(test_set, 100, *statistics, device), train_set.img_size),
+        'images_seen': steps * BATCH_SIZE,
+        'train_minutes': progress * minutes,
+        'num_parameters': sum(p.numel() for p in model.parameters()),
+        'lr': lr,
+        'seed': seed,
+        **machine(device),
+    }
+
+
+def main(
+    minutes: float = 20.0,
+    dataset: str = 'fashion_mnist',
+    data_dir: Path = Path('data'),
+    val_fraction: float = 0.0,
+    lr: float = LR,
+    seed: int = 0,
+    threads: int = 0,
+) -> None:
+    """Train and score the network.
+
+    Args:
+        minutes: Minutes of training.
+        dataset: Name of a dataset in memory.
+        data_dir: The folder that holds it.
+        val_fraction: Share of the training set that is kept apart and scored instead of the test set (0: none).
+        lr: Highest learning rate.
+        seed: Seed of weights, order and augmentation.
+        threads: CPU threads (0: torch's choice).
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    print(json.dumps(train_cnn(dataset, data_dir, minutes, val_fraction, lr, seed), indent=2))
+
+
+if __name__ == '__main__':
+    tyro.cli(main, description=__doc__)
