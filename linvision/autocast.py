@@ -6,9 +6,9 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that linear layers compute x in: that of autocast, where it is on."""
-    device = x.device.type
-    if device == 'meta':  # of which torch knows no autocast, and a plan is made on it
+    if x.is_meta:  # a device that autocast does not know
         return x.dtype
+    device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
