@@ -15,9 +15,11 @@ RECIPES = [p for p in FILES if p.stem not in ('__init__', OWN_LOOP)]
 NAMES = {
     'fashion_mnist_pixels',
     'cifar10_pixels',
+    'cifar10_pixels_pico',
     'cifar10_patch2',
     'cifar100_pixels',
     'imagenette_patch4',
+    'tiny_imagenet_pico',
     'imagenet_patch16',
     'imagenet_patch4',
     'imagenet_pixels',

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.models import PretrainedCfg
 from torch import Tensor
 
-from linvision.data import Augmentation, Batches, Images, create_batches, create_dataset, split_validation
+from linvision.data import Augmentation, Batches, Images, ImageSet, create_batches, create_dataset, split_validation
 from linvision.data.folders import ImageFiles
 from linvision.data.loader_batches import LoaderBatches
 from linvision.train.model import empty_model
@@ -136,6 +136,16 @@ class TrainingData:
                 )
         return notes
 
+    @property
+    def note(self) -> str:
+        """What a result on the images must say of them; '' of most."""
+        return self.train_set.note if isinstance(self.train_set, ImageSet) else ''
+
+    @property
+    def title(self) -> str:
+        """Name of the set, with its note."""
+        return f'{self.recipe.data.dataset} ({self.note})' if self.note else self.recipe.data.dataset
+
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""
         return self.batches.stream(self.recipe.run.seed, step, img_size)
@@ -152,4 +162,6 @@ class TrainingData:
 def fingerprint(images: Images) -> dict[str, Any]:
     """How many images a set has, and a digest of its classes and, for files, of their names."""
     words = [*images.classes, *(images.names if isinstance(images, ImageFiles) else [])]
+    if isinstance(images, ImageSet) and images.digest:
+        words.append(images.digest)
     return {'num_images': len(images), 'digest': hashlib.sha256(os.fsencode('\n'.join(words))).hexdigest()}

@@ -127,7 +127,7 @@ class TrainingRun:
         self.board.say(
             f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters at '
             f'{self.img_size}×{self.img_size}, '
-            f'{recipe.data.dataset}: {len(self.data.train_set):,} training images, {joined.device}, '
+            f'{self.data.title}: {len(self.data.train_set):,} training images, {joined.device}, '
             f'{self.learner.precision}, {torch.get_num_threads()} thread(s)'
             + (f', {joined.count} processes ({recipe.run.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.progress.step}' if found else '')

@@ -64,6 +64,7 @@ def run_metrics(
         'precision': learner.precision,
         'recipe': recipe.to_dict(),
         'images': data.fingerprint,
+        **({'data_note': data.note} if data.note else {}),
         'seed': recipe.run.seed,
         **machine(processes.device),
         'processes': processes.count,

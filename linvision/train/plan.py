@@ -24,7 +24,7 @@ def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Proces
     batch, optim, length = recipe.data, recipe.optim, recipe.run
     lines = [
         f'model        {recipe.model}, {parameters:,} parameters, {learner.precision}',
-        f'data         {batch.dataset}: {len(data.train_set):,} images, {len(data.train_set.classes)} classes'
+        f'data         {data.title}: {len(data.train_set):,} images, {len(data.train_set.classes)} classes'
         + (f', {data.validation.order.n:,} more for validation' if data.validation else ''),
         f'batch        {batch.batch_size} images = {processes.count} processes × {batch.accumulate} parts × {images}',
         f'optimizer    {optim.opt}, learning rate {optim.lr:g}, {optim.sched}, warm-up {100 * optim.warmup:g} %',
