@@ -17,6 +17,8 @@ prepare_environment dev
 echo '== ruff (seconds)'
 "$python" -m ruff check
 "$python" -m ruff format --check
+echo '== mypy (seconds to a minute)'
+"$python" -m mypy
 
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from linvision.data.augmentation import Augmentation
+from linvision.data.datasets import Images
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
 from linvision.data.loader_batches import BadImages, LoaderBatches, evaluation_transform
@@ -17,7 +19,7 @@ Batches = DeviceBatches | LoaderBatches  # a StreamBatches is one too
 
 
 def create_batches(
-    images: Any,
+    images: Images,
     batch_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -87,7 +89,8 @@ def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center', on_bad_
         raise ValueError('The images have no size of their own: name one.')
     mean = images.statistics()[0] if crop_mode == 'border' else (0.0,) * images.in_chans  # the border's colour
     change = evaluation_transform(mean, size, 1.0, crop_mode)
-    pixels, labels = [], []
+    pixels: list[Tensor] = []
+    labels: list[int] = []
     for i in range(len(images)):
         try:
             image, label = images[i]

@@ -156,7 +156,7 @@ def _fake(
     return ImageSet(images, labels, tuple(f'bar {i}' for i in range(num_classes)), img_size)
 
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., Images]] = {
     'fashion_mnist': _fashion_mnist,
     'cifar10': _cifar(CIFAR10),
     'cifar100': _cifar(CIFAR100),
