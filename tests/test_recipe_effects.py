@@ -14,8 +14,8 @@ from linvision.train.model import empty_model, resolved
 from linvision.train.optimizer import create_schedule
 from linvision.train.parallel import Processes
 
-NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / 'recipes').glob('*.py') if p.stem != 'segment_pixels')
-MADE_BY_SCRIPT = 'outputs/converted'  # scripts/convert_vit.py
+NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / 'recipes').glob('*.py') if p.stem not in ('__init__', 'segment_pixels'))
+MADE_BY_COMMAND = 'outputs/converted'  # linvision convert
 
 
 def recipe_of(name: str) -> Recipe:
@@ -26,7 +26,7 @@ def recipe_of(name: str) -> Recipe:
 def test_a_recipe_is_valid_as_it_stands(name):
     recipe, left_behind = recipe_of(name), {str(recipe_of(other).run.output_dir) for other in NAMES}
     for weights in filter(None, (recipe.init, recipe.optim.teacher)):
-        assert weights in {*left_behind, MADE_BY_SCRIPT} or timm.is_model(weights), f'nothing makes {weights}'
+        assert weights in {*left_behind, MADE_BY_COMMAND} or timm.is_model(weights), f'nothing makes {weights}'
     if recipe.init and not timm.is_model(recipe.init):  # another recipe comes first
         recipe = recipe.replace(init='', model=recipe.model or recipe_of('fashion_mnist_vit').model)
     recipe = resolved(recipe)
