@@ -1,4 +1,7 @@
-"""The dtype that autocast computes in, and tensors cast to it once."""
+"""The dtype that autocast computes in, and tensors cast to it once.
+
+Where a module of a model calls `in_compute_dtype`, it calls `torch.fx.wrap('in_compute_dtype')` too.
+"""
 
 import torch
 from torch import Tensor
@@ -12,7 +15,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-@torch.fx.wrap
 def in_compute_dtype(x: Tensor) -> Tensor:
     """A tensor in the dtype that it is computed in: cast here once, and not by each operation that reads it."""
     if not torch.jit.is_scripting():

@@ -14,7 +14,9 @@ from linvision.train.model import empty_model, resolved
 from linvision.train.optimizer import create_schedule
 from linvision.train.parallel import Processes
 
-NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / 'recipes').glob('*.py') if p.stem not in ('__init__', 'segment_pixels'))
+NAMES = sorted(
+    p.stem for p in (Path(__file__).parents[1] / 'recipes').glob('*.py') if p.stem not in ('__init__', 'segment_pixels')
+)
 MADE_BY_COMMAND = 'outputs/converted'  # linvision convert
 
 

@@ -306,3 +306,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     if query.is_cpu and low and key.shape[-2] <= 1024:
         return F.dropout(attention_weights(query * query.shape[-1] ** -0.5, key, mask), dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+# a function of another module, which a trace calls as it is
+torch.fx.wrap('in_compute_dtype')

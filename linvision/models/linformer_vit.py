@@ -409,4 +409,5 @@ def resize_on_load(model: 'LinformerVisionTransformer', state_dict: dict[str, An
 
 # functions of another module, which a trace calls as they are
 torch.fx.wrap('check_image')
+torch.fx.wrap('in_compute_dtype')
 torch.fx.wrap('refuse_mask')

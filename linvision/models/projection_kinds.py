@@ -117,9 +117,7 @@ class Separable(Kind):
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-        E_h, E_w = factors[0], factors[1].unsqueeze(-3)  # (..., K_h, h), (..., 1, K_w, w)
-        if x.ndim == 3 and E_h.ndim == 2:  # else the product would fold the images into one matrix, a copy of x
-            E_h = E_h.expand(x.shape[0], -1, -1)
+        E_h, E_w = for_each_image(factors[0], x), factors[1].unsqueeze(-3)  # (..., K_h, h), (..., 1, K_w, w)
         x = x.unflatten(-2, grid)  # (..., h, w, D)
         if grid[1] > grid[0]:  # the longer axis first: fewer products
             x = (E_w @ x).flatten(-2)  # (..., h, K_w*D)
@@ -227,6 +225,12 @@ def cells(x: Tensor, grid: tuple[int, int], rows: tuple[int, int], padding: floa
     if grid[0] % size[0] or grid[1] % size[1]:
         x = F.pad(x, (0, 0, 0, -grid[1] % size[1], 0, -grid[0] % size[0]), value=padding)
     return x.unflatten(-2, (-1, size[1])).unflatten(-4, (-1, size[0]))
+
+
+@torch.fx.wrap
+def for_each_image(E: Tensor, x: Tensor) -> Tensor:
+    """A matrix with a view of itself for each image: a product with one alone would fold the images, a copy of x."""
+    return E.expand(x.shape[0], -1, -1) if x.ndim == 3 and E.ndim == 2 else E
 
 
 @torch.fx.wrap
