@@ -6,6 +6,8 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that linear layers compute x in: that of autocast, where it is on."""
+    if x.is_meta:  # a device that autocast does not know
+        return x.dtype
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
