@@ -41,7 +41,10 @@ def create_batches(
         augmentation: What is changed at random in training; nothing by default.
         rank: Number of this process.
         count: How many processes share a batch; it must divide `batch_size` in training.
-        crop_pct, crop_mode, workers, on_bad_image: For sets that are read one by one: see `LoaderBatches`.
+        crop_pct: Of sets that are read one by one, as all that follow: see `LoaderBatches`.
+        crop_mode: What becomes of images that are not square.
+        workers: Worker processes.
+        on_bad_image: 'stop' or 'skip'.
 
     Raises:
         ValueError: What the augmentation's library cannot do to such images, or a mean of other channels.
