@@ -131,3 +131,18 @@ def test_every_page_that_runs_is_run():
 def test_pathfinder(tmp_path, monkeypatch, capsys):
     names, _ = run('pathfinder.md', tmp_path, monkeypatch)
     assert names['image'].size == (32, 32) and names['images'].classes[names['label']] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_readme(tmp_path):
+    """Its Python runs as it stands, from 65,536 tokens to a converted ViT."""
+    names: dict = {}
+    for kind, code in BLOCK.findall((ROOT / 'README.md').read_text()):
+        if kind == 'python':
+            exec(compile(code, 'README.md', 'exec'), names)
+    assert names['logits'].shape == (1, 10) and names['maps'][0].shape == (1, 64, 256, 256)
+    assert names['long'].patch_embed.num_patches == 1024
+
+
+def test_readme_is_read_in_two_minutes():
+    assert len((ROOT / 'README.md').read_text().split()) <= 1000
