@@ -111,21 +111,17 @@ def test_notebook(tmp_path, monkeypatch, capsys):
             assert not cell['outputs'] and cell['execution_count'] is None
             exec(compile(''.join(cell['source']), 'start.ipynb', 'exec'), names)
     said = capsys.readouterr().out
-    assert 'top-1 100.00 %' in said and list(names['tuned'].pretrained_cfg['label_names']) == [
-        'Bag',
-        'T-shirt',
-        'Trouser',
-    ]
+    assert 'top-1 100.00 %' in said
+    assert list(names['tuned'].pretrained_cfg['label_names']) == ['Bag', 'T-shirt', 'Trouser']
     assert (np.array(names['spectrum'].lengths(0.01)) < 64).all()
 
 
 def test_every_page_that_runs_is_run():
     text = Path(__file__).read_text()
     pages = [page for page in (ROOT / 'docs').rglob('*.md') if re.search('^```python', page.read_text(), re.M)]
-    for page in pages:
-        assert page.relative_to(ROOT / 'docs').with_suffix('').as_posix() in text, (
-            f'{page} has Python that nothing runs'
-        )
+    names = {page.relative_to(ROOT / 'docs').with_suffix('').as_posix() for page in pages}
+    not_run = {'own_images', 'results'}  # one fetches Fashion-MNIST, the other shows three lines of a study
+    assert [name for name in names - not_run if f'{name}.md' not in text and f"'{name}'" not in text] == []
 
 
 def test_pathfinder(tmp_path, monkeypatch, capsys):
