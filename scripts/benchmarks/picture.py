@@ -1,6 +1,6 @@
 """Time against tokens, three lines: the picture of the README.
 
-    python -m scripts.benchmarks.picture
+python -m scripts.benchmarks.picture
 """
 
 import json
