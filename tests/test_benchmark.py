@@ -97,6 +97,7 @@ def test_the_table_gives_medians_ratios_and_reasons():
     assert '| 4,096, fp32 | 4 | 50 % of 8 | 80 % of 5 |' in text
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
     names = ('linvision', 'ViT, fused')
     speed.main(tmp_path / 'b', False, names, (64,), ('training',), ('fp32',), repeats=2, threads=1)

@@ -23,6 +23,7 @@ from linvision.models.projection_kinds import PROJECTIONS
 KINDS = [*PROJECTIONS, 'none']
 QUICK = ('linear', 'separable')  # what registered models have
 MARKED = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+ONE_AND_SLOW = ['separable', *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != 'separable')]
 
 
 def create(name: str = 'test_linformer_vit', **kwargs) -> nn.Module:
@@ -66,7 +67,7 @@ def test_fx_trace_takes_every_position_embedding(pos_embed):
     assert torch.equal(create_feature_extractor(model, ['head'])(batch())['head'], model(batch()))
 
 
-@pytest.mark.parametrize('kind', MARKED)
+@pytest.mark.parametrize('kind', ONE_AND_SLOW)
 def test_compiled_in_one_graph_gives_the_same_logits(kind):
     model = create(projection=kind)
     torch._dynamo.reset()
@@ -88,7 +89,7 @@ def test_compiled_by_inductor_gives_the_same_logits_and_gradients():
     torch.testing.assert_close(compiled_gradients, gradients(model, batch()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', MARKED)
+@pytest.mark.parametrize('kind', ONE_AND_SLOW)
 @pytest.mark.filterwarnings('ignore')  # what onnxscript and its packages deprecate among themselves
 def test_onnxruntime_agrees(kind, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='needs the [onnx] extra')
@@ -216,7 +217,7 @@ def test_autocast_error_is_at_most_twice_that_of_timms_vit(kind, dtype):
     assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.parametrize('training', [False, True])
 def test_nothing_overflows_at_65536_tokens(dtype, training):
     model = create(img_size=256, depth=1, proj_len=256, projection='separable').to(dtype)

@@ -42,6 +42,7 @@ def run(page, folder, monkeypatch):
     return names, printed
 
 
+@pytest.mark.slow
 def test_classify(tmp_path, monkeypatch, capsys):
     pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
     _, printed = run('classify.md', tmp_path, monkeypatch)

@@ -13,7 +13,7 @@ def class_token_model():
     return from_vit(vit, 4, 'separable')
 
 
-@pytest.mark.parametrize('suffix', ['.pt2', '.onnx'])
+@pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.onnx', marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings('ignore')  # what onnxscript and torch.export deprecate among themselves
 def test_an_exported_file_gives_the_models_outputs_on_other_images_and_batches(suffix, tmp_path):
     pytest.importorskip('onnxscript', reason='needs the [onnx] extra')

@@ -35,6 +35,8 @@ values = json.loads(sys.argv[2])
 train(Recipe.from_dict(values))
 """
 
+FIRST = 'while a checkpoint is written'  # the others are slow
+
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory) -> Recipe:
@@ -59,7 +61,9 @@ def whole(recipe) -> dict[str, torch.Tensor]:
     return weights(recipe.run.output_dir)
 
 
-@pytest.mark.parametrize('kill', KILLS)
+@pytest.mark.parametrize(
+    'kill', [FIRST, *(pytest.param(kill, marks=pytest.mark.slow) for kill in KILLS if kill != FIRST)]
+)
 def test_a_killed_run_ends_with_the_weights_of_one_that_never_stopped(kill, recipe, whole, tmp_path):
     recipe = recipe.replace(output_dir=tmp_path)
     command = [sys.executable, '-c', SCRIPT, json.dumps(KILLS[kill]), json.dumps(recipe.to_dict())]

@@ -15,9 +15,11 @@ RECIPES = [p for p in FILES if p.stem not in ('__init__', OWN_LOOP)]
 NAMES = {
     'fashion_mnist_pixels',
     'cifar10_pixels',
+    'cifar10_pixels_pico',
     'cifar10_patch2',
     'cifar100_pixels',
     'imagenette_patch4',
+    'tiny_imagenet_pico',
     'imagenet_patch16',
     'imagenet_patch4',
     'imagenet_pixels',
@@ -77,7 +79,10 @@ def test_a_pathfinder_recipe_trains_on_pathfinder(recipe, tmp_path):
     assert made[:128].all() and not made[128:].any()  # kept for the next epoch
 
 
-@pytest.mark.parametrize('name', ['cifar10_patch2', 'imagenet_patch4', 'masked_pixels'])
+@pytest.mark.parametrize(
+    'name',
+    ['cifar10_patch2', *(pytest.param(name, marks=pytest.mark.slow) for name in ('imagenet_patch4', 'masked_pixels'))],
+)
 def test_a_recipe_trains_in_two_processes_by_torchrun(name, tmp_path):
     recipe = next(path for path in RECIPES if path.stem == name)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']

@@ -73,8 +73,9 @@ def test_parameter_count_follows_the_closed_formula(name):
 
 
 def marked(name: str):
-    """The name, marked slow where its model is large."""
-    return pytest.param(name, marks=pytest.mark.slow) if '_base_' in name or '_large_' in name else name
+    """The name, marked slow where its model is large, or wide with many tokens."""
+    large = '_base_' in name or '_large_' in name or ('_small_' in name and tokens(name) > 300)
+    return pytest.param(name, marks=pytest.mark.slow) if large else name
 
 
 @pytest.mark.parametrize('name', [marked(name) for name in NAMES if tokens(name) <= 4096])

@@ -232,6 +232,7 @@ def with_metadata(recipe, folder, content):
     return recipe.replace(output_dir=folder)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_to_the_weights_of_one_that_never_stopped(sharded, tmp_path):
     whole = sharded.replace(output_dir=tmp_path / 'whole', opt='muon')
     parts = whole.replace(output_dir=tmp_path / 'parts')

@@ -151,7 +151,10 @@ class AlbumentationsTransform:
         return torch.from_numpy(np.ascontiguousarray(array.reshape(self.size, self.size, -1).transpose(2, 0, 1)))
 
 
-TRANSFORMS = {'torchvision': TorchvisionTransform, 'albumentations': AlbumentationsTransform}
+TRANSFORMS: dict[str, Callable[[Augmentation, int, tuple[float, ...]], Transform]] = {
+    'torchvision': TorchvisionTransform,
+    'albumentations': AlbumentationsTransform,
+}
 
 
 class KorniaBatches:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from linvision.data.augmentation import Augmentation
+from linvision.data.datasets import Images
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
-from linvision.data.loader_batches import LoaderBatches, evaluation_transform
+from linvision.data.loader_batches import BadImages, LoaderBatches, evaluation_transform
 from linvision.data.order import Order
 from linvision.data.preparation import Preparation
 from linvision.data.stream_batches import StreamBatches
@@ -17,7 +19,7 @@ Batches = DeviceBatches | LoaderBatches  # a StreamBatches is one too
 
 
 def create_batches(
-    images: Any,
+    images: Images,
     batch_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -41,12 +43,13 @@ def create_batches(
         augmentation: What is changed at random in training; nothing by default.
         rank: Number of this process.
         count: How many processes share a batch; it must divide `batch_size` in training.
-        crop_pct: Of sets that are read one by one, as all that follow: see `LoaderBatches`.
+        crop_pct: Of sets that are read one by one, as the next two: see `LoaderBatches`.
         crop_mode: What becomes of images that are not square.
         workers: Worker processes.
-        on_bad_image: 'stop' or 'skip'.
+        on_bad_image: 'stop' or 'skip' what cannot be read.
 
     Raises:
+        OSError: An image of a set in memory could not be read, with 'stop'.
         ValueError: What the augmentation's library cannot do to such images, or a mean of other channels.
     """
     if not len(mean) == len(std) == images.in_chans:
@@ -57,10 +60,14 @@ def create_batches(
     augmentation.check(images.in_chans)
     order = Order(len(images), batch_size, rank, count)
     preparation = Preparation(mean, std, device, augmentation, order)
+    bad_images = BadImages(on_bad_image)
+    bad_images.note(images.unreadable if isinstance(images, ImageSet) else ())
     if isinstance(images, ImageSet) and (preparation.augments or not augmentation.active):
-        return DeviceBatches(images, order, preparation)
+        return DeviceBatches(images, order, preparation, bad_images)
     kind = StreamBatches if isinstance(images, TimmStream) else LoaderBatches
-    return kind(images, order, preparation, augmentation, crop_pct, crop_mode, workers, on_bad_image)
+    batches = kind(images, order, preparation, augmentation, crop_pct, crop_mode, workers, on_bad_image)
+    batches.bad_images.update(bad_images)
+    return batches
 
 
 def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center', on_bad_image: str = 'stop') -> ImageSet:
@@ -77,13 +84,15 @@ def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center', on_bad_
         ValueError: No size is named, and the set has none.
     """
     if isinstance(images, ImageSet):
+        BadImages(on_bad_image).note(images.unreadable)
         return images
     size = img_size or images.img_size
     if not size:
         raise ValueError('The images have no size of their own: name one.')
     mean = images.statistics()[0] if crop_mode == 'border' else (0.0,) * images.in_chans  # the border's colour
     change = evaluation_transform(mean, size, 1.0, crop_mode)
-    pixels, labels = [], []
+    pixels: list[Tensor] = []
+    labels: list[int] = []
     for i in range(len(images)):
         try:
             image, label = images[i]

@@ -4,6 +4,9 @@
 | --- | --- |
 | fashion_mnist | FashionMNIST/raw; fetched |
 | cifar10, cifar100 | cifar-10-batches-py, cifar-100-python; fetched by torchvision |
+| the same, as image files | train/CLASS/ and test/CLASS/, or cifar10/train …; what comes of it carries a note |
+| tiny_imagenet | tiny-imagenet-200, as unpacked; fetched. Or train/WNID/ and val/WNID/, or tiny_imagenet/train … |
+| imagenet32, imagenet64 | train/WNID/ and val/WNID/ with images of that size, or imagenet32/train … |
 | imagenette | imagenette2-320; fetched by torchvision |
 | imagenet | train/ and val/ with a folder for each WordNet id, or imagenet/train and imagenet/val |
 | image_folder | train/CLASS/ and val/CLASS/, or CLASS/, which is then split |
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from linvision.data import fashion_mnist
+from linvision.data import fashion_mnist, small_images
 from linvision.data.folders import IMAGENETTE, ImageFiles, holds_images, image_folder, imagenet, imagenette
 from linvision.data.image_set import ImageSet
 from linvision.data.pathfinder import Pathfinder, pathfinder
@@ -33,6 +36,7 @@ PLACES = {  # of what is fetched, below its root
     'cifar10': CIFAR10.base_folder,
     'cifar100': CIFAR100.base_folder,
     'imagenette': IMAGENETTE,
+    'tiny_imagenet': small_images.TINY_IMAGENET,
 }
 Images = ImageSet | ImageFiles | Pathfinder | TimmImages | TimmStream
 
@@ -63,7 +67,7 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
         raise ValueError(nearest('split', split, SPLITS))
     if split == 'all' and name != 'image_folder':
         raise ValueError(f"Only an image_folder has a split 'all', not {name}: take 'train' or 'test'.")
-    if name in PLACES and not (Path(root) / PLACES[name]).exists() and holds_images(Path(root)):
+    if name in PLACES and not is_there(name, Path(root)) and holds_images(Path(root)):
         raise ValueError(
             f'{root} holds folders of images, and {name} is not among them. For your own images say --dataset '
             f'image_folder; to fetch {name}, name another folder with --data-dir.'
@@ -80,12 +84,18 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
         ) from error
 
 
+def is_there(name: str, root: Path) -> bool:
+    """Whether a set that is fetched lies below a root, in one of the forms it has."""
+    return (root / PLACES[name]).exists() or small_images.found(name, root) is not None
+
+
 def part(images: Images, count: int) -> Images:
     """So many images of a set (0: all): the first, or, of files, which are sorted by class, some evenly over all."""
     if not 0 < count < len(images):
         return images
     index = torch.arange(count)
-    return images.subset(index * len(images) // count if isinstance(images, ImageFiles) else index)
+    from_files = isinstance(images, ImageFiles) or isinstance(images, ImageSet) and images.digest != ''
+    return images.subset(index * len(images) // count if from_files else index)
 
 
 def split_validation(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -106,17 +116,21 @@ def _fashion_mnist(root: Path, split: str, download: bool) -> ImageSet:
     return ImageSet(images.unsqueeze(1), labels, classes, img_size=32)
 
 
-def _cifar(kind: type[CIFAR10]) -> Callable[[Path, str, bool], ImageSet]:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), by torchvision."""
+def _cifar(kind: type[CIFAR10]) -> Callable[[Path, str, bool], ImageSet | ImageFiles]:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), by torchvision, or as image files where those alone are there."""
 
-    def load(root: Path, split: str, download: bool) -> ImageSet:
-        folder = root / kind.base_folder
+    def load(root: Path, split: str, download: bool) -> ImageSet | ImageFiles:
+        folder, name = root / kind.base_folder, kind.__name__.lower()
+        of_files = small_images.found(name, root)
+        if of_files and not folder.is_dir():
+            return small_images.cifar_files(of_files, name, split, download)
         try:
             data = kind(str(root), split == 'train', download=download and not folder.is_dir())
         except (RuntimeError, OSError) as error:
             raise FileNotFoundError(
                 f'{kind.__name__} is not in {folder}, or not whole, and could not be fetched ({error}). Unpack '
-                f'{kind.filename} (its "python version") into {root}, so that {folder} holds its batches.'
+                f'{kind.filename} (its "python version") into {root}, so that {folder} holds its batches, or put image '
+                f'files into {root / name}/train/CLASS/ and {root / name}/test/CLASS/.'
             ) from error
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (n, H, W, C) -> (n, C, H, W)
         return ImageSet(images, torch.tensor(data.targets), tuple(data.classes), img_size=32)
@@ -142,11 +156,14 @@ def _fake(
     return ImageSet(images, labels, tuple(f'bar {i}' for i in range(num_classes)), img_size)
 
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., Images]] = {
     'fashion_mnist': _fashion_mnist,
     'cifar10': _cifar(CIFAR10),
     'cifar100': _cifar(CIFAR100),
     'imagenette': imagenette,
+    'tiny_imagenet': small_images.small_imagenet('tiny_imagenet'),
+    'imagenet32': small_images.small_imagenet('imagenet32'),
+    'imagenet64': small_images.small_imagenet('imagenet64'),
     'imagenet': lambda root, split, download: imagenet(root, split),
     'image_folder': lambda root, split, download: image_folder(root, split),
     'pathfinder': pathfinder,

@@ -1,6 +1,6 @@
 """Batches of a set that lives on the device as uint8, and is augmented there by kornia."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,14 +17,17 @@ class DeviceBatches:
         images: The set; images smaller than its `img_size` are bordered with the mean colour.
         order: Which image stands in which batch, and for which process.
         preparation: What happens to a batch.
+        bad_images: What is not in the set, since it could not be read, in words.
     """
 
-    def __init__(self, images: ImageSet, order: Order, preparation: Preparation) -> None:
+    def __init__(
+        self, images: ImageSet, order: Order, preparation: Preparation, bad_images: Iterable[str] = ()
+    ) -> None:
         self.order, self.preparation = order, preparation
         self.images = images.on_canvas(preparation.mean).images.to(preparation.device)
         self.labels = images.labels.to(preparation.device)
         self.img_size = images.img_size
-        self.bad_images: set[str] = set()  # there are none: see LoaderBatches
+        self.bad_images: set[str] = set(bad_images)
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches without end, from a step of the run on.

@@ -31,9 +31,10 @@ def read_image(source: Any, in_chans: int, name: str | Path = '', smallest: int 
         OSError: It cannot be read as an image; the message names it.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(source) as file:
             if smallest:
-                image.draft(None, (smallest, smallest))
+                file.draft(None, (smallest, smallest))
+            image: Image.Image = file
             if image.mode == 'I' and image.format == 'PPM':  # 16 bits, which PIL keeps in 32
                 image = image.point(lambda value: value / 256).convert('L')
             return eight_bits(ImageOps.exif_transpose(image)).convert(MODES[in_chans])

@@ -1,6 +1,7 @@
 """A labelled set of images that fits into memory."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,9 @@ class ImageSet:
         labels: (n), int64.
         classes: Names of the classes, by label.
         img_size: The size that a model sees: smaller images are centred on a canvas of this size, in the mean colour.
+        note: What a result on them must say of them: 'JPEG copy'.
+        unreadable: What could not be read and is not among them, in words.
+        digest: Of the files' names, where they were read from files, which are sorted by class; '' elsewhere.
         uncropped: Whether images are read at their own size and whole, whatever size and crop a model was made for.
     """
 
@@ -23,6 +27,9 @@ class ImageSet:
     labels: Tensor = field(repr=False)
     classes: tuple[str, ...]
     img_size: int
+    note: str = ''
+    unreadable: tuple[str, ...] = field(default=(), repr=False)
+    digest: str = field(default='', repr=False)
     uncropped: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -45,11 +52,11 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> 'ImageSet':
         """The images at the given positions."""
-        return ImageSet(self.images[index], self.labels[index], self.classes, self.img_size)
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, on the scale 0..1 and rounded to four digits."""
-        return statistics(self.images.transpose(0, 1).flatten(1))
+        return statistics(self.images.unbind(1))
 
     def on_canvas(self, mean: tuple[float, ...]) -> 'ImageSet':
         """Each image in the middle of a canvas of the mean colour, as timm's crop mode 'border' has it."""
@@ -60,7 +67,7 @@ class ImageSet:
         top, left = (size - H) // 2, (size - W) // 2
         canvas = fill_colour(mean).expand(n, C, size, size).clone()
         canvas[:, :, top : top + H, left : left + W] = self.images
-        return ImageSet(canvas, self.labels, self.classes, size)
+        return replace(self, images=canvas)
 
     def data_config(self, crop_pct: float, crop_mode: str = 'center') -> dict[str, Any]:
         """How timm reads such an image as training did: fitted into its part of the canvas, with a border around it."""
@@ -74,7 +81,17 @@ def fill_colour(mean: tuple[float, ...]) -> Tensor:
     return torch.tensor(mean).mul(255).round().to(torch.uint8).view(1, -1, 1, 1)
 
 
-def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of uint8 pixels (C, n), on the scale 0..1 and rounded to four digits."""
-    std, mean = torch.std_mean(pixels.float() / 255, dim=1, correction=0)
-    return tuple(round(m, 4) for m in mean.tolist()), tuple(max(round(s, 4), 1e-4) for s in std.tolist())
+def statistics(channels: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the uint8 pixels of each channel, on the scale 0..1 and rounded to four digits.
+
+    How often each of the 256 values stands there is counted: a billion pixels in fp32 would not fit into memory.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for pixels in channels:
+        shares = torch.bincount(pixels.flatten(), minlength=256).double() / pixels.numel()
+        mean = (shares * values).sum()
+        std = (shares * (values - mean).square()).sum().sqrt()
+        means.append(round(mean.item(), 4))
+        stds.append(max(round(std.item(), 4), 1e-4))
+    return tuple(means), tuple(stds)

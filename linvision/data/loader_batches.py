@@ -99,7 +99,7 @@ class LoaderBatches:
         self.images = images.on_canvas(preparation.mean) if isinstance(images, ImageSet) else images
         self.order, self.preparation, self.augmentation = order, preparation, augmentation
         self.workers, self.bad_images = workers, BadImages(on_bad_image)
-        self.cropping = {'crop_pct': crop_pct, 'crop_mode': crop_mode}
+        self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode}
         self.loaders: dict[int, DataLoader] = {}  # of evaluation, by size: their workers stay
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -229,9 +229,9 @@ class Squared:
 
 def evaluation_transform(
     mean: tuple[float, ...], img_size: int, crop_pct: float, crop_mode: str = 'center'
-) -> Transform:
+) -> 'Unseeded':
     """timm's own reading of an image, uint8, so that the exported model reads images as they are read here."""
-    cropping = {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
+    cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
     return Unseeded(create_transform((len(mean), img_size, img_size), mean=mean, normalize=False, **cropping))
 
 

@@ -127,7 +127,8 @@ class Canvas:
 
     def grow(self, rng: random.Random, start: Point, dashes: int, border: float) -> list[Dash]:
         """A path from a point on; empty where it does not fit. What it takes is kept only if it does."""
-        before, path = set(self.taken), []
+        path: list[Dash] = []
+        before = set(self.taken)
         angle, end, gap = rng.uniform(-math.pi, math.pi), start, 0
         while len(path) < dashes:
             for _ in range(TURNS):

@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from linvision.data.augmentation import Transform
 from linvision.data.loader_batches import LoaderBatches, create_loader, evaluation_transform
 from linvision.data.order import seed_of
+from linvision.data.timm_sets import TimmStream
 
 
 class ChangedStream(IterableDataset):
@@ -82,6 +83,8 @@ def name_of_sample(error: BaseException) -> str:
 
 class StreamBatches(LoaderBatches):
     """A `TimmStream`, cut into normalised batches; as its parent, without random access."""
+
+    images: TimmStream
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches without end; the batches of an epoch before `step` are read and passed over.

@@ -68,8 +68,9 @@ def open_timm_set(
         ) from error
     reader = getattr(found, 'reader', None)
     shard_names(reader, bool(command))
+    by_name: dict[Any, int]
     by_name = getattr(reader, 'class_to_idx', None) or getattr(found, 'class_to_idx', None) or {}
-    classes = tuple(sorted(by_name, key=by_name.get)) or tuple(f'class {i}' for i in range(num_classes))
+    classes = tuple(sorted(by_name, key=by_name.__getitem__)) or tuple(f'class {i}' for i in range(num_classes))
     if not classes:
         raise ValueError(f'{name} does not say how many classes it has: say --dataset-args num_classes NUMBER.')
     if name.startswith(STREAMS):

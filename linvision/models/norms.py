@@ -22,7 +22,7 @@ class LayerNorm(timm.layers.LayerNorm):
 @torch.fx.wrap
 def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm whose result has the dtype of autocast, where that is on."""
-    if x.is_meta:  # which autocast does not know: models are counted so
+    if x.is_meta:  # a device that autocast does not know
         return F.layer_norm(x, shape, weight, bias, eps)
     return timm.layers.fast_layer_norm(x, shape, weight, bias, eps)  # type: ignore[arg-type]  # a list there
 

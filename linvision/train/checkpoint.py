@@ -202,7 +202,8 @@ def first_line(error: Exception) -> str:
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, in types that load without code."""
-    version, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()  # numpy's annotation says tuple or dictionary: here it is the tuple
+    version, keys, position, has_gauss, gauss = state
     return {
         'python': random.getstate(),
         'numpy': (version, keys.tolist(), position, has_gauss, gauss),

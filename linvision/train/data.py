@@ -8,9 +8,10 @@ from typing import Any
 
 import timm
 from timm.data import Mixup
+from timm.models import PretrainedCfg
 from torch import Tensor
 
-from linvision.data import Augmentation, Batches, Images, create_batches, create_dataset, split_validation
+from linvision.data import Augmentation, Batches, Images, ImageSet, create_batches, create_dataset, split_validation
 from linvision.data.folders import ImageFiles
 from linvision.data.loader_batches import LoaderBatches
 from linvision.train.model import empty_model
@@ -48,10 +49,10 @@ class TrainingData:
                 f'--val-fraction {1 / len(all_images):.2g} or more, or 0.'
             )
         self.mean, self.std = self.train_set.statistics()
-        config = timm.get_pretrained_cfg(recipe.model)
+        config = timm.get_pretrained_cfg(recipe.model) or PretrainedCfg()  # timm's defaults, as its factory has them
         # above 1 is the border of a set in memory, that of weights which come with the package
         crop_pct = 1.0 if self.train_set.uncropped else min(config.crop_pct or 1.0, 1.0)
-        self.cropping = {'crop_pct': crop_pct, 'crop_mode': recipe.data.crop_mode}
+        self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': recipe.data.crop_mode}
         self.stages = recipe.data.stages or ((recipe.data.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
         if len(self.stages) > 2:
@@ -95,7 +96,8 @@ class TrainingData:
 
     def batches_of(self, images: Images, batch_size: int, augmentation: Augmentation | None = None) -> Batches:
         """This process's share of the batches of a set."""
-        reading = {'workers': self.recipe.data.workers, 'on_bad_image': self.recipe.data.on_bad_image, **self.cropping}
+        wanted = self.recipe.data
+        reading = {'workers': wanted.workers, 'on_bad_image': wanted.on_bad_image, **self.cropping}
         where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
         return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
 
@@ -134,6 +136,16 @@ class TrainingData:
                 )
         return notes
 
+    @property
+    def note(self) -> str:
+        """What a result on the images must say of them; '' of most."""
+        return self.train_set.note if isinstance(self.train_set, ImageSet) else ''
+
+    @property
+    def title(self) -> str:
+        """Name of the set, with its note."""
+        return f'{self.recipe.data.dataset} ({self.note})' if self.note else self.recipe.data.dataset
+
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""
         return self.batches.stream(self.recipe.run.seed, step, img_size)
@@ -150,4 +162,6 @@ class TrainingData:
 def fingerprint(images: Images) -> dict[str, Any]:
     """How many images a set has, and a digest of its classes and, for files, of their names."""
     words = [*images.classes, *(images.names if isinstance(images, ImageFiles) else [])]
+    if isinstance(images, ImageSet) and images.digest:
+        words.append(images.digest)
     return {'num_images': len(images), 'digest': hashlib.sha256(os.fsencode('\n'.join(words))).hexdigest()}

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.tensor import DTensor
 
 from linvision.train.checkpoint import first_line, load_shards
-from linvision.train.model import check_batch, create_model, freeze, has_idle_projection, set_size
+from linvision.train.model import check_batch, create_model, freeze, idle_projection, set_size
 from linvision.train.objective import OBJECTIVES
 from linvision.train.optimizer import carry_state, create_optimizer, create_schedule
 from linvision.train.parallel import Processes
@@ -59,7 +60,7 @@ class Learner:
         self.recipe, self.shape, self.last_img_size = recipe, shape, last_img_size
         self.updates, self.processes, self.classes = updates, processes, classes
         self.fsdp = recipe.run.parallel == 'fsdp'
-        model = self.create(img_size)
+        model: Any = self.create(img_size)  # Any: timm's factory sets pretrained_cfg, no class declares it
         check_batch(model, recipe, processes.count)
         if recipe.init:
             load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
@@ -71,7 +72,7 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------------ making it
 
-    def create(self, img_size: int) -> nn.Module:
+    def create(self, img_size: int) -> VisionTransformer:
         """A new model, initialised for the last stage and then given another image size."""
         model = create_model(self.recipe, self.shape, self.last_img_size).to(self.processes.device)
         set_size(model, img_size)
@@ -80,13 +81,13 @@ class Learner:
             model.set_grad_checkpointing(True)
         return model
 
-    def adopt(self, model: nn.Module, average: nn.Module | None = None) -> None:
+    def adopt(self, model: VisionTransformer, average: VisionTransformer | None = None) -> None:
         """A new task of timm's for a model, and a moving average that begins as the model, or as the one there was."""
         self.task = self.objective.task(model, self.last_img_size, self.processes.device, self.classes)
         if self.recipe.optim.ema_decay:
             ema = self.task.setup_ema(decay=self.recipe.optim.ema_decay, use_warmup=True)
             if average is not None:
-                ema.module.load_state_dict(average.state_dict())
+                unwrap_model(ema).load_state_dict(average.state_dict())
 
     def start(self, precision: str) -> None:
         """Compile, distribute and make the optimizer, once the model is what it will be."""
@@ -112,17 +113,17 @@ class Learner:
         self.schedule = create_schedule(self.recipe.optim, self.optimizer, self.updates)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> VisionTransformer:
         """The model itself, without what is wrapped around it."""
         return unwrap_model(self.task.get_trainable_module())
 
     @property
-    def ema(self) -> nn.Module | None:
+    def ema(self) -> VisionTransformer | None:
         """The moving average of the model, where there is one."""
-        return self.task.get_trainable_module(ema=True).module if self.task.has_ema() else None
+        return unwrap_model(self.task.get_trainable_module(ema=True)) if self.task.has_ema() else None
 
     @property
-    def scored(self) -> nn.Module:
+    def scored(self) -> VisionTransformer:
         """The model that is scored and exported: the moving average where there is one."""
         return self.model if self.ema is None else self.ema
 
@@ -171,10 +172,10 @@ class Learner:
                 model.load_state_dict(state)
                 model.pretrained_cfg = config
         for model in models:
-            idle = not self.recipe.init and has_idle_projection(model)
+            idle = None if self.recipe.init else idle_projection(model)
             set_size(model, img_size)
-            if idle:  # a random E would undo what full attention has learnt
-                model.projection.pool()
+            if idle is not None:  # a random E would undo what full attention has learnt
+                idle.pool()
         freeze(models[0], self.recipe.freeze)
         self.adopt(*models)
         gc.collect()  # the hooks of DDP go with the task that held it
@@ -182,7 +183,7 @@ class Learner:
         carry_state(previous, old, self.optimizer, dict(self.model.named_parameters()))
 
     @contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
+    def whole_model(self) -> Iterator[VisionTransformer]:
         """The scored model with all its weights in every process, to export or to look into."""
         if not self.fsdp:
             yield self.scored.eval()

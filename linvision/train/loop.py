@@ -106,7 +106,7 @@ class TrainingRun:
         self.progress, self.last_log, self.saved_step = Progress(), (0, 0.0), -1
         path = folder and joined.first(lambda: newest_checkpoint(folder / 'checkpoints'))
         found = read_state(path) if path else {}
-        if found:
+        if folder and found:
             check_same_run(folder, self.identity, found['recipe'])
             if 'progress' not in found:
                 raise ValueError(
@@ -118,7 +118,8 @@ class TrainingRun:
         torch.manual_seed(recipe.run.seed)
         self.finite = FiniteCheck(joined.device, self.progress.step)
         self.data = TrainingData(recipe, joined)
-        check_same_images(folder, self.data.fingerprint, found.get('images', {}))
+        if folder and found:
+            check_same_images(folder, self.data.fingerprint, found.get('images', {}))
         self.data.batches.bad_images.update(self.progress.bad_images)
         self.updates = CLOCK_UPDATES if recipe.run.max_minutes else self.data.batches.order.steps(recipe.run.epochs)
         self.make_learner(found, path)
@@ -126,7 +127,7 @@ class TrainingRun:
         self.board.say(
             f'{recipe.model}: {sum(p.numel() for p in self.learner.model.parameters()):,} parameters at '
             f'{self.img_size}×{self.img_size}, '
-            f'{recipe.data.dataset}: {len(self.data.train_set):,} training images, {joined.device}, '
+            f'{self.data.title}: {len(self.data.train_set):,} training images, {joined.device}, '
             f'{self.learner.precision}, {torch.get_num_threads()} thread(s)'
             + (f', {joined.count} processes ({recipe.run.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.progress.step}' if found else '')
@@ -307,8 +308,8 @@ class TrainingRun:
         return self.learner.objective.score(self.learner.scored, batches, img_size, precision)
 
     def save(self) -> None:
-        """A checkpoint, unless there is one of this step."""
-        if self.saved_step == self.progress.step:
+        """A checkpoint, unless there is one of this step, or nothing is written."""
+        if self.folder is None or self.saved_step == self.progress.step:
             return
         self.finite.check(self.progress.step, self.folder)
         self.board.flush()
@@ -332,16 +333,16 @@ class TrainingRun:
         if self.img_size != size:  # the last stage was too short for a step
             self.progress.stage = len(self.data.stages) - 1
             self.learner.set_size(size)
-        sets = {'val': self.data.validation, 'test': self.data.test}
-        sets = {split: batches for split, batches in sets.items() if batches is not None}
-        for split, batches in sets.items():
+        sets = (('val', self.data.validation), ('test', self.data.test))
+        scored = {split: batches for split, batches in sets if batches is not None}
+        for split, batches in scored.items():
             scores[split] = self.score(batches, size)
             self.board.scores(split, self.progress.step, scores[split])
         with self.learner.whole_model() as model:
             metrics = run_metrics(recipe, self.progress, self.data, self.learner, joined, model, scores)
-            if joined.main:
+            if joined.main and self.folder:
                 write_results(self.folder, metrics, self.learner.objective.exported(model), self.data)
-            for split, batches in sets.items():
+            for split, batches in scored.items():
                 drawings, classes = self.learner.objective.pictures(), self.data.train_set.classes
                 self.board.pictures(split, drawings, model, batches, size, classes, self.progress.step)
         self.board.hparams(recipe, metrics, self.progress.step)

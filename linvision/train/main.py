@@ -76,11 +76,12 @@ def main(recipe: Recipe, description: str | None = None) -> None:
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MemoryError, MissingPackage) as error:
         if os.environ.get('LINVISION_TRACEBACK') or isinstance(error, RuntimeError) and 'DataLoader' not in str(error):
             raise
+        words = str(error)
         if isinstance(error, RuntimeError):
-            error = f'{error}. Often it is memory: try fewer --workers, or more shared memory (docker run --shm-size).'
+            words += '. Often it is memory: try fewer --workers, or more shared memory (docker run --shm-size).'
         rank = int(os.environ.get('RANK', 0))
         if rank and isinstance(error, ValueError | TypeError):
             sys.exit(1)  # the first process says it
-        sys.exit(f'error: {error}' if not rank else f'error in process {rank}: {error}')
+        sys.exit(f'error: {words}' if not rank else f'error in process {rank}: {words}')
     if interrupt() and not finished:
         sys.exit(128 + interrupt.number)

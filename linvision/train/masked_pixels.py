@@ -7,11 +7,13 @@ can leak, and E needs no learned stand-in for them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from linvision.data import Batches
 from linvision.models.linformer_vit import LinformerVisionTransformer
@@ -19,7 +21,7 @@ from linvision.train.evaluate import evaluating
 from linvision.train.precision import autocast
 
 
-def adapt(model: nn.Module) -> None:
+def adapt(model: VisionTransformer) -> None:
     """Let the head tell pixels from each token, instead of classes from their mean.
 
     Raises:
@@ -33,7 +35,8 @@ def adapt(model: nn.Module) -> None:
     if model.runs_whole:
         raise ValueError('masked_pixels hides tokens as padding, of which token_norm takes none: leave token_norm out.')
     pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1] * model.in_chans
-    model.usual_pool = model.global_pool  # of the backbone that a run exports
+    # of the backbone that a run exports; nn.Module takes any attribute, but declares tensors and modules alone
+    model.usual_pool = model.global_pool  # type: ignore[assignment]
     model.reset_classifier(pixels, '')
 
 
@@ -64,7 +67,9 @@ def patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def mask_for(model: nn.Module, images: Tensor, ratio: float, size: int, seeds: Sequence[int] | None = None) -> Tensor:
+def mask_for(
+    model: VisionTransformer, images: Tensor, ratio: float, size: int, seeds: Sequence[int] | None = None
+) -> Tensor:
     """Hidden tokens for a batch: at random, or of each image by its seed."""
     grid = model.patch_embed.grid_size
     N = grid[0] * grid[1]
@@ -75,7 +80,7 @@ def mask_for(model: nn.Module, images: Tensor, ratio: float, size: int, seeds: S
     return hidden_tokens(draws, grid, ratio, max(1, size // model.patch_embed.patch_size[0])).to(images.device)
 
 
-def reconstruction_loss(model: nn.Module, output: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+def reconstruction_loss(model: VisionTransformer, output: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error of the hidden, normalised pixels.
 
     Args:
@@ -98,7 +103,7 @@ class MaskedPixelsTask(ClassificationTask):
         arguments: Those of timm's task.
     """
 
-    def __init__(self, model: nn.Module, ratio: float, size: int, **arguments: object) -> None:
+    def __init__(self, model: VisionTransformer, ratio: float, size: int, **arguments: Any) -> None:
         super().__init__(model, **arguments)
         self.ratio, self.size = ratio, size
 
@@ -111,7 +116,7 @@ class MaskedPixelsTask(ClassificationTask):
 
 
 def evaluate_masked(
-    model: nn.Module, batches: Batches, img_size: int, ratio: float, size: int, precision: str = 'fp32'
+    model: VisionTransformer, batches: Batches, img_size: int, ratio: float, size: int, precision: str = 'fp32'
 ) -> dict[str, float]:
     """Mean loss on a set, each image hidden in the same way at every call.
 
@@ -141,5 +146,5 @@ def evaluate_masked(
                 total += torch.tensor([float(loss) * int(counted.sum()), int(counted.sum())], dtype=torch.float64)
     if order.count > 1:
         torch.distributed.all_reduce(total)
-    counted = int(total[1])
-    return {'loss': total[0].item() / max(counted, 1), 'num_samples': counted, 'num_left_out': order.n - counted}
+    n = int(total[1])
+    return {'loss': total[0].item() / max(n, 1), 'num_samples': n, 'num_left_out': order.n - n}

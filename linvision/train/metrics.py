@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from linvision.train.data import TrainingData
@@ -29,7 +30,7 @@ def run_metrics(
     data: TrainingData,
     learner: Learner,
     processes: Processes,
-    model: nn.Module,
+    model: VisionTransformer,
     scores: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """What stands in `metrics.json`.
@@ -63,6 +64,7 @@ def run_metrics(
         'precision': learner.precision,
         'recipe': recipe.to_dict(),
         'images': data.fingerprint,
+        **({'data_note': data.note} if data.note else {}),
         'seed': recipe.run.seed,
         **machine(processes.device),
         'processes': processes.count,

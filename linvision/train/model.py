@@ -1,12 +1,20 @@
-"""The model of a recipe: made, given an image size, frozen; and what it asks of whoever trains it."""
+"""The model of a recipe: made, given an image size, frozen; and what it asks of whoever trains it.
+
+Its type, here and in all that trains it, is timm's `VisionTransformer`: `blocks`, `patch_embed`, `embed_dim` and others
+are read by the names that they have there. Models of other classes that have these (EVA, for one) train too.
+"""
+
+from typing import Any
 
 import timm
 import torch
 from timm.models import get_model_args, is_model_in_modules
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.local_conv import LocalPath
+from linvision.models.projection import Projection
 from linvision.nearest import nearest
 from linvision.train import masked_pixels
 from linvision.train.checkpoint import first_line
@@ -14,7 +22,7 @@ from linvision.train.pretrained import check_source, source_of
 from linvision.train.recipe import Recipe
 
 
-def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Module:
+def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> VisionTransformer:
     """The recipe's model.
 
     Args:
@@ -25,11 +33,11 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Mod
     Raises:
         ValueError: Its image size cannot be set.
     """
-    arguments = {**shape, **({'img_size': img_size} if img_size else {}), **recipe.model_args}
+    arguments: dict[str, Any] = {**shape, **({'img_size': img_size} if img_size else {}), **recipe.model_args}
     if recipe.run.chunk_size != 'auto':
         arguments['chunk_size'] = recipe.run.chunk_size
     try:
-        model = timm.create_model(recipe.model, **arguments)
+        model: Any = timm.create_model(recipe.model, **arguments)  # declared as any Module
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
@@ -43,7 +51,7 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> nn.Mod
     return model
 
 
-def empty_model(recipe: Recipe, shape: dict[str, int], made_for: int = 0, img_size: int = 0) -> nn.Module:
+def empty_model(recipe: Recipe, shape: dict[str, int], made_for: int = 0, img_size: int = 0) -> VisionTransformer:
     """The recipe's model on the meta device, without memory for its weights, to ask what it is and costs.
 
     Args:
@@ -77,7 +85,8 @@ def resolved(recipe: Recipe) -> Recipe:
     check_source(recipe.init)
     try:
         with torch.device('meta'):
-            source = timm.create_model(source_of(recipe.init), pretrained=False)
+            # Any: timm's factory sets pretrained_cfg, no class declares it
+            source: Any = timm.create_model(source_of(recipe.init), pretrained=False)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f'No model in {recipe.init!r}: {first_line(error)}') from error
     grid = next((module.grid for module in source.modules() if isinstance(module, LocalPath)), None)
@@ -131,7 +140,7 @@ def check_batch(model: nn.Module, recipe: Recipe, processes: int) -> None:
         )
 
 
-def freeze(model: nn.Module, blocks: int) -> None:
+def freeze(model: VisionTransformer, blocks: int) -> None:
     """Let the first blocks, and all that stands before them, not learn; -1 leaves nothing but the head.
 
     Raises:
@@ -150,7 +159,7 @@ def freeze(model: nn.Module, blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def set_size(model: nn.Module, img_size: int) -> None:
+def set_size(model: VisionTransformer, img_size: int) -> None:
     """Give the model another image size, unless it has it."""
     if tuple(model.patch_embed.img_size) == (img_size, img_size):
         return
@@ -159,13 +168,14 @@ def set_size(model: nn.Module, img_size: int) -> None:
     model.set_input_size(img_size=(img_size, img_size))
 
 
-def has_idle_projection(model: nn.Module) -> bool:
-    """Whether there is an E that no layer uses at the present size, since K is not below N."""
-    if getattr(model, 'projection', None) is None:
-        return False
-    return all(block.attn.is_full(model.patch_embed.grid_size) for block in model.blocks)
+def idle_projection(model: nn.Module) -> Projection | None:
+    """The E of a model, where no layer uses it at the present size, since K is not below N."""
+    if not isinstance(model, LinformerVisionTransformer):
+        return None
+    grid = model.patch_embed.grid_size
+    return model.projection if all(block.attn.is_full(grid) for block in model.blocks) else None
 
 
-def count_tokens(model: nn.Module) -> int:
+def count_tokens(model: VisionTransformer) -> int:
     """Tokens of one image at the model's present size."""
     return model.patch_embed.num_patches

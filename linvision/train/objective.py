@@ -6,10 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import accuracy
-from torch import Tensor, nn
+from torch import Tensor
 
 from linvision.data import Batches
 from linvision.train import pictures
@@ -35,7 +36,9 @@ class Classes:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def task(self, model: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...]) -> TrainingTask:
+    def task(
+        self, model: VisionTransformer, img_size: int, device: torch.device, classes: tuple[str, ...]
+    ) -> TrainingTask:
         """timm's task: the loss, and the teacher's where there is one."""
         recipe = self.recipe
         criterion = {'soft_targets': True} if recipe.augment.mixes else {'smoothing': recipe.optim.smoothing}
@@ -58,7 +61,7 @@ class Classes:
         top1, top5 = accuracy(logits, labels, (1, min(5, logits.shape[1])))
         return {'train/top1': float(top1) / 100, 'train/top5': float(top5) / 100}
 
-    def score(self, model: nn.Module, batches: Batches, img_size: int, precision: str) -> dict[str, float]:
+    def score(self, model: VisionTransformer, batches: Batches, img_size: int, precision: str) -> dict[str, float]:
         """Scores on a set; all processes call this together."""
         return evaluate(model, batches, img_size, precision)
 
@@ -66,7 +69,7 @@ class Classes:
         """What is larger for a better model."""
         return scores['top1']
 
-    def exported(self, model: nn.Module) -> nn.Module:
+    def exported(self, model: VisionTransformer) -> VisionTransformer:
         """The model as later users want it."""
         return model
 
@@ -81,7 +84,9 @@ class MaskedPixels(Classes):
     best = 'loss'
     best_of_any_size = False  # smaller images are smoother
 
-    def task(self, model: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...]) -> TrainingTask:
+    def task(
+        self, model: VisionTransformer, img_size: int, device: torch.device, classes: tuple[str, ...]
+    ) -> TrainingTask:
         """timm's task with hidden pixels."""
         return MaskedPixelsTask(model, self.recipe.mask_ratio, self.recipe.mask_size, device=device, verbose=False)
 
@@ -89,7 +94,7 @@ class MaskedPixels(Classes):
         """None but the loss."""
         return {}
 
-    def score(self, model: nn.Module, batches: Batches, img_size: int, precision: str) -> dict[str, float]:
+    def score(self, model: VisionTransformer, batches: Batches, img_size: int, precision: str) -> dict[str, float]:
         """The loss on a set; all processes call this together."""
         return evaluate_masked(model, batches, img_size, self.recipe.mask_ratio, self.recipe.mask_size, precision)
 
@@ -97,16 +102,17 @@ class MaskedPixels(Classes):
         """What is larger for a better model."""
         return -scores['loss']
 
-    def exported(self, model: nn.Module) -> nn.Module:
+    def exported(self, model: VisionTransformer) -> VisionTransformer:
         """The backbone: without a head, its pooling as registered."""
         backbone = copy.deepcopy(model)
-        backbone.reset_classifier(0, backbone.usual_pool)
+        usual_pool: Any = backbone.usual_pool  # `masked_pixels.adapt` sets it, no class declares it
+        backbone.reset_classifier(0, usual_pool)
         return backbone
 
     def pictures(self) -> dict[str, Callable[..., 'Figure | None']]:
         """Images with hidden parts, and what the model makes of them."""
-        hide = {'ratio': self.recipe.mask_ratio, 'size': self.recipe.mask_size}
+        hide: dict[str, Any] = {'ratio': self.recipe.mask_ratio, 'size': self.recipe.mask_size}
         return {'reconstructions': partial(pictures.reconstructions, **hide)}
 
 
-OBJECTIVES: dict[str, Any] = {'classify': Classes, 'masked_pixels': MaskedPixels}
+OBJECTIVES: dict[str, type[Classes]] = {'classify': Classes, 'masked_pixels': MaskedPixels}

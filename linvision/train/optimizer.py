@@ -1,6 +1,7 @@
 """The optimizer and its schedule, and what becomes of both when parameters are replaced."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
@@ -32,11 +33,12 @@ def create_optimizer(optim: Optim, model: nn.Module, precision: str = 'fp32') ->
     groups = partial(
         rule if optim.layer_decay < 1 else param_groups_weight_decay,
         weight_decay=optim.weight_decay,
-        no_weight_decay_list=model.no_weight_decay() if hasattr(model, 'no_weight_decay') else (),
+        no_weight_decay_list=getattr(model, 'no_weight_decay', tuple)(),  # none where the model names none
         fallback_list=FALLBACK if muon else (),
     )
-    rates = {'lr': optim.lr, 'weight_decay': optim.weight_decay}
-    optimizer = create_optimizer_v2(model, opt=optim.opt, **rates, param_group_fn=groups, **optim.opt_args)
+    rates: dict[str, Any] = {'lr': optim.lr, 'weight_decay': optim.weight_decay}
+    further: dict[str, Any] = optim.opt_args
+    optimizer = create_optimizer_v2(model, opt=optim.opt, **rates, param_group_fn=groups, **further)
     if muon and precision == 'fp32' and next(model.parameters()).device.type == 'cpu':
         orthogonalise_in_fp32(optimizer)
     return optimizer

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils import reduce_tensor
 from timm.utils.distributed import init_distributed_device_so
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -80,7 +81,7 @@ class Processes:
         """Wait for the other processes."""
         self.largest(0.0)
 
-    def shard(self, model: nn.Module) -> None:
+    def shard(self, model: VisionTransformer) -> None:
         """Shard a model's parameters over the processes with FSDP2, block by block."""
         mesh = init_device_mesh(self.device.type, (self.count,))
         for block in model.blocks:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from linvision.analysis.attention_map import attention_maps
@@ -50,7 +51,7 @@ def attention(
 
 @torch.no_grad()
 def reconstructions(
-    model: nn.Module,
+    model: VisionTransformer,
     batches: Batches,
     img_size: int,
     classes: tuple[str, ...],

@@ -1,8 +1,8 @@
 """What a run will do and need, in words, before it does it: `python recipes/X.py --dry-run`."""
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.streaming.chunks import kept_bytes, whole_bytes
@@ -24,7 +24,7 @@ def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Proces
     batch, optim, length = recipe.data, recipe.optim, recipe.run
     lines = [
         f'model        {recipe.model}, {parameters:,} parameters, {learner.precision}',
-        f'data         {batch.dataset}: {len(data.train_set):,} images, {len(data.train_set.classes)} classes'
+        f'data         {data.title}: {len(data.train_set):,} images, {len(data.train_set.classes)} classes'
         + (f', {data.validation.order.n:,} more for validation' if data.validation else ''),
         f'batch        {batch.batch_size} images = {processes.count} processes × {batch.accumulate} parts × {images}',
         f'optimizer    {optim.opt}, learning rate {optim.lr:g}, {optim.sched}, warm-up {100 * optim.warmup:g} %',
@@ -49,7 +49,7 @@ def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Proces
     return '\n'.join(lines)
 
 
-def multiply_adds(model: nn.Module) -> int:
+def multiply_adds(model: VisionTransformer) -> int:
     """Those of one image forward; `model` is on the meta device."""
     image = torch.empty(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device='meta')
     counter = FlopCounterMode(display=False)
@@ -64,7 +64,9 @@ def held_bytes(recipe: Recipe, parameters: int, processes: int) -> float:
     return 4 * parameters * copies / (processes if recipe.run.parallel == 'fsdp' else 1)
 
 
-def kept_for_backward(recipe: Recipe, model: nn.Module, images: int, dtype: torch.dtype, device: torch.device) -> float:
+def kept_for_backward(
+    recipe: Recipe, model: VisionTransformer, images: int, dtype: torch.dtype, device: torch.device
+) -> float:
     """Bytes that the backward pass needs of so many images, at the model's present size."""
     run, depth = recipe.run, len(model.blocks)
     numbers = images * count_tokens(model) * model.embed_dim

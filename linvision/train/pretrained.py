@@ -1,9 +1,11 @@
 """Weights to start from, and teachers: in a folder that a run exported, on a hub, or among timm's own."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from linvision.models.resize import checkpoint_filter_fn
@@ -46,7 +48,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) -> None:
+def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] = ()) -> None:
     """Give a model the weights of another; sizes and K are changed as in any checkpoint.
 
     Args:
@@ -60,7 +62,9 @@ def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) ->
     """
     check_source(name)
     try:
-        other = timm.create_model(source_of(name), pretrained=True, in_chans=model.patch_embed.proj.in_channels)
+        in_chans = model.patch_embed.proj.in_channels
+        # Any: timm's factory sets pretrained_cfg, no class declares it
+        other: Any = timm.create_model(source_of(name), pretrained=True, in_chans=in_chans)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f'No weights to start from in {name!r}: {first_line(error)}') from error
     kind = {'embed_dim': None, 'has_class_token': None, 'num_reg_tokens': None, 'token_norm': False}
@@ -90,7 +94,7 @@ def load_backbone(model: nn.Module, name: str, classes: tuple[str, ...] = ()) ->
 
 
 def load_teacher(
-    name: str, student: nn.Module, img_size: int, device: torch.device, classes: tuple[str, ...] = ()
+    name: str, student: VisionTransformer, img_size: int, device: torch.device, classes: tuple[str, ...] = ()
 ) -> nn.Module:
     """A trained model that the student learns from: a folder that a run exported, or a name of timm's.
 
@@ -106,7 +110,7 @@ def load_teacher(
     """
     in_chans = student.patch_embed.proj.in_channels
     try:
-        teacher = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
+        teacher: Any = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
     except RuntimeError as error:
         raise ValueError(f'No teacher can be loaded from {name!r}: {first_line(error)}') from error
     known = tuple(teacher.pretrained_cfg.get('label_names') or classes)

@@ -8,6 +8,7 @@ have the same name, whatever their groups.
 import copy
 import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -37,8 +38,10 @@ AT_LEAST = {
     'log_every': 1,
     'checkpoint_every': 1,
 }
-NOT_NEGATIVE = ('lr', 'max_minutes', 'max_steps', 'clip_grad', 'weight_decay', 'eval_every', 'mixup', 'cutmix', 'shift')
-NOT_NEGATIVE += ('layer_decay', 'teacher_temperature')
+NOT_NEGATIVE = (
+    *('lr', 'max_minutes', 'max_steps', 'clip_grad', 'weight_decay', 'eval_every', 'mixup', 'cutmix', 'shift'),
+    *('layer_decay', 'teacher_temperature'),
+)
 FRACTIONS = ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip', 'erase', 'teacher_weight', 'color_jitter')
 
 
@@ -102,7 +105,7 @@ class Recipe:
         Raises:
             ValueError: There is a name of no field.
         """
-        kinds = {'data_dir': Path, 'output_dir': Path, 'crop_scale': tuple}
+        kinds: dict[str, Callable[[Any], Any]] = {'data_dir': Path, 'output_dir': Path, 'crop_scale': tuple}
         kinds['stages'] = lambda stages: tuple(map(tuple, stages))
         return cls().replace(**{k: kinds[k](v) if k in kinds else v for k, v in plain.items()})
 
@@ -177,9 +180,11 @@ class Recipe:
             raise ValueError('val_fraction must lie below 1, got 1: no image would be left to train on.')
         if not 0 <= self.augment.rand_augment <= 30:
             raise ValueError(f'rand_augment must lie between 0 and 30, got {self.augment.rand_augment}.')
-        low, high = self.augment.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f'crop_scale must be two numbers, 0 < smallest <= largest <= 1, got {low} and {high}.')
+        smallest, largest = self.augment.crop_scale
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(
+                f'crop_scale must be two numbers, 0 < smallest <= largest <= 1, got {smallest} and {largest}.'
+            )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f'mask_ratio must lie between 0 and 1, got {self.mask_ratio}.')
 
