@@ -1,6 +1,7 @@
 """What the repository says of itself in several files agrees."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def test_issue_forms_are_yaml(name):
 def test_torch_hub_has_every_model():
     model = torch.hub.load(str(ROOT), 'linformer_vit_pico_patch1_32', source='local', pretrained=True)
     assert model.num_classes == 10
-    assert set(timm.list_models('*linformer_vit*')) <= set(torch.hub.list(str(ROOT), source='local', trust_repo=True))
+    found = runpy.run_path(str(ROOT / 'hubconf.py'))
+    assert set(timm.list_models('*linformer_vit*')) <= set(found)
 
 
 def test_every_bound_has_its_reason():
