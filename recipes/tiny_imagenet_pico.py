@@ -1,4 +1,4 @@
-"""Tiny ImageNet, 200 classes, in patches of 2×2 pixels: 64×64 images, 1,024 tokens, a model of 0.3 M parameters.
+"""Tiny ImageNet, 200 classes, in patches of 2×2 pixels: 64×64 images, 1,024 tokens, a model of 0.2 M parameters.
 
     python recipes/tiny_imagenet_pico.py --output-dir outputs/tiny_imagenet_pico --data-dir data
 

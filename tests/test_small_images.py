@@ -15,6 +15,7 @@ from PIL import Image
 from runs import CPU, small
 from timm.data import ImageNetInfo
 
+from linvision.cli.evaluate import main as score
 from linvision.data import Augmentation, ImageSet, create_batches, create_dataset, decoded, in_memory, small_images
 from linvision.data.datasets import part
 from linvision.data.folders import ImageFiles
@@ -334,6 +335,27 @@ def test_damaged_images_stop_a_run_or_are_left_out_and_counted(tmp_path, caplog,
         labels = torch.cat([labels for _, labels in islice(found.stream(0, 0, 32), 3)])
         assert sorted(labels.tolist()) == images.labels.tolist()
         assert 'left out' in caplog.text
+
+
+def test_scores_count_what_is_left_out_once(tmp_path):
+    cifar(tmp_path / 'cifar10')
+    for name in ('train/bird/0002.jpg', 'test/cat/0000.jpg', 'test/dog/0000.jpg'):
+        (tmp_path / 'cifar10' / name).write_bytes(b'no image')
+    changes = {'dataset': 'cifar10', 'stages': ((16, 1.0),), 'batch_size': 20, 'val_fraction': 0.2}
+    with pytest.raises(OSError, match='bird/0002.jpg cannot be read'):
+        train(small(tmp_path / 'run', **changes))
+    metrics = train(small(tmp_path / 'run', fresh=True, on_bad_image='skip', **changes))
+    assert (metrics['num_samples'], metrics['num_left_out'], metrics['val_num_left_out']) == (8, 2, 0)
+    assert len(metrics['bad_training_images']) == 1 and metrics['images']['num_images'] == 39
+
+
+def test_evaluation_says_that_it_saw_a_copy(tmp_path, capsys):
+    cifar(tmp_path / 'cifar10')
+    metrics = train(small(tmp_path / 'run', dataset='cifar10', stages=((16, 1.0),), batch_size=20))
+    capsys.readouterr()
+    score(tmp_path / 'run')
+    scores = json.loads(capsys.readouterr().out)
+    assert scores['data_note'] == 'JPEG copy' and scores['top1'] == metrics['top1']
 
 
 def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):

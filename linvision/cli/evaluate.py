@@ -18,7 +18,7 @@ import tyro
 from timm.data import resolve_model_data_config
 
 from linvision.cli.pretrained import load_model
-from linvision.data import Images, create_batches, create_dataset, part
+from linvision.data import Images, ImageSet, create_batches, create_dataset, part
 from linvision.data.folders import ImageFiles, split_folders
 from linvision.data.recorded import recorded_data
 from linvision.nearest import nearest
@@ -134,4 +134,6 @@ def main(
     batches = create_batches(images, batch_size, config['mean'], config['std'], where, **reading)
     scores = evaluate(net, batches, size, precision)
     data = {'dataset': dataset, 'data_dir': str(data_dir), 'split': split}
+    if isinstance(images, ImageSet) and images.note:
+        data['data_note'] = images.note
     print(json.dumps({'model': str(model), **data, 'img_size': size, 'tokens': count_tokens(net), **scores}))

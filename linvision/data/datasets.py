@@ -16,6 +16,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def split_validation(images: Images, fraction: float, seed: int) -> tuple[Images
     """The set without a random slice, and the slice; which images are in it depends on the seed alone."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     n = round(len(images) * fraction)
-    return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
+    kept, apart = images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
+    if isinstance(apart, ImageSet):
+        apart = replace(apart, unreadable=())  # counted once, with the others
+    return kept, apart
 
 
 def check_name(name: str) -> None:

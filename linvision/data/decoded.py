@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from linvision.data.folders import ImageFiles, none_readable
 from linvision.data.image_set import ImageSet
@@ -155,6 +154,8 @@ def decode(files: ImageFiles, size: int) -> Decoded:
         OSError: No image can be read.
         ValueError: An image has another size.
     """
+    from tqdm import tqdm  # which comes with timm, by huggingface_hub
+
     workers = 0 if len(files) <= FEW else min(WORKERS, available_cpus())
     init: Callable[[int], None] | None = partial(ignore_signals, leaving()) if workers else None
     loader = DataLoader(Blocks(files, size), batch_size=None, num_workers=workers, worker_init_fn=init)

@@ -28,6 +28,7 @@ class DeviceBatches:
         self.labels = images.labels.to(preparation.device)
         self.img_size = images.img_size
         self.bad_images: set[str] = set(bad_images)
+        self.absent = len(images.unreadable)  # images that evaluation leaves out
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches without end, from a step of the run on.

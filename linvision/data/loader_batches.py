@@ -97,6 +97,7 @@ class LoaderBatches:
         on_bad_image: str = 'stop',
     ) -> None:
         self.images = images.on_canvas(preparation.mean) if isinstance(images, ImageSet) else images
+        self.absent = len(images.unreadable) if isinstance(images, ImageSet) else 0  # beside those met while reading
         self.order, self.preparation, self.augmentation = order, preparation, augmentation
         self.workers, self.bad_images = workers, BadImages(on_bad_image)
         self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode}

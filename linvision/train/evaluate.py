@@ -58,5 +58,5 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
         **({'top5': scores['top5'] / 100} if logits.shape[1] > 5 else {}),
         'loss': scores['loss'],
         'num_samples': int(images_scored),
-        'num_left_out': order.n - int(images_scored),
+        'num_left_out': order.n - int(images_scored) + batches.absent,
     }

@@ -147,4 +147,4 @@ def evaluate_masked(
     if order.count > 1:
         torch.distributed.all_reduce(total)
     n = int(total[1])
-    return {'loss': total[0].item() / max(n, 1), 'num_samples': n, 'num_left_out': order.n - n}
+    return {'loss': total[0].item() / max(n, 1), 'num_samples': n, 'num_left_out': order.n - n + batches.absent}
