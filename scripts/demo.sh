@@ -35,7 +35,7 @@ start=$SECONDS
 
 # ------------------------------------------------------------------------------------------------------- environment
 step '1 of 4: environment in .venv (about 2 minutes and 6 GB the first time, then nothing)'
-prepare_environment
+prepare_environment train
 echo "ready after $((SECONDS - start)) s"
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -4,9 +4,9 @@ python=.venv/bin/python
 
 fail() { echo "error: $*" >&2 && exit 1; }
 
-# prepare_environment [EXTRA]: make .venv if there is none, install the project with the extra unless it is there.
+# prepare_environment EXTRA: make .venv if there is none, install the project with the extra unless it is there.
 prepare_environment() {
-    local extra=${1:-} base= candidate found key
+    local extra=$1 base= candidate found key
     local recent='import sys; sys.exit(sys.version_info < (3, 11))'
     if ! "$python" -m pip --version > /dev/null 2>&1; then # none, or one whose making was interrupted
         for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
@@ -19,10 +19,10 @@ prepare_environment() {
     fi
     "$python" -c "$recent" || fail ".venv holds $("$python" --version), Python 3.11 or later is needed. Remove .venv."
     key="$PWD $(cksum < pyproject.toml)"
-    if [ "$(cat ".venv/installed${extra:+-$extra}" 2>/dev/null)" != "$key" ]; then
-        echo "installing linvision and what it needs${extra:+, with its $extra extra} (about 2 minutes the first time)"
-        "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
-        echo "$key" > .venv/installed # with an extra, the project itself is there too
-        if [ -n "$extra" ]; then echo "$key" > ".venv/installed-$extra"; fi
+    if [ "$(cat ".venv/installed-$extra" 2>/dev/null)" != "$key" ]; then
+        echo "installing linvision[$extra] (about 2 minutes the first time)"
+        "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
+        echo "$key" > ".venv/installed-$extra"
+        if [ "$extra" = dev ]; then echo "$key" > .venv/installed-train; fi # which dev includes
     fi
 }

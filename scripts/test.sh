@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and test in an environment of its own, .venv:
+# Lint, build the docs and test in an environment of its own, .venv:
 #
 #     bash scripts/test.sh [--all] [pytest's arguments]
 #
@@ -19,6 +19,9 @@ echo '== ruff (seconds)'
 "$python" -m ruff format --check
 echo '== mypy (seconds to a minute)'
 "$python" -m mypy
+
+echo '== the docs site, with every link and docstring (half a minute)'
+NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict --quiet
 
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac

@@ -60,11 +60,11 @@ def test_a_missing_package_is_a_reason_in_the_table(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'linformer', None)
     monkeypatch.setitem(sys.modules, 'linformer_pytorch', None)
     (row,) = speed.measure([Case('linformer', 64, False, 'fp32')], 1, float('inf'), 60, 1e9, 1, print)
-    assert row['why_not'] == "linformer is missing: pip install -e '.[bench]'" and not row['steps']
+    assert row['why_not'] == "this row needs linformer: pip install 'linvision[bench]'" and not row['steps']
     (row, _) = gpu_report.whole_models(
         gpu_report.Meter(torch.device('cpu'), float('inf')), (64,), ('linformer-pytorch',), repeats=1
     )
-    assert row['why_not'].startswith('linformer_pytorch is missing')
+    assert row['why_not'].startswith('this row needs linformer-pytorch: pip')
 
 
 def test_tokens_that_make_no_square_are_refused_before_anything_is_measured(tmp_path):

@@ -1,6 +1,7 @@
 """Fused products equal the plain block, for what they take and where they hand over to it."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -62,6 +63,22 @@ def test_fused_equals_plain(kwargs, used):
             model.set_chunk_size(chunk)
             torch.testing.assert_close(model(batch()), plain, rtol=2e-4, atol=2e-5)
     assert any(used)
+
+
+@pytest.mark.parametrize('hidden', cpu_kernels.OPERATORS)
+def test_without_one_of_its_operators_the_model_runs_on_plain_pytorch(hidden, monkeypatch, used):
+    model = create(chunk_size=24)
+    with torch.no_grad():
+        wanted = model(batch())
+        assert all(used)
+        others = {name: getattr(torch.ops.mkldnn, name) for name in cpu_kernels.OPERATORS if name != hidden}
+        monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace(**others))
+        cpu_kernels.supports.cache_clear()
+        used.clear()
+        found = model(batch())
+    cpu_kernels.supports.cache_clear()
+    assert used and not any(used)
+    torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
 
 
 def test_the_callers_tensor_and_the_parameters_stay_as_they_are(used):

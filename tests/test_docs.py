@@ -1,5 +1,6 @@
 """The pages of docs/ that promise to run do: every block of Python and of commands, from top to bottom."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import linvision
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```$', re.M | re.S)
@@ -67,6 +70,59 @@ def test_pixel_features(tmp_path, monkeypatch):
     weights = names['weights']['blocks.0.attn.attn_drop']
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1024))
     assert names['cam'].min() >= 0 and names['cam'].max() > 0
+
+
+@pytest.mark.parametrize('page', ['concepts/projection', 'concepts/sharing', 'concepts/any_size'])
+def test_pages_of_models_alone(page, tmp_path, monkeypatch):
+    names, printed = run(f'{page}.md', tmp_path, monkeypatch)
+    assert isinstance(names['model'], linvision.LinformerVisionTransformer) and not printed
+
+
+def test_streaming(tmp_path, monkeypatch, capsys):
+    run('concepts/streaming.md', tmp_path, monkeypatch)
+    (difference,) = re.findall(r'tensor\((.*)\)', capsys.readouterr().out)
+    assert float(difference) < 1e-4
+
+
+def test_start(tmp_path, monkeypatch):
+    _, (printed,) = run('index.md', tmp_path, monkeypatch)
+    assert 'fashion_mnist_pixels' in printed and '1,024 tokens' in printed
+
+
+def test_export(tmp_path, monkeypatch):
+    names, (printed,) = run('howto/export.md', tmp_path, monkeypatch)
+    assert names['model'](torch.zeros(7, 1, 32, 32)).shape == (7, 10) and '"batches"' in printed
+
+
+def test_convert(tmp_path, monkeypatch, capsys):
+    run('howto/convert.md', tmp_path, monkeypatch)
+    assert capsys.readouterr().out.startswith('True ')
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path, monkeypatch, capsys):
+    """Its cells, one after the other, as a person runs them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    cells = json.loads((ROOT / 'docs/start.ipynb').read_text())['cells']
+    names = {}
+    for cell in cells:
+        if cell['cell_type'] == 'code':
+            assert not cell['outputs'] and cell['execution_count'] is None
+            exec(compile(''.join(cell['source']), 'start.ipynb', 'exec'), names)
+    said = capsys.readouterr().out
+    assert 'top-1 100.00 %' in said
+    assert list(names['tuned'].pretrained_cfg['label_names']) == ['Bag', 'T-shirt', 'Trouser']
+    assert (np.array(names['spectrum'].lengths(0.01)) < 64).all()
+
+
+def test_every_page_that_runs_is_run():
+    text = Path(__file__).read_text()
+    pages = [page for page in (ROOT / 'docs').rglob('*.md') if re.search('^```python', page.read_text(), re.M)]
+    names = {page.relative_to(ROOT / 'docs').with_suffix('').as_posix() for page in pages}
+    not_run = {'own_images', 'results'}  # one fetches Fashion-MNIST, the other shows three lines of a study
+    assert [name for name in names - not_run if f'{name}.md' not in text and f"'{name}'" not in text] == []
 
 
 def test_pathfinder(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@
     linvision export outputs/demo --output outputs/demo.pt2
 
 The first argument is the folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights. ONNX needs
-`pip install -e '.[onnx]'`. Before it reports success the file is read again, by `torch.export.load` or
+`pip install 'linvision[onnx]'`. Before it reports success the file is read again, by `torch.export.load` or
 onnxruntime, and must give the model's own outputs on batches of one, two and five images; a file that does not is
 removed. Prints one line of JSON: how images are to be read, what the classes are, and the largest difference found.
 """
@@ -144,8 +144,6 @@ def main(model: tyro.conf.Positional[str], output: Path = Path('outputs/model.on
     original = load_vit(model, '', 0)
     try:
         report = export(original, output)
-    except ImportError as error:
-        raise ValueError(f"{error}. ONNX needs: pip install -e '.[onnx]'") from error
     except RuntimeError as error:  # torch's, of a model that cannot be traced
         raise ValueError(f'{model} cannot be exported: {error}') from error
     print(json.dumps(report))

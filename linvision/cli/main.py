@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from linvision.extras import MissingPackage, needed
 from linvision.nearest import nearest
 from linvision.version import __version__
 
@@ -49,7 +50,7 @@ def mistakes_in_a_line() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, TypeError, MissingPackage) as error:
         # of TypeErrors, those alone that an argument's name makes, as in --dataset-args: others are our own faults
         ours = isinstance(error, TypeError) and 'unexpected keyword argument' not in str(error)
         if ours or os.environ.get('LINVISION_TRACEBACK'):
@@ -73,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
     name, *rest = words
     if name not in COMMANDS:
         sys.exit(f'error: {nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
-    with mistakes_in_a_line():
+    with mistakes_in_a_line(), needed(f'linvision {name}'):
         logging.basicConfig(format='%(levelname)s: %(message)s')
         module = importlib.import_module(f'linvision.cli.{name}')
         if name == 'train':  # its flags are known once the recipe is

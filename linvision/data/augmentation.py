@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from linvision.data.image_set import fill_colour
+from linvision.extras import needed
 from linvision.nearest import nearest
 
 LIBRARIES = ('torchvision', 'albumentations', 'kornia')
@@ -121,8 +122,9 @@ class AlbumentationsTransform:
 
     def __init__(self, augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> None:
         os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # before the import, which else asks the network
-        import albumentations as A
-        import cv2
+        with needed('albumentations as augmentation'):
+            import albumentations as A
+            import cv2
 
         cv2.setNumThreads(0)  # workers are processes
         a, fill = augmentation, fill_colour(mean).flatten().tolist()
@@ -178,7 +180,8 @@ class KorniaBatches:
         rank: int = 0,
         count: int = 1,
     ) -> None:
-        import kornia.augmentation as K
+        with needed('kornia as augmentation'):
+            import kornia.augmentation as K
 
         a, steps = augmentation, []
         if a.color_jitter:

@@ -43,7 +43,9 @@ def create_batches(
         augmentation: What is changed at random in training; nothing by default.
         rank: Number of this process.
         count: How many processes share a batch; it must divide `batch_size` in training.
-        crop_pct, crop_mode, workers: For sets that are read one by one: see `LoaderBatches`.
+        crop_pct: Of sets that are read one by one, as the next two: see `LoaderBatches`.
+        crop_mode: What becomes of images that are not square.
+        workers: Worker processes.
         on_bad_image: 'stop' or 'skip' what cannot be read.
 
     Raises:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linvision.data.image_file import UNREADABLE, read_image
 from linvision.data.order import seed_of
+from linvision.extras import needed
 
 PREFIXES = ('wds/', 'hfds/', 'hfids/', 'tfds/', 'torch/')
 STREAMS = ('wds/', 'hfids/', 'tfds/')
@@ -45,6 +46,7 @@ def open_timm_set(
 
     Raises:
         FileNotFoundError: The set, or the package that reads it, is not there.
+        MissingPackage: webdataset is not there.
         ValueError: A root or an argument is a URL, or a shard's name is none that a shell may see.
     """
     arguments = dict(arguments)
@@ -53,6 +55,9 @@ def open_timm_set(
     splits = {s: arguments.pop(f'{s}_split', default) for s, default in SPLITS.items()}
     num_classes = int(arguments.pop('num_classes', 0))
     known = {'name': name, 'root': place, 'split': splits[split], 'download': download, **arguments}
+    if name.startswith('wds/'):
+        with needed(name):  # timm would name another way to it
+            import webdataset as webdataset
     try:
         found = timm.data.create_dataset(**known)
     except (ImportError, RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:

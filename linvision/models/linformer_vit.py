@@ -54,7 +54,7 @@ class LinformerVisionTransformer(VisionTransformer):
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
-            training for all unless that would keep more than 4 GiB, or a quarter of a GPU (see `stream.py`). Results
+            training for all unless that would keep more than 4 GiB, or most of a GPU (see `chunks.py`). Results
             are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.
@@ -66,9 +66,9 @@ class LinformerVisionTransformer(VisionTransformer):
         head_norm: Normalise the pooled features over the images of a batch before the classifier (batch norm without
             weights, as in the linear probe of MAE, arXiv 2111.06377): for images that differ in few tokens, whose means
             are nearly equal. In training a batch must hold two images, and the engine takes one process and one part.
-        dynamic_img_size: Take images of any size; projection and positions are resized on the fly.
-        kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`; `mlp_layer` may be a name,
-            'mlp', 'glu', 'swiglu' or 'swiglu_packed', which can be saved where a class cannot.
+        kwargs: Every other argument of `timm.models.vision_transformer.VisionTransformer`. `mlp_layer` may be a name,
+            'mlp', 'glu', 'swiglu' or 'swiglu_packed', which can be saved where a class cannot; with `dynamic_img_size`
+            images may have any size, and projection and positions are resized on the fly.
 
     Raises:
         ValueError: A choice that does not exist (the nearest are listed), K below 1, a width that the heads do not

@@ -23,10 +23,14 @@ LONG = 256  # tokens of an image from which products for each head of each image
 MAX_ROWS = 1024  # up to so many rows of keys the array of weights stays in cache
 
 
+# private to PyTorch, which may rename them; without one of them blocks run as they are written
+OPERATORS = ('_linear_pointwise', '_reorder_linear_weight', '_is_mkldnn_bf16_supported')
+
+
 @cache
 def supports(dtype: torch.dtype) -> bool:
     """Whether this PyTorch and this CPU have oneDNN's products in a dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_linear_pointwise'):
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

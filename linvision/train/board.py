@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from linvision.data import Batches
+from linvision.extras import needed
 from linvision.train.recipe import Recipe
 
 HISTOGRAMS = 10  # of the weights, in a run
@@ -30,7 +31,8 @@ class Board:
         self.writer, self.bar, self.speaks, self.drawn = None, None, speaks, -1
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        with needed('TensorBoard of a run'):
+            from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else 0)
         text = json.dumps(recipe.to_dict(), indent=2)

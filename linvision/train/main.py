@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-import tyro
-
+from linvision.extras import MissingPackage, needed
 from linvision.train.loop import train
 from linvision.train.recipe import Recipe
 
@@ -48,6 +47,8 @@ def read_flags(recipe: Recipe, description: str | None = None, args: Sequence[st
         description: Text above the flags in `--help`.
         args: The flags; those of the command line by default.
     """
+    with needed('linvision train'):
+        import tyro
     added = {name: recipe.fields()[name] for name in ('model_args', 'opt_args', 'dataset_args')}
     bare = recipe.replace(**{name: {} for name in added})  # tyro offers only the keys of a default
     found = tyro.cli(Recipe, default=bare, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
@@ -61,15 +62,18 @@ def main(recipe: Recipe, description: str | None = None) -> None:
         recipe: The recipe; its values are the defaults of the flags.
         description: Text above the flags in `--help`.
     """
-    recipe = read_flags(recipe, description)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    try:
+        recipe = read_flags(recipe, description)
+    except MissingPackage as error:
+        sys.exit(f'error: {error}')
     interrupt = Interrupt()
     try:
         finished = train(recipe, interrupt)
     except KeyboardInterrupt:
         finished = {}
         print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MemoryError, MissingPackage) as error:
         if os.environ.get('LINVISION_TRACEBACK') or isinstance(error, RuntimeError) and 'DataLoader' not in str(error):
             raise
         words = str(error)

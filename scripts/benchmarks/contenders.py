@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import linvision  # noqa: F401  (registers the models)
+from linvision.extras import needed
 from linvision.nearest import nearest
 from linvision.train.precision import DTYPES
 
@@ -87,7 +88,7 @@ def build(case: Case) -> nn.Module:
     """The model of a case, in fp32 on torch's default device.
 
     Raises:
-        ImportError: A package is not installed.
+        MissingPackage: A package is not installed.
         ValueError: An unknown model.
     """
     D, depth, heads = SIZE.values()
@@ -103,11 +104,13 @@ def build(case: Case) -> nn.Module:
     if case.model == 'xcit':
         return timm.create_model('xcit_tiny_12_p8_224', img_size=case.img_size)
     if case.model == 'linformer':
-        from linformer import Linformer
+        with needed('this row'):
+            from linformer import Linformer
 
         return Package(case.img_size, Linformer(D, case.tokens, depth, k=PROJ_LEN, heads=heads))
     if case.model == 'linformer-pytorch':
-        from linformer_pytorch import Linformer
+        with needed('this row'):
+            from linformer_pytorch import Linformer
 
         encoder = Linformer(
             input_size=case.tokens, channels=D, dim_k=PROJ_LEN, dim_ff=4 * D, nhead=heads, depth=depth,
@@ -115,11 +118,6 @@ def build(case: Case) -> nn.Module:
         )  # fmt: skip
         return Package(case.img_size, encoder)
     raise ValueError(nearest('model', case.model, CONTENDERS))
-
-
-def missing_package(error: ImportError) -> str:
-    """Why a case has no figures, and what would mend it."""
-    return f"{error.name} is missing: pip install -e '.[bench]'"
 
 
 def multiply_adds(case: Case) -> int:

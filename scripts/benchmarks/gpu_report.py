@@ -6,7 +6,7 @@ Models from image to logits, as in `speed.py`, in one process: steps of all mode
 memory as the allocator counts it above the model and its input. Then attention alone, forward and backward (B16 H8 d64
 fp16, as in FlashAttention's tables 20 and 21, arXiv 2205.14135), the largest batch that fits at the largest size,
 training images a second there, and joules an image where NVML counts them. `--device cpu` runs it anywhere.
-`linformer-pytorch` comes with `pip install -e '.[bench]'`.
+`linformer-pytorch` comes with `pip install 'linvision[bench]'`.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from scripts.benchmarks.contenders import Case, create_step, missing_package, multiply_adds
+from linvision.extras import MissingPackage
+from scripts.benchmarks.contenders import Case, create_step, multiply_adds
 from scripts.benchmarks.speed import machine
 from scripts.benchmarks.tables import summarise, write
 
@@ -103,8 +104,8 @@ def whole_models(meter: Meter, sizes: tuple[int, ...], names: tuple[str, ...], r
                 if meter.late():
                     raise RuntimeError('no time was left')
                 steps[case.model], _ = create_step(case, meter.device)
-            except ImportError as error:
-                failed[case.model] = {'steps': [], 'why_not': missing_package(error)}
+            except MissingPackage as error:
+                failed[case.model] = {'steps': [], 'why_not': str(error)}
             except (RuntimeError, MemoryError) as error:
                 failed[case.model] = {'steps': [], 'why_not': why(error)}
         found = {**interleave(meter, steps, repeats), **failed}

@@ -3,7 +3,7 @@
     python -m scripts.benchmarks.speed                  # at most an hour; writes outputs/benchmark.{json,md,png}
     python -m scripts.benchmarks.speed --quick          # a few minutes, up to 4,096 tokens
 
-The packages `linformer` and `linformer-pytorch` come with `pip install -e '.[bench]'`.
+The packages `linformer` and `linformer-pytorch` come with `pip install 'linvision[bench]'`.
 
 Each case is a process of its own, so that its peak of memory is its own; the processes of one size wait for each other
 and step in turn, so that all meet the same load (a step below a second is taken twice, and the second one counts).
@@ -32,6 +32,7 @@ import tyro
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from linvision.extras import MissingPackage
 from linvision.streaming import cpu_kernels
 from scripts import ROOT
 from scripts.benchmarks.contenders import (
@@ -41,7 +42,6 @@ from scripts.benchmarks.contenders import (
     SIZE,
     Case,
     create_step,
-    missing_package,
     multiply_adds,
     predicted_gib,
 )
@@ -238,8 +238,8 @@ def measure(
         rows.append(row)
         try:
             row['multiply_adds'] = multiply_adds(case) * (3 if case.training else 1)
-        except ImportError as error:
-            row['why_not'] = missing_package(error)
+        except MissingPackage as error:
+            row['why_not'] = str(error)
             continue
         need, seconds = predicted_gib(case), row['multiply_adds'] / rate
         if need > 0.9 * available_gib():

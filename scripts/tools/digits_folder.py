@@ -1,6 +1,6 @@
 """scikit-learn's digits as a folder of images: 1,797 grey 8×8 pictures in ten classes, to fine-tune a backbone on.
 
-    pip install -e '.[digits]'
+    pip install 'linvision[digits]'
     python -m scripts.tools.digits_folder --output-dir data/digits
 
 From the test part of the UCI set of handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0). Every fifth image of a
@@ -14,6 +14,9 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from linvision.cli.main import mistakes_in_a_line
+from linvision.extras import needed
+
 
 def main(output_dir: Path = Path('data/digits')) -> None:
     """Write the folder.
@@ -23,10 +26,8 @@ def main(output_dir: Path = Path('data/digits')) -> None:
     """
     if output_dir.exists():
         sys.exit(f'error: {output_dir} exists; remove it, or name another --output-dir.')
-    try:
+    with mistakes_in_a_line(), needed('digits_folder'):
         from sklearn.datasets import load_digits
-    except ImportError:
-        sys.exit("error: scikit-learn is missing: pip install -e '.[digits]'")
     digits = load_digits()
     seen = [0] * 10
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
