@@ -24,7 +24,7 @@ def test_multiply_adds_are_those_of_the_closed_formulas():
     vit = multiply_adds(Case('ViT, fused', N, False, 'fp32'))
     assert vit == linear_layers(N) + DEPTH * N * 2 * D * D + DEPTH * 2 * N * N * D
     assert multiply_adds(Case('ViT, written out', N, False, 'fp32')) == vit
-    rows = DEPTH * PROJ_LEN * 2 * D * D  # keys and values
+    rows = DEPTH * PROJ_LEN * 2 * D * (D + 1)  # keys and values, and their biases by the row sums of E
     linear_e = multiply_adds(Case('linvision, linear E', N, False, 'fp32'))
     local = 9 * N * D * (DEPTH + 1)  # a depth-wise 3 × 3 in each block, and one for the positions
     reduction = DEPTH * N * PROJ_LEN * D + N * PROJ_LEN  # E x in each block, and the row sums of E once
@@ -137,6 +137,7 @@ def test_the_gpu_report_measures_memory_and_finds_the_largest_batch(tmp_path):
     assert all(row['peak_gib'] > 0 for row in found['rows']) and found['largest_batch']['batch_size'] == 4
 
 
+@pytest.mark.slow
 def test_a_profile_accounts_for_the_whole_step(capsys):
     profile_step.main(tokens=64, precision='fp32', threads=1, rows=3)
     lines = capsys.readouterr().out.splitlines()

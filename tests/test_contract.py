@@ -218,7 +218,7 @@ def test_autocast_error_is_at_most_twice_that_of_timms_vit(kind, dtype):
 
 
 @pytest.mark.parametrize('dtype', [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16])
-@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('training', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_overflows_at_65536_tokens(dtype, training):
     model = create(img_size=256, depth=1, proj_len=256, projection='separable').to(dtype)
     images = (3 + batch(1, 256)).to(dtype)  # a sum over the tokens would pass 65,504

@@ -89,6 +89,7 @@ def test_start(tmp_path, monkeypatch):
     assert 'fashion_mnist_pixels' in printed and '1,024 tokens' in printed
 
 
+@pytest.mark.slow
 def test_export(tmp_path, monkeypatch):
     names, (printed,) = run('howto/export.md', tmp_path, monkeypatch)
     assert names['model'](torch.zeros(7, 1, 32, 32)).shape == (7, 10) and '"batches"' in printed

@@ -42,7 +42,13 @@ def steps(folder) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'a flipped bit', 'a missing file', 'no checksums'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        'a flipped bit',
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ('truncated', 'a missing file', 'no checksums')),
+    ],
+)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, recipe, damage, capsys):
     parts = recipe.replace(checkpoint_every=3)
     train(parts.replace(max_steps=6))

@@ -64,7 +64,12 @@ print('done')
 
 
 @pytest.mark.parametrize(
-    'words', [['train', 'fashion_mnist_pixels'], ['evaluate', 'outputs'], ['models']], ids=lambda words: words[0]
+    'words',
+    [
+        ['train', 'fashion_mnist_pixels'],
+        *(pytest.param(w, marks=pytest.mark.slow) for w in (['evaluate', 'outputs'], ['models'])),
+    ],
+    ids=lambda words: words[0],
 )
 def test_a_command_names_what_installs_its_package(words, tmp_path):
     done = run_without(['tyro'], command(*words), tmp_path)

@@ -195,6 +195,7 @@ def test_the_best_is_one_of_the_last_image_size(recipe):
     assert metrics['best_val_loss'] > min(p.value for p in points)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
     train(recipe)
     parts = recipe.replace(output_dir=tmp_path / 'parts')

@@ -29,6 +29,7 @@ def test_a_finished_run_with_a_tuple_among_its_arguments_is_recognised(recipe, c
     assert json.loads(json.dumps(train(recipe))) == train(recipe)
 
 
+@pytest.mark.slow
 def test_an_interruption_at_a_rounded_stage_boundary_changes_nothing(recipe, tmp_path):
     stages = ((8, 0.1), (12, 0.2), (16, 0.7))  # 0.1 + 0.2 > 3 / 10 in floating point; 10 steps in all
     recipe = recipe.replace(stages=stages)
@@ -124,7 +125,7 @@ def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_we
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
     recipe = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
     flags = ['--model', 'test_linformer_vit', '--dataset', 'fake', '--stages', '16', '1', '--epochs', '100000']
