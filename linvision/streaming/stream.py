@@ -331,5 +331,5 @@ class TokenChunks:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
             local = self.block.attn.local.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
-        query = block.attn.query(h, self.block.attn.split_weights(h))
+        query = block.attn.query(h, block.attn.split_weights(h))
         return block.residuals(x, block.attn.output(query, key, value, mask, local))
