@@ -47,7 +47,7 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[Streame
         return 0
     if torch._C._are_functorch_transforms_active():  # torch.func, which takes no autograd.Function of this kind
         return 0
-    modules = [m for block in blocks for m in block.modules() if not isinstance(m, FSDPModule)]
+    modules = (m for block in blocks for m in block.modules() if not isinstance(m, FSDPModule))
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return 0
     if chunk_size != 'auto':

@@ -31,15 +31,22 @@ class StreamedKind(Protocol):
 class StreamedAttention(Protocol):
     """Attention that tells how its keys and values come about, and its output once they are known."""
 
-    kind: StreamedKind
-    reduce: Callable[[Tensor, list[Tensor], Grid, Grid], Tensor]
     rows: Grid
     matrices: int
     per_head: bool
     num_prefix_tokens: int
-    fused_attn: bool
-    local: StreamedLocal | None
+    qkv: Any  # modules, or what stands in for them
+    q_norm: Any
+    proj: Any
 
+    @property
+    def fused_attn(self) -> bool: ...
+    @property
+    def kind(self) -> StreamedKind: ...
+    @property
+    def reduce(self) -> Callable[[Tensor, list[Tensor], Grid, Grid], Tensor]: ...
+    @property
+    def local(self) -> StreamedLocal | None: ...
     def is_full(self, grid: Grid) -> bool: ...
     def split_weights(self, x: Tensor) -> list[Tensor]: ...
     def query(self, x: Tensor, weights: list[Tensor]) -> Tensor: ...
@@ -70,7 +77,10 @@ class StreamedBlock(Protocol):
     hidden: int  # width of the MLP's hidden layer
     training: bool
     norm1: Any
-    attn: Any  # a StreamedAttention, and a module
+
+    @property
+    def attn(self) -> StreamedAttention: ...
+
     ls1: Any
     drop_path1: Any
     norm2: Any

@@ -326,10 +326,10 @@ class TokenChunks:
             chunk: The chunk.
         """
         h = self.block.norm1(x)
-        local: Tensor | None = None
-        if chunk.size is not None:
+        path, local = self.block.attn.local, None
+        if path is not None and chunk.size is not None:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
-            local = self.block.attn.local.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
+            local = path.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
         query = block.attn.query(h, block.attn.split_weights(h))
         return block.residuals(x, block.attn.output(query, key, value, mask, local))
