@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import timm.layers
 import torch
-from timm.layers import DropPath, GluMlp, LayerScale, LayerType, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers import DropPath, GluMlp, LayerScale, LayerType, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
 from linvision.models.attention import LinformerAttention
+from linvision.models.mlp import Mlp
 from linvision.models.norms import LayerNorm, TokenNorm
 from linvision.streaming.stream import stream
 
@@ -102,6 +104,7 @@ class LinformerBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
         make_mlp: Any = MLPS[mlp_layer] if isinstance(mlp_layer, str) else mlp_layer
+        make_mlp = Mlp if make_mlp is timm.layers.Mlp else make_mlp
         self.mlp = make_mlp(
             in_features=dim,
             hidden_features=self.hidden,

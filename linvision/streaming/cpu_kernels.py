@@ -1,10 +1,13 @@
-"""A chunk of a streamed block on CPUs without gradients: products, biases and GELU fused by oneDNN.
+"""Blocks on CPUs by oneDNN: chunks of a streamed block without gradients, and the MLP of a block that learns.
 
 What is computed is the block's own equation; attention and MLP are replaced by operators that PyTorch's compiler uses
 on CPUs (`torch.ops.mkldnn._linear_pointwise`). They gain in two ways: a bias or an activation costs no pass of its own
 over memory; and in fp32 on AMD's CPUs they reach twice the rate of `F.linear`, which calls MKL (Zen 5, two cores, torch
 2.14: 490 against 230 GFLOP/s). Attention is, for each head, a product with the rows of keys, a softmax and a product
 with the rows of values: with a few hundred rows that is faster than PyTorch's fused attention on CPUs.
+
+In training the MLP, which has most of a block's arithmetic, takes the same products forward and for the gradient of its
+input; the gradients of its weights stay with MKL, which is faster there.
 """
 
 from collections.abc import Callable
@@ -12,8 +15,10 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from linvision.autocast import compute_dtype
 from linvision.streaming.parts import BlockWith, StreamedBlock
@@ -49,8 +54,16 @@ def applies(block: StreamedBlock, x: Tensor, key: Tensor, mask: Tensor | None) -
         and x.shape[1] >= LONG
         and key.shape[-2] <= MAX_ROWS
         and isinstance(attention.q_norm, nn.Identity)
-        and type(mlp) is Mlp
-        and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+        and is_plain(mlp)
+        and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj))
+    )
+
+
+def is_plain(mlp: Any) -> bool:
+    """Whether an MLP is two linear layers with GELU between them, and nothing else but dropout."""
+    return (
+        isinstance(mlp, Mlp)
+        and all(type(layer) is nn.Linear for layer in (mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and isinstance(mlp.norm, nn.Identity)
     )
@@ -151,3 +164,77 @@ def fused(block: StreamedBlock, tokens: int, x: Tensor, key: Tensor, value: Tens
     """
     products = Products(compute_dtype(x), tokens)
     return BlockWith(block, attn=FusedAttention(block.attn, products, key, value), mlp=FusedMlp(block.mlp, products))
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+LEARNING_TOKENS = 2048  # images × tokens; below, oneDNN gains little, and a model equals its torch.fx trace to the bit
+
+
+def learns_faster(mlp: Any, x: Any) -> bool:
+    """Whether `learning_mlp` can stand for an MLP of this input, and gains."""
+    return (
+        type(x) is Tensor  # no proxy of torch.fx, and no subclass
+        and torch.is_grad_enabled()
+        and x.is_cpu
+        and x.dim() == 3
+        and x.shape[0] * x.shape[1] >= LEARNING_TOKENS
+        and x.dtype == compute_dtype(x) == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+        and supports(torch.float32)
+        and is_plain(mlp)
+        and not (mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0)
+        and all(p is None or type(p) in (Tensor, nn.Parameter) for p in weights_of(mlp))
+        # something looks into the MLP or traces it, operator by operator
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in mlp.children())
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def weights_of(mlp: Any) -> tuple[Any, ...]:
+    """Weights and biases of an MLP's two layers."""
+    return mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+
+
+def learning_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """fc2(GELU(fc1(x))) with gradients: (B, n, D) -> (B, n, D)."""
+    out: Tensor = LearningMlp.apply(x, *weights_of(mlp), mlp.act.approximate)
+    return out
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """oneDNN's product, (B, n, C) -> (B, n, C')."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return out
+
+
+class LearningMlp(torch.autograd.Function):
+    """Two linear layers with GELU between them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
+    ) -> Tensor:
+        hidden = product(x, w1, b1)
+        activated = F.gelu(hidden, approximate=approximate)
+        ctx.save_for_backward(x, hidden, activated, w1, w2)
+        ctx.approximate, ctx.biases = approximate, (b1 is not None, b2 is not None)
+        return product(activated, w2, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, hidden, activated, w1, w2 = ctx.saved_tensors
+        grad = grad.contiguous()
+        rows = grad.flatten(0, 1)  # (B · n, D)
+        dw2 = rows.t() @ activated.flatten(0, 1)
+        db2 = rows.sum(0) if ctx.biases[1] else None
+        dhidden = product(grad, w2.t().contiguous())
+        torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, approximate=ctx.approximate, grad_input=dhidden)
+        rows = dhidden.flatten(0, 1)  # (B · n, 4 D)
+        dw1 = rows.t() @ x.flatten(0, 1)
+        db1 = rows.sum(0) if ctx.biases[0] else None
+        dx = product(dhidden, w1.t().contiguous()) if ctx.needs_input_grad[0] else None
+        return dx, dw1, db1, dw2, db2, None
