@@ -1,10 +1,22 @@
-"""The dtype that autocast computes in, and tensors cast to it once.
+"""The dtype that a model computes in: that of autocast, cast to once; and fp32 where a processor only emulates bf16.
 
 Where a module of a model calls `in_compute_dtype`, it calls `torch.fx.wrap('in_compute_dtype')` too.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+# torch's names of what multiplies in bf16; the last is ARM's
+CPU_BF16 = ('amx_bf16', 'avx512_bf16', 'sve_bf16', 'bf16')
+
+
+def cpu_bf16() -> str:
+    """What this processor multiplies bf16 with, '' where it has no instructions for it."""
+    found = [name for name in CPU_BF16 if torch.cpu.get_capabilities().get(name)]
+    return found[0] if found else ''
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -20,3 +32,42 @@ def in_compute_dtype(x: Tensor) -> Tensor:
     if not torch.jit.is_scripting():
         x = x.to(compute_dtype(x))
     return x
+
+
+def is_emulated(x: Any) -> bool:
+    """Whether x would be computed in bf16 on a processor that emulates it, at a tenth of the speed of fp32."""
+    return (
+        type(x) is Tensor  # no proxy of torch.fx
+        and x.is_cpu
+        and compute_dtype(x) == torch.bfloat16
+        and not cpu_bf16()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class InFp32(nn.Module):
+    """A method of a model, computed in fp32 whatever the dtype of its weights: the result has the dtype it would have.
+
+    Args:
+        model: The model.
+        method: The method's name; its first argument are the images.
+    """
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        out: Tensor = getattr(self.model, self.method)(x, *args)
+        return out
+
+    def compute(self, x: Tensor, *args: Any) -> Tensor:
+        """The method's result for images x."""
+        dtype = compute_dtype(x)
+        every = (*self.named_parameters(), *self.named_buffers())
+        weights = {name: tensor.float() for name, tensor in every if tensor.dtype == dtype}
+        with torch.autocast('cpu', enabled=False):
+            out: Tensor = functional_call(self, weights, (x.float(), *args))
+        return out.to(dtype)

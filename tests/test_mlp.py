@@ -47,7 +47,6 @@ def test_output_and_gradients_equal_timms(kwargs, calls):
     assert calls == [(3, 7, 8)]
 
 
-
 def test_frozen_weights_get_no_gradient(calls):
     ours, _ = create()
     ours.fc1.requires_grad_(False)

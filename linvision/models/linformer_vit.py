@@ -22,7 +22,7 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor, nn
 
-from linvision.autocast import in_compute_dtype
+from linvision.autocast import InFp32, in_compute_dtype, is_emulated
 from linvision.models.block import LinformerBlock
 from linvision.models.checks import check_arguments, check_image, check_sizes, refuse_mask
 from linvision.models.norms import LayerNorm
@@ -305,6 +305,9 @@ class LinformerVisionTransformer(VisionTransformer):
             ValueError: An N×N or causal mask, a padding mask of the wrong shape or dtype, or one with a `global_pool`
                 that cannot leave out padding or with a `patch_drop_rate`.
         """
+        if not torch.jit.is_scripting():
+            if is_emulated(x):
+                return InFp32(self, 'forward').compute(x, attn_mask, is_causal, key_padding_mask)
         if isinstance(key_padding_mask, Tensor):
             check_pool(self.global_pool)  # before the blocks run
         x = self.forward_features(x, attn_mask, is_causal, key_padding_mask)
@@ -330,6 +333,9 @@ class LinformerVisionTransformer(VisionTransformer):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D); arguments as in `forward`."""
+        if not torch.jit.is_scripting():
+            if is_emulated(x):
+                return InFp32(self, 'forward_features').compute(x, attn_mask, is_causal, key_padding_mask)
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         # isinstance, not `is not None`: under FX every argument is a proxy
         x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)

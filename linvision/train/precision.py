@@ -2,15 +2,10 @@
 
 import torch
 
+from linvision.autocast import cpu_bf16
 from linvision.train.parallel import Processes
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-CPU_BF16 = (
-    'amx_bf16',
-    'avx512_bf16',
-    'sve_bf16',
-    'bf16',
-)  # torch's names of what multiplies in bf16; the last is ARM's
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -19,15 +14,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_precision(wanted: str, processes: Processes) -> tuple[str, str]:
-    """The precision to train in; and why, in words, where `wanted` names none.
+    """The precision to train in; and why, in words, where `wanted` names none, or one that a processor emulates.
 
     'auto' is bf16 where the device multiplies in it, else fp32: a processor that lacks it is ten times slower in bf16.
     It depends on the machine alone, so that two runs of a recipe on one machine are in the same precision. Of several
     processes, all must have it.
     """
+    has, why = has_bf16(processes.device)
+    if wanted == 'bf16' and processes.device.type == 'cpu' and not has:
+        return 'fp32', f'{why}: in place of bf16, which it would emulate at a tenth of the speed'
     if wanted != 'auto':
         return wanted, ''
-    has, why = has_bf16(processes.device)
     (lacking,) = processes.largest(float(not has))
     if has and lacking:
         return 'fp32', 'another process of the run has no bf16'
@@ -37,8 +34,7 @@ def choose_precision(wanted: str, processes: Processes) -> tuple[str, str]:
 def has_bf16(device: torch.device) -> tuple[bool, str]:
     """Whether a device multiplies in bf16, and what says so."""
     if device.type == 'cpu':
-        found = [name for name in CPU_BF16 if torch.cpu.get_capabilities().get(name)]
-        return bool(found), f'the processor has {found[0] if found else "no instructions for bf16"}'
+        return bool(cpu_bf16()), f'the processor has {cpu_bf16() or "no instructions for bf16"}'
     if device.type == 'cuda':
         name, has = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device) >= (8, 0)
         return has, f'{name} {"computes in" if has else "has no"} bf16'
