@@ -34,6 +34,7 @@ from linvision.train.checkpoint import (
 from linvision.train.data import TrainingData
 from linvision.train.finite import FiniteCheck
 from linvision.train.folder import finished_run, run_folder
+from linvision.train.freed_memory import keep_freed_memory
 from linvision.train.learner import Learner
 from linvision.train.memory import memory_advice, peak_memory_gib
 from linvision.train.metrics import run_metrics, write_results
@@ -71,6 +72,8 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     with processes(recipe.run.device, recipe.run.parallel) as joined:
+        if joined.device.type == 'cpu':
+            keep_freed_memory()
         recipe.images_at_once(joined.count)
         if recipe.run.dry_run:
             with memory_advice(recipe, joined, lambda: 'in the first step'):
