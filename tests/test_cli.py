@@ -2,7 +2,7 @@
 
 import ast
 import json
-import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -131,11 +131,21 @@ def test_recipes_are_found_in_an_installed_package_too(tmp_path, monkeypatch):
         train.recipe_folder()
 
 
-def test_every_package_is_in_the_wheel():
+def test_the_wheel_is_told_of_the_command_and_the_recipes():
     settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-    here = {str(path.parent.relative_to(ROOT)).replace(os.sep, '.') for path in ROOT.glob('linvision/**/__init__.py')}
-    assert set(settings['tool']['setuptools']['packages']) == here | {'linvision.recipes', 'linvision.weights'}
     assert settings['project']['scripts'] == {'linvision': 'linvision.cli.main:main'}
+    assert settings['tool']['hatch']['build']['targets']['wheel']['force-include'] == {'recipes': 'linvision/recipes'}
+
+
+def test_links_of_the_readme_lead_somewhere_on_pypi():
+    """PyPI follows no path of the repository: each gets the address that the rules in pyproject.toml give it."""
+    settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    text = (ROOT / 'README.md').read_text()
+    for rule in settings['tool']['hatch']['metadata']['hooks']['fancy-pypi-readme']['substitutions']:
+        text = re.sub(rule['pattern'], rule['replacement'], text)
+    links = re.findall(r'\]\(([^)]+)\)', text)
+    assert len(links) > 10 and all(link.startswith('https://') for link in links)
+    assert 'https://raw.githubusercontent.com/linvision/linvision/main/docs/images/time.png' in links
 
 
 @pytest.mark.slow

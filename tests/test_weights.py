@@ -138,13 +138,13 @@ def test_the_card_names_the_score_and_the_recipe():
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_weights(tmp_path):
-    from setuptools import build_meta
+    from hatchling import build
 
     where = Path.cwd()
     shutil.copytree(ROOT, tmp_path / 'source', ignore=shutil.ignore_patterns('.git', '.venv', 'data', 'outputs'))
     os.chdir(tmp_path / 'source')
     try:
-        wheel = build_meta.build_wheel(str(tmp_path))
+        wheel = build.build_wheel(str(tmp_path))
     finally:
         os.chdir(where)
     names = zipfile.ZipFile(tmp_path / wheel).namelist()

@@ -10,17 +10,13 @@ import venv
 from pathlib import Path
 
 import pytest
-import setuptools
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PACKED = ['linvision', 'recipes', 'pyproject.toml', 'README.md', 'LICENSE']
 MODEL = 'linformer_vit_pico_patch1_32.fashion_mnist'
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(int(setuptools.__version__.partition('.')[0]) < 77, reason='building wants setuptools 77'),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
