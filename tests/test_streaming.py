@@ -309,6 +309,32 @@ def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibiby
     assert calls == [24] * 3
 
 
+def test_on_a_gpu_only_the_blocks_that_do_not_fit_are_streamed(calls, monkeypatch):
+    from linvision.streaming import chunks
+
+    numbers, device = 48 * 32 * 3, torch.device('cuda')
+    one, inputs = chunks.kept_bytes(numbers, 1, torch.bfloat16, device), 2 * numbers
+    limit = 0
+    monkeypatch.setattr(chunks, 'whole_bytes', lambda device: limit)
+    for n in range(4):
+        limit = n * one + (12 - n) * inputs  # what n whole and 12 - n streamed blocks keep
+        assert chunks.whole_blocks(numbers, 12, torch.bfloat16, device) == n
+    limit = 12 * one + 1
+    assert chunks.whole_blocks(numbers, 12, torch.bfloat16, device) == 12
+    limit = 1
+    assert chunks.whole_blocks(numbers, 12, torch.bfloat16, device) == 0
+    assert chunks.whole_blocks(numbers, 12, torch.bfloat16, torch.device('cpu')) == 0
+
+
+def test_a_model_of_whole_and_streamed_blocks_has_the_gradients_of_either(calls, monkeypatch):
+    model, images = create(chunk_size='auto'), batch()
+    exact = gradients(model, images)
+    monkeypatch.setattr('linvision.streaming.chunks.whole_blocks', lambda *args: 2)
+    monkeypatch.setattr('linvision.streaming.chunks.chunk_tokens', lambda x, hidden: 24)
+    torch.testing.assert_close(gradients(model, images), exact, rtol=1e-9, atol=1e-9)
+    assert calls == [24]
+
+
 def test_a_projection_learns_where_all_else_is_frozen():
     model = create(projection='linear')
     for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ from linvision.models.padding import check_padding, check_pool, masked_pool, pad
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
-from linvision.streaming.chunks import choose_chunk_size
+from linvision.streaming.chunks import choose_chunk_sizes
 
 if TYPE_CHECKING:
     from linvision.models.block import Blocks
@@ -54,7 +54,8 @@ class LinformerVisionTransformer(VisionTransformer):
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
-            training for all unless that would keep more than 4 GiB, or most of a GPU (see `chunks.py`). Results
+            training for all unless that would keep more than 4 GiB; on a GPU as many blocks as fit take all, and
+            the others chunks (see `chunks.py`). Results
             are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.
@@ -222,7 +223,7 @@ class LinformerVisionTransformer(VisionTransformer):
 
     def embed(
         self, x: Tensor, key_padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, tuple[int, int], Tensor | None, int]:
+    ) -> tuple[Tensor, tuple[int, int], Tensor | None, list[int]]:
         """Images to contiguous tokens with positions and prefix.
 
         Args:
@@ -231,7 +232,7 @@ class LinformerVisionTransformer(VisionTransformer):
 
         Returns:
             Tokens, (B, P + N, D), their grid (height, width), which of them are not padding, (B, P + N) or None, and
-            how many a block is to handle at a time (0 for all).
+            how many each block is to handle at a time (0 for all).
         """
         check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
         grid = self.patch_embed.grid_size
@@ -250,7 +251,7 @@ class LinformerVisionTransformer(VisionTransformer):
         x = x.contiguous()
         if inside is not None:
             x = x.masked_fill(~inside, 0.0)  # without its bias: the positions look at neighbours
-        chunk_size = 0
+        chunks = [0] * len(self.blocks)
         if not torch.jit.is_scripting():
             drops_patches = self.training and isinstance(self.patch_drop, PatchDropout)
             if drops_patches and inside is not None:
@@ -258,9 +259,9 @@ class LinformerVisionTransformer(VisionTransformer):
                     'In training patch_drop_rate must be 0 with a key_padding_mask, which is for all tokens, got '
                     f'{self.patch_drop.prob}.'
                 )
-            chunk_size = choose_chunk_size(self.chunk_size, x, list(self.blocks), on_grid=not drops_patches)
+            chunks = choose_chunk_sizes(self.chunk_size, x, list(self.blocks), on_grid=not drops_patches)
         if self.position is not None:
-            x = self.position(x, grid, chunk_size)
+            x = self.position(x, grid, chunks[0])
         if self.dynamic_img_size:
             x = x.unflatten(1, grid)  # what timm's table of positions wants
         x = self._pos_embed(x)
@@ -276,7 +277,7 @@ class LinformerVisionTransformer(VisionTransformer):
         valid: Tensor | None = None
         if inside is not None:
             valid = F.pad(inside.squeeze(-1), (self.num_prefix_tokens, 0), value=True)
-        return x, grid, valid, chunk_size
+        return x, grid, valid, chunks
 
     def projection_tensors(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
         """Each layer's projection tensors (see `Projection.forward`); empty without a projection."""
@@ -338,16 +339,16 @@ class LinformerVisionTransformer(VisionTransformer):
                 return InFp32(self, 'forward_features').compute(x, attn_mask, is_causal, key_padding_mask)
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         # isinstance, not `is not None`: under FX every argument is a proxy
-        x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
+        x, grid, valid, chunks = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
         # without gradients two buffers take turns; the embedding is none of them: a hook may hold it
         spare: Tensor | None = None
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, projection[i], grid, valid, chunk, use_reentrant=False)
-            elif chunk > 0:
+                x = checkpoint(block, x, projection[i], grid, valid, chunks[i], use_reentrant=False)
+            elif chunks[i] > 0:
                 previous = x
-                x = block(x, projection[i], grid, valid, chunk, spare)
+                x = block(x, projection[i], grid, valid, chunks[i], spare)
                 spare = previous if i > 0 else None
             else:
                 x = block(x, projection[i], grid, valid)
@@ -376,15 +377,15 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x, grid, valid, chunk = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
+        x, grid, valid, chunks = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         intermediates = []
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, projection[i], grid, valid, chunk, use_reentrant=False)
+                x = checkpoint(block, x, projection[i], grid, valid, chunks[i], use_reentrant=False)
             else:
-                x = block(x, projection[i], grid, valid, chunk)
+                x = block(x, projection[i], grid, valid, chunks[i])
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm else x)
 

@@ -23,14 +23,16 @@ KEPT_NUMBERS = {'cpu': 24, 'gpu': 16}
 KEPT_BYTES = (
     2**32
 )  # on a CPU training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
-WHOLE_SHARE = 0.8  # and on a GPU where they would keep more than this share of what is free
+WHOLE_SHARE = 0.8  # and on a GPU so many that the others keep no more than this share of what is free
 CHUNK_SHARE = (
     0.125  # of what is free on a GPU, for all that one chunk needs: few large chunks, since each costs launches
 )
 
 
-def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock], on_grid: bool = True) -> int:
-    """Images × tokens in a chunk for tokens x. All that keeps blocks whole (0) is here.
+def choose_chunk_sizes(
+    chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock], on_grid: bool = True
+) -> list[int]:
+    """Images × tokens in a chunk of each block for tokens x. All that keeps blocks whole (0) is here.
 
     Args:
         chunk_size: What the model was told: 'auto', 0 or a number.
@@ -38,24 +40,44 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[Streame
         blocks: The model's blocks.
         on_grid: Whether x are the tokens of the whole grid; patch dropout leaves some of them only.
     """
+    depth = len(blocks)
+    whole = [0] * depth
     if chunk_size == 0 or not on_grid or not all(block.streams for block in blocks):
-        return 0
+        return whole
     if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
-        return 0
+        return whole
     # something looks into the blocks or traces them, operator by operator
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
-        return 0
+        return whole
     if torch._C._are_functorch_transforms_active():  # torch.func, which takes no autograd.Function of this kind
-        return 0
+        return whole
     modules = (m for block in blocks for m in block.modules() if not isinstance(m, FSDPModule))
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-        return 0
+        return whole
     if chunk_size != 'auto':
-        return int(chunk_size)
+        return [int(chunk_size)] * depth
     if not torch.is_grad_enabled():
-        return auto_chunk_size(x, blocks[0].hidden)
-    whole = kept_bytes(x.numel(), len(blocks), compute_dtype(x), x.device) < whole_bytes(x.device)
-    return 0 if whole else chunk_tokens(x, blocks[0].hidden)
+        return [auto_chunk_size(x, blocks[0].hidden)] * depth
+    n = whole_blocks(x.numel(), depth, compute_dtype(x), x.device)
+    return whole if n == depth else whole[:n] + [chunk_tokens(x, blocks[0].hidden)] * (depth - n)
+
+
+def whole_blocks(numbers: int, depth: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many blocks run whole in training, the first ones: all that fit; on a CPU all of them or none.
+
+    A streamed block computes twice, so that none is streamed in vain. (On a CPU memory is not what is short: there
+    chunks that stay in cache make up for half of that.)
+
+    Args:
+        numbers, depth, dtype, device: As for `kept_bytes`.
+    """
+    kept, limit = kept_bytes(numbers, depth, dtype, device), whole_bytes(device)
+    if kept < limit:
+        return depth
+    if device.type == 'cpu':
+        return 0
+    inputs = numbers * dtype.itemsize  # what a streamed block keeps
+    return max(0, (limit - depth * inputs) // (kept // depth - inputs))
 
 
 def kept_bytes(numbers: int, depth: int, dtype: torch.dtype, device: torch.device) -> int:

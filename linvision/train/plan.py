@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.scheduler import Scheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.streaming.chunks import kept_bytes, whole_bytes
+from linvision.streaming.chunks import kept_bytes, whole_blocks
 from linvision.train.data import TrainingData
 from linvision.train.learner import Learner
 from linvision.train.model import can_stream, count_tokens, empty_model
@@ -71,9 +71,10 @@ def kept_for_backward(
     run, depth = recipe.run, len(model.blocks)
     numbers = images * count_tokens(model) * model.embed_dim
     kept = kept_bytes(numbers, depth, dtype, device)
-    long = run.chunk_size == 'auto' and kept >= whole_bytes(device)
-    if can_stream(model) and not run.compile and (long or run.chunk_size not in ('auto', 0)):
-        return (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at
+    whole = whole_blocks(numbers, depth, dtype, device) if run.chunk_size == 'auto' else 0
+    if can_stream(model) and not run.compile and run.chunk_size != 0 and whole < depth:
+        # all of those that run whole, the input of each other in fp32, and what one is at
+        return kept_bytes(numbers, whole, dtype, device) + (depth - whole + STREAMED) * numbers * 4
     if run.grad_checkpointing:
         # the input of each block, and all of one
         return depth * numbers * 4 + kept_bytes(numbers, 1, dtype, device)
