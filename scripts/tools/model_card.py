@@ -20,8 +20,14 @@ from scripts import ROOT
 from scripts.tools.plain_cnn import train_cnn
 from scripts.tools.softmax_regression import softmax_regression
 
-LICENCES = {'fashion_mnist': 'MIT (Zalando Research, arXiv 1708.07747)'}
+LICENCES = {
+    'cifar10': 'made for research, without a licence of its own (Krizhevsky, Learning multiple layers of features from '
+    'tiny images, 2009)',
+    'fashion_mnist': 'MIT (Zalando Research, arXiv 1708.07747)',
+}
 LIMITS = {
+    'cifar10': 'Ten kinds of animals and vehicles, each alone and large in a photograph of 32×32 pixels: the model has '
+    'seen nothing else, and says one of the ten to any image.',
     'fashion_mnist': 'Ten kinds of clothes, each alone, in grey, upright and in the middle of 28×28 pixels: the model '
     'has seen nothing else, and says one of the ten to any image. Some labels of the set are doubtful (shirt, T-shirt '
     'and pullover above all).'
@@ -53,7 +59,9 @@ def card(name: str, config: dict[str, Any], metrics: dict[str, Any], others: dic
     recipe, cfg, cnn, tag = metrics['recipe'], config['pretrained_cfg'], others['plain CNN'], name.partition('.')[2]
     file = f'recipes/{Path(recipe["output_dir"]).name}.py'
     channels, height, width = cfg['input_size']
-    stages = ', then '.join(f'{100 * share:.0f} % of the steps at {size}×{size}' for size, share in recipe['stages'])
+    of = 'time' if recipe['max_minutes'] else 'steps'
+    stages = ', then '.join(f'{100 * share:.0f} % of the {of} at {size}×{size}' for size, share in recipe['stages'])
+    length = f'{recipe["max_minutes"]:g} minutes' if recipe['max_minutes'] else f'{recipe["epochs"]:g} epochs'
     note = others.pop('note', '')
     time, seen = (cnn[field] / metrics[field] for field in ('train_minutes', 'images_seen'))
     rows = '\n'.join(row(title, scores) for title, scores in {f'**{name}**': metrics, **others}.items())
@@ -88,9 +96,9 @@ torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw 
     linvision evaluate linvision/weights/{name}
     python -m scripts.tools.model_card {name} --minutes {cnn['train_minutes']:.0f}
 
-- **Recipe**: `{file}`: {recipe['epochs']:g} epochs; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
+- **Recipe**: `{file}`: {length}; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
   learning rate {recipe['lr']:g}, flips.
-- **Data**: {tag}, all training images; {LICENCES[tag]}. Normalised by mean {cfg['mean']} and deviation {cfg['std']}.
+- **Data**: {metrics['dataset']}, all training images; {LICENCES[tag]}. Normalised by mean {cfg['mean']} and deviation {cfg['std']}.
 - **Licence of the weights**: {cfg['license']}.
 - **Limits**: {LIMITS[tag]}
 
