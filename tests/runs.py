@@ -1,10 +1,14 @@
-"""What several tests share: a small recipe, what a run leaves behind, images that are told apart by their content."""
+"""What several tests share: a small recipe, what a run leaves behind, images told apart by content, processes."""
 
+import multiprocessing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -13,6 +17,8 @@ from linvision.data import ImageSet
 from linvision.train import Recipe
 
 CPU = torch.device('cpu')
+PROCESSES = multiprocessing.get_context('forkserver')  # new processes as copies of one that has imported this
+PROCESSES.set_forkserver_preload(['timm', 'torch.distributed.fsdp', 'linvision.train'])
 
 
 def small(folder: Path, **changes: Any) -> Recipe:
@@ -61,3 +67,15 @@ def save_folder(images: ImageSet, folder: Path) -> list[Path]:
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(paths[-1])
     return paths
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    """function(rank, *arguments) in two processes; an error of either is raised."""
+    mp.start_processes(function, arguments, nprocs=2, start_method='forkserver')
+
+
+def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases of a parametrized test, of which all but the quick ones are slow."""
+    quick = list(quick)
+    slow = pytest.mark.slow
+    return [c if c in quick else pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=slow) for c in cases]
