@@ -37,6 +37,7 @@ def test_an_interrupted_run_with_dropout_mixing_and_a_moving_average_ends_the_sa
 
 
 def test_a_run_that_died_before_its_metrics_scores_again_without_training(recipe):
+    recipe = recipe.replace(stages=((8, 1.0),))
     metrics = train(recipe)
     (recipe.run.output_dir / 'metrics.json').unlink()
     again = train(recipe)
