@@ -1,18 +1,29 @@
-"""What several tests share: a small recipe, what a run leaves behind, images that are told apart by their content."""
+"""What several tests share: a small recipe, what a run leaves behind, images told apart by content, processes."""
 
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import timm
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from linvision.data import ImageSet
+from linvision.models.projection import SHARING
+from linvision.models.projection_kinds import PROJECTIONS
 from linvision.train import Recipe
 
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 CPU = torch.device('cpu')
+PROCESSES = multiprocessing.get_context('forkserver')  # new processes as copies of one that has imported this
+PROCESSES.set_forkserver_preload(['timm', 'torch.distributed.fsdp', 'linvision.train'])
 
 
 def small(folder: Path, **changes: Any) -> Recipe:
@@ -35,8 +46,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
 
 
-def events(folder: Path) -> EventAccumulator:
+def events(folder: Path) -> 'EventAccumulator':
     """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     return EventAccumulator(str(folder / 'tensorboard'), size_guidance={'images': 0}).Reload()
 
 
@@ -61,3 +74,21 @@ def save_folder(images: ImageSet, folder: Path) -> list[Path]:
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(paths[-1])
     return paths
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    """function(rank, *arguments) in two processes; an error of either is raised."""
+    mp.start_processes(function, arguments, nprocs=2, start_method='forkserver')
+
+
+def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases of a parametrized test, of which all but the quick ones are slow."""
+    quick = list(quick)
+    slow = pytest.mark.slow
+    return [c if c in quick else pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=slow) for c in cases]
+
+
+KINDS_AND_SHARING = slow_but(  # every kind, and every sharing; heads of their own have other shapes in convolutions
+    {('conv', 'none'), *((kind, 'layerwise') for kind in [*PROJECTIONS, 'none']), *(('linear', s) for s in SHARING)},
+    itertools.product([*PROJECTIONS, 'none'], SHARING),
+)

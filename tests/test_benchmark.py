@@ -118,6 +118,7 @@ def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
         speed.earlier(tmp_path / 'b.json', {'machine': {**found['machine'], 'threads': 9}, 'command': ''})
 
 
+@pytest.mark.slow
 def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):
     names = ('linvision', 'ViT, fused')
     gpu_report.main(

@@ -1,6 +1,5 @@
 """The `linvision` command: what it finds, what it imports, and how it ends."""
 
-import ast
 import json
 import re
 import subprocess
@@ -45,13 +44,6 @@ def test_an_unknown_command_lists_the_nearest():
         main(['evalute'])
 
 
-def test_the_command_imports_nothing_that_only_a_subcommand_needs():
-    code = 'import sys, linvision; before = set(sys.modules); import linvision.cli.main; '
-    code += "print(sorted(name for name in set(sys.modules) - before if not name.startswith('linvision.cli')))"
-    out = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert set(ast.literal_eval(out)) <= {'linvision.extras', 'linvision.nearest', 'linvision.version'}
-
-
 def fail(error, monkeypatch):
     def broken(output=None):
         raise error
@@ -79,6 +71,7 @@ def test_a_fault_of_our_own_keeps_its_traceback(error, monkeypatch):
         main(['models'])
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error():
     words = f'{sys.executable} -m linvision models --help | head -n 1'
     done = subprocess.run(['bash', '-o', 'pipefail', '-c', words], cwd=ROOT, capture_output=True, text=True)

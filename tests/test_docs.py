@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 
 import linvision
+from linvision.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(python|bash)\n(.*?)^```$', re.M | re.S)
@@ -29,12 +33,19 @@ def run(page, folder, monkeypatch):
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m linvision "$@"\n')
     command.chmod(0o755)
     environment['PATH'] = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), environment['PATH']])
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(sys, 'argv', ['linvision'])
     names, printed = {}, []
     blocks = BLOCK.findall((ROOT / 'docs' / page).read_text())
     assert blocks
     for kind, code in blocks:
         if kind == 'python':
             exec(compile(code, page, 'exec'), names)
+        elif all(line.startswith('linvision ') for line in code.splitlines()):  # in this process: sooner
+            with redirect_stdout(StringIO()) as shown:
+                for line in code.splitlines():
+                    main(shlex.split(line, comments=True)[1:])
+            printed.append(shown.getvalue())
         else:
             done = subprocess.run(['bash', '-ec', code], env=environment, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, f'{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'

@@ -1,8 +1,11 @@
 """What is exported computes what the model does, for any number of images; what does not is removed."""
 
+import itertools
+
 import pytest
 import timm
 import torch
+from runs import slow_but
 
 from linvision.cli import export
 from linvision.convert import from_vit
@@ -13,34 +16,40 @@ def class_token_model():
     return from_vit(vit, 4, 'separable')
 
 
-@pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.onnx', marks=pytest.mark.slow)])
+MODELS = {
+    'pixels': lambda: timm.create_model('test_linformer_vit'),
+    'features': lambda: timm.create_model('test_linformer_vit', num_classes=0, in_chans=1),
+    'class_token': class_token_model,
+}
+
+
+@pytest.mark.parametrize('suffix, name', slow_but([('.pt2', 'class_token')], itertools.product(export.FORMATS, MODELS)))
 @pytest.mark.filterwarnings('ignore')  # what onnxscript and torch.export deprecate among themselves
-def test_an_exported_file_gives_the_models_outputs_on_other_images_and_batches(suffix, tmp_path):
-    pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
-    torch.manual_seed(0)
-    for name, model in {
-        'pixels': timm.create_model('test_linformer_vit'),
-        'features': timm.create_model('test_linformer_vit', num_classes=0, in_chans=1),
-        'class_token': class_token_model(),
-    }.items():
-        report = export.export(model, tmp_path / (name + suffix))
-        images = torch.randn(3, model.in_chans, *model.patch_embed.img_size)
-        found = export.FORMATS[suffix][1](tmp_path / (name + suffix))(images)
-        torch.testing.assert_close(found, model(images).detach(), rtol=1e-3, atol=1e-4)
-        assert report['input'] == ['batch', *images.shape[1:]] and report['largest_relative_difference'] < 1e-4
+def test_an_exported_file_gives_the_models_outputs_on_other_images_and_batches(suffix, name, tmp_path):
+    if suffix == '.onnx':
+        pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
+    model = MODELS[name]()
+    report = export.export(model, tmp_path / (name + suffix))
+    images = torch.randn(3, model.in_chans, *model.patch_embed.img_size)
+    found = export.FORMATS[suffix][1](tmp_path / (name + suffix))(images)
+    torch.testing.assert_close(found, model(images).detach(), rtol=1e-3, atol=1e-4)
+    assert report['input'] == ['batch', *images.shape[1:]] and report['largest_relative_difference'] < 1e-4
 
 
 def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
-    write, read = export.FORMATS['.pt2']
-    wrong = {'.pt2': (write, lambda file: lambda images: read(file)(images) * 1.001)}
-    monkeypatch.setattr(export, 'FORMATS', wrong)
-    with pytest.raises(ValueError, match='from those of the model: removed'):
-        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.pt2')
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(export, 'FORMATS', {'.pt2': (write, lambda file: lambda images: read(file)(images)[:, :2])})
-    with pytest.raises(ValueError, match=r'gave \(\d+, 2\) outputs'):
-        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.pt2')
-    assert not list(tmp_path.iterdir())
+    model = timm.create_model('test_linformer_vit')
+    for spoil, words in (
+        (lambda outputs: outputs * 1.001, 'from those of the model: removed'),
+        (lambda outputs: outputs[:, :2], r'gave \(\d+, 2\) outputs'),
+    ):
+        form = (
+            lambda model, images, file: file.write_bytes(b'a model'),
+            lambda file, spoil=spoil: lambda images: spoil(model(images)),
+        )
+        monkeypatch.setitem(export.FORMATS, '.pt2', form)
+        with pytest.raises(ValueError, match=words):
+            export.export(model, tmp_path / 'model.pt2')
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_was_there_stays_where_the_new_one_is_wrong(tmp_path, monkeypatch):

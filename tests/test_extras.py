@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from linvision.cli.main import main
 from linvision.extras import EXTRAS, NAMES, MissingPackage, needed
+from linvision.train import train
 
 ROOT = Path(__file__).parents[1]
 WITHOUT = """
@@ -63,11 +65,13 @@ print('done')
     assert done.stdout == 'done\n', done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'words',
     [
         ['train', 'fashion_mnist_pixels'],
-        *(pytest.param(w, marks=pytest.mark.slow) for w in (['evaluate', 'outputs'], ['models'])),
+        ['evaluate', 'outputs'],
+        ['models'],
     ],
     ids=lambda words: words[0],
 )
@@ -77,13 +81,23 @@ def test_a_command_names_what_installs_its_package(words, tmp_path):
     assert done.returncode == 1
 
 
-def test_libraries_name_what_installs_them(tmp_path):
-    flags = ['--dataset', 'fake', '--device', 'cpu', '--max-minutes', '0', '--epochs', '1', '--output-dir', 'out']
-    for missing, more in (('kornia', ['--augmentation', 'kornia']), ('tensorboard', [])):
-        done = run_without([missing], command('train', 'fashion_mnist_pixels', *flags, *more), tmp_path)
-        assert done.returncode == 1, done.stdout
-        last = done.stderr.splitlines()[-1]
-        assert re.fullmatch(rf"error: .* needs {missing}: pip install 'linvision\[train\]'", last)
+def test_a_recipe_names_what_installs_the_package_of_its_flags(monkeypatch):
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(sys, 'argv', ['linvision'])
+    monkeypatch.setitem(sys.modules, 'tyro', None)  # as if it could not be found
+    with pytest.raises(SystemExit, match=r"^error: linvision train needs tyro: pip install 'linvision\[train\]'$"):
+        main(['train', 'fashion_mnist_pixels'])
+
+
+@pytest.mark.parametrize(
+    'missing, changes', [('kornia', {'augmentation': 'kornia', 'hflip': 0.5}), ('tensorboard', {})]
+)
+def test_libraries_name_what_installs_them(missing, changes, small_recipe, monkeypatch):
+    for name in [name for name in sys.modules if missing in name.split('.')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it could not be found
+    with pytest.raises(MissingPackage, match=f".* needs {missing}: pip install 'linvision.train.'$"):
+        train(small_recipe.replace(**changes))
 
 
 def test_an_unknown_missing_module_passes_as_it_is():

@@ -16,7 +16,15 @@ from linvision.train.recipe import Recipe
 
 def finetuned(model_folder, folder, **changes):
     """A run from the weights in a folder; those, and those that it left."""
-    settings = {'model': '', 'init': str(model_folder), 'epochs': 0.5, 'lr': 0.01, 'stages': (), **changes}
+    settings = {
+        'model': '',
+        'init': str(model_folder),
+        'epochs': 0.5,
+        'lr': 0.01,
+        'stages': (),
+        'test': False,
+        **changes,
+    }
     train(small(folder, **settings))
     before = timm.create_model(f'local-dir:{model_folder}', pretrained=True).state_dict()
     return before, weights(folder)
@@ -39,14 +47,14 @@ def test_a_recipe_without_a_model_takes_that_of_its_weights(model_folder):
 
 
 def test_arguments_of_the_weights_model_come_with_it(tmp_path):
-    train(small(tmp_path / 'first', epochs=0.2, model_args={'proj_len': 9, 'projection': 'separable'}))
+    train(small(tmp_path / 'first', epochs=0.2, test=False, model_args={'proj_len': 9, 'projection': 'separable'}))
     recipe = resolved(Recipe(model='', init=str(tmp_path / 'first')))
     assert recipe.model_args['proj_len'] == 9 and recipe.model_args['projection'] == 'separable'
     assert not {'img_size', 'in_chans', 'num_classes'} & set(recipe.model_args)
 
 
 def test_a_head_comes_along_only_with_the_norm_before_it(tmp_path):
-    classes = tuple(train(small(tmp_path / 'run', epochs=0.2, model_args={'head_norm': True}))['classes'])
+    classes = tuple(train(small(tmp_path / 'run', epochs=0.2, test=False, model_args={'head_norm': True}))['classes'])
     source = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True).state_dict()
     assert source['head_norm.running_mean'].any()
     for head_norm in (True, False):
@@ -92,7 +100,7 @@ def test_convolutions_keep_their_span_where_the_images_of_a_recipe_grow(model, s
 
 
 def test_convolutions_of_a_run_reach_as_far_in_its_last_stage_as_in_its_first(tmp_path):
-    train(small(tmp_path / 'run', epochs=0.3, model_args={'local_size': 3}))
+    train(small(tmp_path / 'run', epochs=0.3, test=False, model_args={'local_size': 3}))
     model = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True)
     paths = [module for module in model.modules() if isinstance(module, LocalPath)]
     assert paths and all(path.step((8, 8)) == (1, 1) and path.step((16, 16)) == (2, 2) for path in paths)
@@ -145,17 +153,19 @@ def test_the_head_comes_where_the_classes_are_the_same(model_folder, tmp_path):
 
 
 def test_a_resumed_run_leaves_frozen_what_was(model_folder, tmp_path):
-    settings = {'freeze': 1, 'epochs': 1}
+    settings = {'freeze': 1, 'test': False, 'epochs': 0.5}
     before, straight = finetuned(model_folder, tmp_path / 'straight', **settings)
     recipe = small(tmp_path / 'run', model='', init=str(model_folder), lr=0.01, stages=(), **settings)
-    assert train(recipe.replace(max_steps=3)) == {}
+    assert train(recipe.replace(max_steps=2)) == {}
     train(recipe)
     assert not changed(straight, weights(tmp_path / 'run'))
 
 
 def test_a_plain_vit_can_be_finetuned(tmp_path):
     small_vit = {'patch_size': 4, 'embed_dim': 32, 'depth': 2, 'num_heads': 2}
-    train(small(tmp_path / 'vit', model='vit_tiny_patch16_224', model_args=small_vit, stages=(), epochs=0.2))
+    train(
+        small(tmp_path / 'vit', model='vit_tiny_patch16_224', model_args=small_vit, stages=(), epochs=0.2, test=False)
+    )
     before, after = finetuned(tmp_path / 'vit' / 'model', tmp_path / 'run', freeze=-1)
     assert changed(before, after) == {'head.weight', 'head.bias'}
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())

@@ -49,7 +49,7 @@ def spoil(folder, how):
 
 
 def test_timm_reads_what_a_run_exported_and_gives_its_score(recipe, capsys):
-    metrics = train(recipe.replace(epochs=25, opt='muon', lr=0.01, hflip=0.5))
+    metrics = train(recipe.replace(epochs=15, opt='muon', lr=0.01, hflip=0.5))
     assert metrics['top1'] > 0.6 and metrics['num_samples'] == 9 and metrics['classes'] == ['bar 0', 'bar 1', 'bar 2']
     model = timm.create_model(f'local-dir:{recipe.run.output_dir}/model', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == metrics['classes']
@@ -129,6 +129,7 @@ def test_a_damaged_image_of_the_test_set_ends_a_run_and_is_named(recipe):
     assert not (recipe.run.output_dir / 'metrics.json').exists()
 
 
+@pytest.mark.slow
 def test_a_command_with_workers_ends_where_an_image_is_damaged(recipe):
     path = spoil(recipe.data.data_dir / 'val', 'truncated')
     flags = '--model test_linformer_vit --batch-size 10 --workers 2 --max-minutes 0 --device cpu'.split()

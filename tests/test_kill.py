@@ -52,6 +52,7 @@ def recipe(tmp_path_factory) -> Recipe:
         mixup=0.2,
         checkpoint_every=3,
         workers=2,
+        test=False,
     )
 
 

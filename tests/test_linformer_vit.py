@@ -1,6 +1,7 @@
 """The model as timm sees it: weights of plain ViTs, parameter counts, ways of running it, optimizers, files, errors."""
 
 import copy
+import itertools
 import logging
 import pickle
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from runs import slow_but
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -95,8 +97,9 @@ def test_fused_attention_equals_attention_written_out(kind, sharing):
 
 
 @pytest.mark.filterwarnings('ignore:`torch.jit')  # timm's models promise TorchScript; torch announces its end
-@pytest.mark.parametrize('sharing', SHARING)
-@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize(
+    'sharing, fused', slow_but([('layerwise', True), ('none', False)], itertools.product(SHARING, [True, False]))
+)
 def test_torchscript_gives_the_same_logits(sharing, fused, tmp_path):
     set_fused_attn(fused)
     model = create(sharing=sharing, class_token=True, token_norm=not fused, head_norm=not fused)
@@ -108,8 +111,8 @@ def test_torchscript_gives_the_same_logits(sharing, fused, tmp_path):
     'kwargs',
     [
         dict(),
-        dict(projection='linear', sharing='none', class_token=True),
-        dict(token_norm=True, head_norm=True),
+        pytest.param(dict(projection='linear', sharing='none', class_token=True), marks=pytest.mark.slow),
+        pytest.param(dict(token_norm=True, head_norm=True), marks=pytest.mark.slow),
     ],
 )
 def test_export_with_a_dynamic_batch_gives_the_same_logits(kwargs):

@@ -34,7 +34,7 @@ def masked_model(**arguments):
 
 @pytest.fixture
 def recipe(small_recipe):
-    return small_recipe.replace(task='masked_pixels', epochs=2, lr=3e-3, mask_size=2)
+    return small_recipe.replace(task='masked_pixels', epochs=1, lr=3e-3, mask_size=2)
 
 
 # ------------------------------------------------------------------------------------------------------- what is hidden
@@ -173,8 +173,8 @@ def test_a_picture_shows_what_is_seen_and_what_is_told(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe):
-    metrics = train(recipe.replace(epochs=8, opt='muon', lr=0.01, stages=(), val_fraction=0.25, eval_every=1))
+def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe, with_pictures):
+    metrics = train(recipe.replace(epochs=8, opt='muon', lr=0.01, stages=(), val_fraction=0.25, eval_every=2))
     assert 0.1 < metrics['loss'] < 0.85 and metrics['val_loss'] < 0.85  # 1 is the variance of the pixels
     assert metrics['num_samples'] == 100 and metrics['num_left_out'] == 0 and 'top1' not in metrics
     assert metrics['best_val_loss'] <= metrics['val_loss'] + 1e-3
@@ -187,7 +187,7 @@ def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe):
 
 
 def test_the_best_is_one_of_the_last_image_size(recipe):
-    metrics = train(recipe.replace(val_fraction=0.25, eval_every=0.5, test=False))
+    metrics = train(recipe.replace(epochs=2, val_fraction=0.25, eval_every=0.5, test=False))
     points = events(recipe.run.output_dir).Scalars('val/loss')
     last = {p.step: p.value for p in points[:-1] if p.step > metrics['steps'] / 2}  # at 16×16 pixels
     assert metrics['best_step'] == min(last, key=last.get)
@@ -197,6 +197,7 @@ def test_the_best_is_one_of_the_last_image_size(recipe):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
+    recipe = recipe.replace(epochs=2)
     train(recipe)
     parts = recipe.replace(output_dir=tmp_path / 'parts')
     for stop in (3, 10, 0):

@@ -1,12 +1,12 @@
 """Pathfinder images: what is fixed, what is drawn at random, and what the label may not be told from."""
 
 import math
-import multiprocessing
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from runs import PROCESSES
 
 from linvision.data import create_dataset
 from linvision.data.pathfinder import SIZES, draw
@@ -44,7 +44,7 @@ def test_image_i_is_the_same_in_any_order_and_subset(size):
 
 
 def test_another_process_makes_the_same_images():
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
+    with PROCESSES.Pool(1) as pool:
         assert pool.map(picture, [3, 4]) == [picture(3), picture(4)]
 
 

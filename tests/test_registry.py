@@ -73,8 +73,8 @@ def test_parameter_count_follows_the_closed_formula(name):
 
 
 def marked(name: str):
-    """The name, marked slow where its model is large, or wide with many tokens."""
-    large = '_base_' in name or '_large_' in name or ('_small_' in name and tokens(name) > 300)
+    """The name, marked slow where its model is large, or has many tokens."""
+    large = '_base_' in name or '_large_' in name or tokens(name) > (300 if '_small_' in name else 1024)
     return pytest.param(name, marks=pytest.mark.slow) if large else name
 
 

@@ -1,5 +1,6 @@
 """Images of any size and checkpoints of any size: on the fly, by timm's three ways to load, and what cannot load."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -8,14 +9,19 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from runs import KINDS_AND_SHARING, slow_but
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
 
 KINDS = [*PROJECTIONS, 'none']
 POSITIONS = ['conv', 'separable', 'learn', 'none']
+# every kind once, and every position once: neither asks about the other
+KINDS_AND_POSITIONS = slow_but(
+    {(kind, 'conv') for kind in KINDS} | {('linear', position) for position in POSITIONS},
+    itertools.product(KINDS, POSITIONS),
+)
 
 
 def create(dtype=torch.float64, **kwargs) -> torch.nn.Module:
@@ -29,8 +35,7 @@ def create(dtype=torch.float64, **kwargs) -> torch.nn.Module:
 # On the fly
 
 
-@pytest.mark.parametrize('pos_embed', POSITIONS)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, pos_embed', KINDS_AND_POSITIONS)
 @pytest.mark.parametrize('size', [(16, 16), (24, 40), (10, 6), (4, 4)])
 def test_dynamic_size_equals_set_input_size(kind, pos_embed, size):
     arguments = dict(projection=kind, pos_embed=pos_embed, class_token=True, patch_size=2, proj_len=6)
@@ -53,8 +58,7 @@ def test_dynamic_model_refuses_what_the_patches_do_not_divide():
         model(torch.randn(1, 3, 9, 8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize('sharing', SHARING)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, sharing', KINDS_AND_SHARING)
 @pytest.mark.parametrize('size', [(24, 40), (6, 10), (32, 4)])
 def test_every_projection_takes_every_size(kind, sharing, size):
     arguments = dict(projection=kind, sharing=sharing, in_chans=2, num_classes=4, patch_size=2)
@@ -95,8 +99,7 @@ def load(way: str, model: torch.nn.Module, folder: Path, **kwargs) -> torch.nn.M
 
 
 @pytest.mark.parametrize('way', ['local-dir', 'file', 'checkpoint_path'])
-@pytest.mark.parametrize('pos_embed', POSITIONS)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, pos_embed', KINDS_AND_POSITIONS)
 def test_checkpoint_of_another_size_loads_as_set_input_size_would(kind, pos_embed, way, tmp_path):
     arguments = dict(projection=kind, pos_embed=pos_embed, sharing='key_value', patch_size=2, class_token=True)
     model = create(dtype=torch.float32, **arguments, proj_len=4)

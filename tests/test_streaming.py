@@ -5,15 +5,13 @@ import math
 import pytest
 import timm
 import torch
+from runs import KINDS_AND_SHARING
 from timm.models import save_for_hf
 from torch import nn
 
-from linvision.models.projection import SHARING
-from linvision.models.projection_kinds import PROJECTIONS
 from linvision.streaming import cpu_kernels
 from linvision.streaming.chunks import auto_chunk_size
 
-KINDS = [*PROJECTIONS, 'none']
 PREFIX = dict(class_token=True, reg_tokens=2, global_pool='token')
 CHUNKS = [1, 24, 30, 100, 1000]  # below a row of 8 × 6 tokens … above three images
 
@@ -60,8 +58,7 @@ def calls(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize('chunks, tokens', [([1, 30, 100], {}), ([24, 1000], PREFIX)])
-@pytest.mark.parametrize('sharing', SHARING)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, sharing', KINDS_AND_SHARING)
 def test_streaming_equals_plain_without_and_with_gradients(kind, sharing, chunks, tokens, calls):
     model = create(projection=kind, sharing=sharing, depth=2, **tokens)
     for arguments in (dict(), dict(key_padding_mask=padding())):

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from linvision.models.linformer_vit import LinformerVisionTransformer
+
 MODELS = [
     'test_linformer_vit',
     'linformer_vit_pico_patch1_32',
@@ -50,7 +52,14 @@ def timm_tests(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.mark.filterwarnings('ignore')  # timm's tests have their own opinion on warnings
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('test', TESTS)
-def test_model_passes_what_timm_asks_of_its_own(timm_tests, test, name):
+def test_model_passes_what_timm_asks_of_its_own(timm_tests, test, name, monkeypatch):
+    """The assertions are timm's; here it is asserted that they were about a model of ours."""
+    made, create = [], timm_tests.create_model
+    monkeypatch.setattr(
+        timm_tests, 'create_model', lambda *args, **named: made.append(create(*args, **named)) or made[-1]
+    )
     function = getattr(timm_tests, test)
     sizes = [mark.args[1] for mark in function.pytestmark if mark.name == 'parametrize' and 'batch_size' in mark.args]
     function(name, sizes[0][0])
+    assert made  # else the test returned before it looked at anything
+    assert all(any(isinstance(m, LinformerVisionTransformer) for m in model.modules()) for model in made)

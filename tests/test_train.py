@@ -2,38 +2,51 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from runs import CPU, weights
+from runs import CPU, small, weights
 from timm.optim import muon as timm_muon
 from timm.optim.muon import zeropower_via_newtonschulz
 
 from linvision.data import create_batches, create_dataset
 from linvision.data.preparation import Preparation
-from linvision.train import train
+from linvision.train import Recipe, train
 from linvision.train.checkpoint import newest_checkpoint, read_state
 from linvision.train.evaluate import evaluate
 from linvision.train.optimizer import create_optimizer, create_schedule
 
 
+def short(folder: Path) -> Recipe:
+    """16 steps, 8 in each stage."""
+    return small(folder, epochs=2, opt='muon', lr=0.01, hflip=0.5, shift=1, checkpoint_every=10)
+
+
 @pytest.fixture
-def recipe(small_recipe):
-    return small_recipe.replace(epochs=8, opt='muon', lr=0.01, hflip=0.5, shift=1, checkpoint_every=10)
+def recipe(tmp_path):
+    return short(tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A finished run with a moving average, and what it returned."""
+    recipe = short(tmp_path_factory.mktemp('finished') / 'run').replace(ema_decay=0.9)
+    return recipe, train(recipe)
 
 
 def test_training_learns_and_writes_everything(recipe):
-    metrics = train(recipe.replace(epochs=20, val_fraction=0.25, shift=0))
+    metrics = train(recipe.replace(epochs=12, val_fraction=0.25, shift=0))
     assert metrics['top1'] > 0.6  # chance is 0.1
     assert metrics['num_samples'] == 100 and metrics['val_num_samples'] == 64
-    assert metrics['images_seen'] == 20 * (192 // 32) * 32
+    assert metrics['images_seen'] == 12 * (192 // 32) * 32
     assert json.loads((recipe.run.output_dir / 'metrics.json').read_text()) == metrics
     assert list((recipe.run.output_dir / 'tensorboard').glob('events.*'))
 
 
-def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
-    metrics = train(recipe.replace(ema_decay=0.9))
+def test_exported_model_gives_the_reported_score_and_the_same_logits(finished):
+    recipe, metrics = finished
     model = timm.create_model(f'local-dir:{recipe.run.output_dir}/model', pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     batches = create_batches(create_dataset('fake', '.', 'test'), 100, config['mean'], config['std'], CPU)
@@ -42,18 +55,19 @@ def test_exported_model_gives_the_reported_score_and_the_same_logits(recipe):
     assert model.pretrained_cfg['label_names'] == metrics['classes']
 
 
+@pytest.mark.slow  # the run of tests/test_train_facts.py has all of this, and draws dropout and mixtures besides
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
     train(recipe)
-    parts = recipe.replace(output_dir=tmp_path / 'parts', ema_decay=0.0)
-    for stop in (13, 40, 0):  # within the first stage, within the second, to the end (the boundary lies at step 32)
+    parts = recipe.replace(output_dir=tmp_path / 'parts')
+    for stop in (3, 11, 0):  # within the first stage, within the second, to the end
         train(parts.replace(max_steps=stop))
     whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_projection_and_positions_keep_training_after_the_boundary(recipe):
-    recipe = recipe.replace(model_args={'pos_embed': 'separable'})
-    train(recipe.replace(max_steps=33))
+    recipe = recipe.replace(model_args={'pos_embed': 'separable'}, test=False)
+    train(recipe.replace(max_steps=9))
     state = read_state(newest_checkpoint(recipe.run.output_dir / 'checkpoints'))
     before = {k: v.clone() for k, v in state['learner']['model'].items()}
     assert state['progress']['stage'] == 1 and before['projection.weights.0'].shape == (4, 16)
@@ -63,8 +77,8 @@ def test_projection_and_positions_keep_training_after_the_boundary(recipe):
         assert (after[name] - before[name]).abs().max() > 1e-4
 
 
-def test_a_finished_run_is_reported_and_not_trained_again(recipe, capsys):
-    metrics = train(recipe)
+def test_a_finished_run_is_reported_and_not_trained_again(finished, capsys):
+    recipe, metrics = finished
     changed = (recipe.run.output_dir / 'model' / 'model.safetensors').stat().st_mtime_ns
     assert train(recipe) == metrics
     assert 'finished' in capsys.readouterr().out
@@ -113,26 +127,26 @@ def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):
 
 
 def test_mixing_trains(recipe):
-    metrics = train(recipe.replace(mixup=0.2, cutmix=0.2, epochs=2))
+    metrics = train(recipe.replace(mixup=0.2, cutmix=0.2, epochs=0.5))
     assert 0 < metrics['loss'] < 10
 
 
 def test_minutes_replace_epochs(recipe):
-    metrics = train(recipe.replace(max_minutes=0.03, epochs=1000))
-    assert metrics['schedule'] == 'minutes' and 0.03 <= metrics['train_minutes'] < 0.2
+    metrics = train(recipe.replace(max_minutes=0.01, epochs=1000))
+    assert metrics['schedule'] == 'minutes' and 0.01 <= metrics['train_minutes'] < 0.2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe, monkeypatch):
-    train(recipe.replace(max_steps=12))
+    train(recipe.replace(max_steps=3))
     kept = {p.name for p in (recipe.run.output_dir / 'checkpoints').iterdir()}
     monkeypatch.setattr(Preparation, 'plain', lambda self, images, size: images[:, :, :8, :8] * float('nan'))
-    with pytest.raises(FloatingPointError, match='not finite in step 12'):
+    with pytest.raises(FloatingPointError, match='not finite in step 3'):
         train(recipe)
     assert {p.name for p in (recipe.run.output_dir / 'checkpoints').iterdir()} == kept
 
 
 def test_another_recipe_in_the_folder_is_refused(recipe):
-    train(recipe.replace(max_steps=5))
+    train(recipe.replace(max_steps=1))
     with pytest.raises(ValueError, match=r'lr: 0.01 there, 0.02 now'):
         train(recipe.replace(lr=0.02))
 

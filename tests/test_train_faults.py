@@ -14,6 +14,8 @@ from runs import weights
 from torch import nn
 
 from linvision.train import train
+from linvision.train.loop import TrainingRun
+from linvision.train.main import main
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def recipe(small_recipe):
     'change', [{'opt_args': {'betas': (0.9, 0.95)}}, {'model_args': {'proj_len': (9, 16, 4), 'sharing': 'key_value'}}]
 )
 def test_a_finished_run_with_a_tuple_among_its_arguments_is_recognised(recipe, change):
-    recipe = recipe.replace(**change)
+    recipe = recipe.replace(epochs=0.25, test=False, **change)
     assert json.loads(json.dumps(train(recipe))) == train(recipe)
 
 
@@ -115,6 +117,7 @@ def test_settings_that_cannot_be_trained_are_named(recipe, change, message):
 
 
 def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_weights(recipe, tmp_path):
+    recipe = recipe.replace(test=False)
     train(recipe)
     parts = recipe.replace(output_dir=tmp_path / 'parts')
     asked = iter([False, False, True])
@@ -125,7 +128,34 @@ def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_we
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize('number', [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.fixture
+def handlers():
+    """What a recipe's command does with signals is undone."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_within_a_step_ends_a_run_with_that_step(number, recipe, monkeypatch, handlers):
+    step = TrainingRun.step
+
+    def signalled(self, *args):
+        if self.progress.step == 2:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    monkeypatch.setattr(TrainingRun, 'step', signalled)
+    monkeypatch.setattr(sys, 'argv', ['recipe.py'])
+    with pytest.raises(SystemExit) as end:
+        main(recipe)
+    assert end.value.code == 128 + number
+    assert os.listdir(recipe.run.output_dir / 'checkpoints') == ['step_00000003']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
     recipe = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
     flags = ['--model', 'test_linformer_vit', '--dataset', 'fake', '--stages', '16', '1', '--epochs', '100000']
@@ -140,11 +170,13 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
 
 
 def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):
-    first = train(recipe.replace(test=False, val_fraction=0.25))
+    first = train(recipe.replace(test=False, val_fraction=0.25, epochs=0.4))
     assert 'top1' not in first and first['val_num_samples'] == 64
     before = weights(recipe.run.output_dir)
-    scored = train(recipe.replace(val_fraction=0.25))
-    assert scored['num_samples'] == 100 and scored['val_loss'] == first['val_loss'] and scored['steps'] == 8
+    scored = train(recipe.replace(val_fraction=0.25, epochs=0.4))
+    assert (
+        scored['num_samples'] == 100 and scored['val_loss'] == first['val_loss'] and scored['steps'] == first['steps']
+    )
     assert all(torch.equal(before[name], value) for name, value in weights(recipe.run.output_dir).items())
 
 
