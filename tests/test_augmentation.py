@@ -1,4 +1,4 @@
-"""Random changes by torchvision, albumentations and kornia: what they do, and that (seed, epoch, index) decides it."""
+"""Random changes by each library: what they do, and that (seed, epoch, index) decides it."""
 
 import os
 import pickle
@@ -242,7 +242,7 @@ def test_a_smaller_stage_sees_the_same_changes_averaged(library):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize('library', ['kornia', 'albumentations'])
+@pytest.mark.parametrize('library', ['kornia', 'albumentations', 'torch'])
 def test_rand_augment_is_torchvisions_alone(sets, library):
     with pytest.raises(ValueError, match=f"torchvision's alone, got augmentation '{library}'.*--augmentation torchvis"):
         batches(sets['memory'], Augmentation(library, rand_augment=9))
@@ -263,7 +263,7 @@ import linvision.train
 print(heavy & set(sys.modules))
 from linvision.data import Augmentation, create_batches, create_dataset
 images = create_dataset('fake', '', 'train')
-for library in (None, 'torchvision', 'kornia'):
+for library in (None, 'torchvision', 'torch', 'kornia'):
     augmentation = Augmentation(library, hflip=0.5) if library else None
     next(create_batches(images, 8, (0.5,), (0.5,), torch.device('cpu'), augmentation).stream(0, 0, 16))
     print(heavy & set(sys.modules))
@@ -273,4 +273,4 @@ for library in (None, 'torchvision', 'kornia'):
 def test_packages_are_imported_where_they_are_used():
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     run = subprocess.run([sys.executable, '-c', LAZY], capture_output=True, text=True, check=True, env=environment)
-    assert run.stdout.splitlines() == ['set()'] * 4 + ["{'kornia'}"]
+    assert run.stdout.splitlines() == ['set()'] * 5 + ["{'kornia'}"]

@@ -79,8 +79,8 @@ class Optim:
 class Augment:
     """What is changed at random in the images that are trained on."""
 
-    augmentation: Literal['torchvision', 'albumentations', 'kornia'] = 'torchvision'
-    """Who changes images: 'torchvision' and 'albumentations' one by one on the CPU, 'kornia' batches on the device."""
+    augmentation: Literal['torchvision', 'albumentations', 'kornia', 'torch'] = 'torchvision'
+    """Who changes images: the first two one by one on the CPU, 'kornia' and 'torch' (no package) batches on the device."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest share of the image in a random resized crop (1 1: off)."""
     hflip: float = 0.0
