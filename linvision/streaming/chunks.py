@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from linvision.autocast import compute_dtype
+from linvision.compiled import looked_into
 from linvision.streaming import cpu_kernels
 from linvision.streaming.parts import StreamedBlock
 
@@ -42,13 +42,7 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[Streame
         return 0
     if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
         return 0
-    # something looks into the blocks or traces them, operator by operator
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
-        return 0
-    if torch._C._are_functorch_transforms_active():  # torch.func, which takes no autograd.Function of this kind
-        return 0
-    modules = (m for block in blocks for m in block.modules() if not isinstance(m, FSDPModule))
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    if not blocks[0].attn.fused_attn or looked_into(*(m for block in blocks for m in block.modules())):
         return 0
     if chunk_size != 'auto':
         return int(chunk_size)

@@ -72,7 +72,7 @@ def kept_for_backward(
     numbers = images * count_tokens(model) * model.embed_dim
     kept = kept_bytes(numbers, depth, dtype, device)
     long = run.chunk_size == 'auto' and kept >= whole_bytes(device)
-    if can_stream(model) and not run.compile and (long or run.chunk_size not in ('auto', 0)):
+    if can_stream(model) and (long or run.chunk_size not in ('auto', 0)):
         return (depth + STREAMED) * numbers * 4  # the input of each block in fp32, and what one is at
     if run.grad_checkpointing:
         # the input of each block, and all of one

@@ -82,7 +82,9 @@ class Meter:
             ms[event.name[:100]] += event.time_range.elapsed_us() / 1000
         return {
             'attention_ran': dict(attention) or 'written out',
-            'attention_kernels': sorted(n for n in ms if any(w in n.lower() for w in ('flash', 'fmha', 'sdpa', 'attn'))),
+            'attention_kernels': sorted(
+                n for n in ms if any(w in n.lower() for w in ('flash', 'fmha', 'sdpa', 'attn'))
+            ),
             'kernels': len(on_device),
             'kernels_ms': sum(ms.values()),
             'longest_ms': dict(ms.most_common(most)),
@@ -120,7 +122,10 @@ class Joules:
 
         def read() -> float:  # the watts of now, for all the time since it was last read
             nonlocal last, total
-            watts, now = float(subprocess.run(ask, capture_output=True, text=True, check=True).stdout), time.perf_counter()
+            watts, now = (
+                float(subprocess.run(ask, capture_output=True, text=True, check=True).stdout),
+                time.perf_counter(),
+            )
             total, last = total + watts * (now - last), now
             return total
 
