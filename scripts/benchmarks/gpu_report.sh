@@ -51,7 +51,7 @@ fi
 if command -v nvidia-smi > /dev/null; then nvidia-smi 2>&1 | tee -a "$output/log.txt"; fi
 
 # 1. tests that need a GPU; a warning of another version is no failure here
-run 120 "$python" -m pytest -q -p no:cacheprovider -m gpu -W default --maxfail=5 tests/test_gpu.py
+run 120 "$python" -m pytest -v -p no:cacheprovider -m gpu -W default --maxfail=5 tests/test_gpu.py
 # 2 and 3. speed, memory, energy, kernels; attention alone
 part 190 speed
 part 90 compiled
