@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 @cache
 def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """A function, compiled where it is called first."""
+    # modes × dtypes × image sizes × drop path are more than dynamo's 8, beyond which it would run plainly
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     return torch.compile(function, backend=backend)
 
 

@@ -47,7 +47,7 @@ def lines(folder, part):
 def test_packed_images_are_those_of_the_folder(packed):
     images = open_packed(packed / 'packed.npz', 'test')
     assert images.classes == ('dark', 'light') and images.labels.tolist() == [0] * 10 + [1] * 10
-    first = np.asarray(Image.open(packed / 'test/light/001.jpg'))
+    first = np.array(Image.open(packed / 'test/light/001.jpg'))
     assert torch.equal(images[10][0].permute(1, 2, 0), torch.from_numpy(first))
     assert len(open_packed(packed / 'packed.npz', 'train')) == 60 and images.note == 'JPEG copy'
 
