@@ -62,11 +62,11 @@ def test_figures_come_as_lines_the_longest_sequences_first_with_equal_tokens_a_s
     assert [row['attention'] for row in alone] == ['module', 'function', 'scaled_dot_product_attention']
     assert all(row['steps'] for row in alone) and len(lines(report.folder, 'long')) == 1
     ran = {(row['model'], row['training']): row['attention_ran'] for row in lines(report.folder, 'detail')}
-    assert list(ran['ViT, fused', False]) == ['aten::_scaled_dot_product_flash_attention_for_cpu']
-    assert ran['linvision', False] == 'written out'  # below fp32 on a CPU it is faster
+    kernel = 'aten::_scaled_dot_product_flash_attention_for_cpu'
+    assert list(ran['ViT, fused', False]) == [kernel] and kernel in ran['linvision', True]
     gpu_report.tables(report)
     text = (report.folder / 'figures.md').read_text()
-    for words in ('Training step, bf16', 'Attention alone, forward and backward, B1 H8 d64 K256', 'Kernels and energy'):
+    for words in ('Training step, fp32', 'Attention alone, forward and backward, B1 H8 d64 K256', 'Kernels and energy'):
         assert words in text
 
 

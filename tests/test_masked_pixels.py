@@ -163,7 +163,7 @@ def test_a_picture_shows_what_is_seen_and_what_is_told(monkeypatch):
         torch.stack([image for image, title in drawn if title == t]) for t in ('image', 'seen', 'told')
     )
     assert torch.equal(whole, next(found.ordered(16))[0])
-    mask = mask_for(model, whole, 0.5, 4, seeds=range(4))
+    mask = mask_for(model, whole, 0.5, 4, torch.arange(4))
     hidden = mask.view(4, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3).expand_as(whole)
     assert torch.equal(seen[~hidden], whole[~hidden]) and (seen[hidden] == whole.min()).all()
     output = model(seen, key_padding_mask=mask)

@@ -46,9 +46,10 @@ class Sizes:
     repeats: int = 5
     least_s: float = 0.2
     energy_s: float = 3.0
+    precision: str = 'bf16'
 
 
-TINY = Sizes(512, (256, 64), (1024,), (1024,), 1, 1, 0.0, 0.01)
+TINY = Sizes(512, (256, 64), (1024,), (1024,), 1, 1, 0.0, 0.01, 'fp32')  # bf16 is slow where it is emulated
 
 
 class Report:
@@ -107,7 +108,7 @@ class Report:
         for tokens in self.sizes.tokens:
             for training in (True, False):
                 for name in names:
-                    case = Case(name, tokens, training, 'bf16', max(1, self.sizes.step // tokens))
+                    case = Case(name, tokens, training, self.sizes.precision, max(1, self.sizes.step // tokens))
                     while name == 'ViT, written out' and case.batch_size > 1 and too_large(case, self.device):
                         case = dataclasses.replace(case, batch_size=case.batch_size // 2)
                     found.append(case)
@@ -133,7 +134,7 @@ def speed(report: Report) -> None:
     attention_alone(report, report.meter(0.62))
     meter = report.meter(0.7)
     for tokens in report.sizes.long:
-        case = Case('linvision', tokens, False, 'bf16')
+        case = Case('linvision', tokens, False, report.sizes.precision)
         report.row('long', case, lambda step: meter.measured(step, 2), meter.late())
     meter = report.meter(1.0)
     for case in report.cases(EAGER[:2]):
