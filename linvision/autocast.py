@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from linvision.compiled import looked_into
+
 # torch's names of what multiplies in bf16; the last is ARM's
 CPU_BF16 = ('amx_bf16', 'avx512_bf16', 'sve_bf16', 'bf16')
 
@@ -41,9 +43,7 @@ def is_emulated(x: Any) -> bool:
         and x.is_cpu
         and compute_dtype(x) == torch.bfloat16
         and not cpu_bf16()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not looked_into()
     )
 
 

@@ -1,4 +1,4 @@
-"""Random changes by torchvision, albumentations and kornia: what they do, and that (seed, epoch, index) decides it."""
+"""Random changes by each library: what they do, and that (seed, epoch, index) decides it."""
 
 import pickle
 from itertools import islice
@@ -239,7 +239,7 @@ def test_a_smaller_stage_sees_the_same_changes_averaged(library):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize('library', ['kornia', 'albumentations'])
+@pytest.mark.parametrize('library', ['kornia', 'albumentations', 'torch'])
 def test_rand_augment_is_torchvisions_alone(sets, library):
     with pytest.raises(ValueError, match=f"torchvision's alone, got augmentation '{library}'.*--augmentation torchvis"):
         batches(sets['memory'], Augmentation(library, rand_augment=9))

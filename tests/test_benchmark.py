@@ -1,13 +1,12 @@
-"""The benchmarks' own arithmetic, and a reduced run of both scripts."""
+"""The benchmarks' own arithmetic, and a reduced run; `test_gpu_report.py` rehearses that of a GPU."""
 
 import json
 import sys
 
 import pytest
-import torch
 
 from scripts import ROOT
-from scripts.benchmarks import gpu_report, profile_step, speed
+from scripts.benchmarks import profile_step, speed
 from scripts.benchmarks.contenders import PROJ_LEN, SIZE, Case, build, multiply_adds, predicted_gib
 from scripts.benchmarks.tables import markdown
 
@@ -61,17 +60,11 @@ def test_a_missing_package_is_a_reason_in_the_table(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'linformer_pytorch', None)
     (row,) = speed.measure([Case('linformer', 64, False, 'fp32')], 1, float('inf'), 60, 1e9, 1, print)
     assert row['why_not'] == "this row needs linformer: pip install 'linvision[bench]'" and not row['steps']
-    (row, _) = gpu_report.whole_models(
-        gpu_report.Meter(torch.device('cpu'), float('inf')), (64,), ('linformer-pytorch',), repeats=1
-    )
-    assert row['why_not'].startswith('this row needs linformer-pytorch: pip')
 
 
 def test_tokens_that_make_no_square_are_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(ValueError, match='must be a square number, for a square image, got 1,000'):
         speed.main(tmp_path / 'b', tokens=(64, 1000))
-    with pytest.raises(ValueError, match='got 1,000'):
-        gpu_report.main(tmp_path / 'g', device='cpu', tokens=(64, 1000))
 
 
 def test_the_table_gives_medians_ratios_and_reasons():
@@ -118,24 +111,9 @@ def test_the_benchmark_measures_each_case_in_a_process_of_its_own(tmp_path):
         speed.earlier(tmp_path / 'b.json', {'machine': {**found['machine'], 'threads': 9}, 'command': ''})
 
 
-@pytest.mark.slow
-def test_a_reduced_gpu_report_runs_on_the_cpu(tmp_path):
-    names = ('linvision', 'ViT, fused')
-    gpu_report.main(
-        tmp_path / 'g', device='cpu', tokens=(64,), models=names, attention_batch=1, batch_limit=2, repeats=1
-    )
-    found = json.loads((tmp_path / 'g.json').read_text())
-    assert [row['model'] for row in found['rows']] == [*names, *names]
-    assert all(len(row['steps']) == 1 for row in [*found['rows'], *found['attention']])
-    assert found['largest_batch']['batch_size'] == 2 and found['largest_batch']['joules_per_image'] is None
-    assert 'Largest batch of a training step at 64 tokens' in (tmp_path / 'g.md').read_text()
-
-
-@pytest.mark.gpu
-def test_the_gpu_report_measures_memory_and_finds_the_largest_batch(tmp_path):
-    gpu_report.main(tmp_path / 'g', tokens=(1024,), models=('linvision',), batch_limit=4, repeats=2, max_minutes=2)
-    found = json.loads((tmp_path / 'g.json').read_text())
-    assert all(row['peak_gib'] > 0 for row in found['rows']) and found['largest_batch']['batch_size'] == 4
+def test_attention_is_fused_in_what_is_built_after_attention_written_out():
+    build(Case('ViT, written out', 64, False, 'fp32'))
+    assert build(Case('linvision', 64, False, 'fp32')).blocks[0].attn.fused_attn
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ import linvision.train
 print(heavy & set(sys.modules))
 from linvision.data import Augmentation, create_batches, create_dataset
 images = create_dataset('fake', '', 'train')
-for library in (None, 'torchvision', 'kornia'):
+for library in (None, 'torchvision', 'torch', 'kornia'):
     augmentation = Augmentation(library, hflip=0.5) if library else None
     next(create_batches(images, 8, (0.5,), (0.5,), torch.device('cpu'), augmentation).stream(0, 0, 16))
     print(heavy & set(sys.modules))
@@ -98,5 +98,5 @@ def test_packages_are_imported_where_they_are_used():
     command = [sys.executable, '-c', LAZY]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
     first, of_the_command, *others = run.stdout.splitlines()
-    assert [first, *others] == ['set()'] * 4 + ["{'kornia'}"]
+    assert [first, *others] == ['set()'] * 5 + ["{'kornia'}"]
     assert set(ast.literal_eval(of_the_command)) <= {'linvision.extras', 'linvision.nearest', 'linvision.version'}

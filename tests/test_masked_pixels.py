@@ -70,13 +70,13 @@ def test_cells_at_the_border_may_be_smaller_but_one_cell_is_refused():
 def test_a_mask_of_pixels_is_one_of_tokens_and_belongs_to_its_image():
     model = masked_model(patch_size=2)
     images = torch.randn(3, 3, 16, 16)
-    mask = mask_for(model, images, 0.5, 4, seeds=[7, 8, 9])  # cells of 2×2 tokens, 4×4 pixels
+    mask = mask_for(model, images, 0.5, 4, torch.tensor([7, 8, 9]))  # cells of 2×2 tokens, 4×4 pixels
     assert mask.shape == (3, 64) and (mask.sum(1) == 32).all()
     blocks = mask.view(3, 4, 2, 4, 2)
     assert torch.equal(blocks.any(4).any(2), blocks.all(4).all(2))
-    assert torch.equal(mask_for(model, images[:2], 0.5, 4, seeds=[9, 7]), mask[[2, 0]])
+    assert torch.equal(mask_for(model, images[:2], 0.5, 4, torch.tensor([9, 7])), mask[[2, 0]])
     assert torch.equal(
-        mask_for(model, images, 0.5, 1, seeds=[0] * 3).sum(1), torch.tensor([32] * 3)
+        mask_for(model, images, 0.5, 1, torch.zeros(3, dtype=torch.int64)).sum(1), torch.tensor([32] * 3)
     )  # at least a token
     assert not torch.equal(*(mask_for(model, images, 0.5, 4) for _ in range(2)))
 
@@ -163,7 +163,7 @@ def test_a_picture_shows_what_is_seen_and_what_is_told(monkeypatch):
         torch.stack([image for image, title in drawn if title == t]) for t in ('image', 'seen', 'told')
     )
     assert torch.equal(whole, next(found.ordered(16))[0])
-    mask = mask_for(model, whole, 0.5, 4, seeds=range(4))
+    mask = mask_for(model, whole, 0.5, 4, torch.arange(4))
     hidden = mask.view(4, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3).expand_as(whole)
     assert torch.equal(seen[~hidden], whole[~hidden]) and (seen[hidden] == whole.min()).all()
     output = model(seen, key_padding_mask=mask)

@@ -16,7 +16,7 @@ from linvision.data.preparation import Preparation
 from linvision.train import Recipe, train
 from linvision.train.checkpoint import newest_checkpoint, read_state
 from linvision.train.evaluate import evaluate
-from linvision.train.optimizer import create_optimizer, create_schedule
+from linvision.train.optimizer import create_optimizer, create_schedule, step_in_stacks
 
 
 def short(folder: Path) -> Recipe:
@@ -113,6 +113,34 @@ def test_muon_on_a_cpu_steps_as_in_float64_and_not_as_in_bf16(recipe, monkeypatc
     exact_step = step('bf16')
     torch.testing.assert_close(ours, exact_step, rtol=1e-4, atol=1e-5)
     assert (theirs - exact_step).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [{}, {'nesterov': True}, {'scale_eps': True, 'adjust_lr_fn': 'original', 'ns_steps': 3}, {'algo': 'adamuon'}],
+    ids=str,
+)
+def test_muon_in_stacks_steps_as_timms_own(recipe, arguments):
+    """In bf16, whose products the kernels of stacks may round otherwise, and to rounding in fp32."""
+    shapes = [(24, 8), (8, 8), (24, 8), (8, 8), (8, 24), (24, 8), (4, 2, 3, 3), (4, 2, 3, 3), (8,)]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+        weights = [[torch.nn.Parameter(w.clone()) for w in map(torch.randn, shapes)] for _ in range(2)]
+        weights[1] = [torch.nn.Parameter(w.detach().clone()) for w in weights[0]]
+        theirs, ours = (timm_muon.Muon(w, lr=0.1, weight_decay=0.1, **arguments) for w in weights)
+        step_in_stacks(ours, dtype == torch.float32)
+        if dtype == torch.float32:  # timm's own, in fp32 too
+            name, exact = 'zeropower_via_newtonschulz', partial(zeropower_via_newtonschulz, dtype=dtype)
+            theirs.register_step_pre_hook(lambda *_, name=name, exact=exact: setattr(timm_muon, name, exact))
+            theirs.register_step_post_hook(lambda *_, name=name: setattr(timm_muon, name, zeropower_via_newtonschulz))
+        for _ in range(3):
+            for one, other in zip(*weights, strict=True):
+                one.grad = torch.randn_like(one)
+                other.grad = one.grad.clone()
+            theirs.step()
+            ours.step()
+            assert timm_muon.muon.__module__ == 'timm.optim.muon'
+        for one, other in zip(*weights, strict=True):
+            torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
 
 
 def test_schedule_rises_to_the_rate_and_falls_to_zero(recipe):

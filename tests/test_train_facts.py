@@ -3,14 +3,16 @@
 import sys
 
 import pytest
+import timm
 import torch
 from runs import events
 
 from linvision.data import ImageSet, create_dataset, datasets
 from linvision.train import train
 from linvision.train.checkpoint import newest_checkpoint, read_state, seal
+from linvision.train.model import compile_blocks
 from linvision.train.parallel import Processes
-from linvision.train.precision import choose_precision
+from linvision.train.precision import choose_precision, matmul_precision_kept, use_tf32
 
 
 @pytest.fixture
@@ -85,6 +87,40 @@ def test_precision_is_what_the_card_is_built_for(monkeypatch, capability, precis
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
     assert choose_precision('auto', Processes(torch.device('cuda', 0)))[0] == precision
+
+
+@pytest.mark.parametrize(
+    'device, precision, capability, uses',
+    [
+        ('cuda', 'fp32', (8, 0), True),
+        ('cuda', 'fp32', (7, 5), False),
+        ('cuda', 'bf16', (9, 0), False),
+        ('cpu', 'fp32', (9, 0), False),
+    ],
+)
+def test_fp32_products_are_in_tf32_where_the_card_has_it_and_it_is_said(
+    monkeypatch, device, precision, capability, uses
+):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
+    before = torch.get_float32_matmul_precision()
+    with matmul_precision_kept():
+        said = use_tf32(precision, torch.device(device))
+        assert (torch.get_float32_matmul_precision() == 'high') == uses == ('TF32, which a card has' in said)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_blocks_are_compiled_as_told_and_by_default_on_cuda(monkeypatch, recipe):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    for wanted, device, compiles in (
+        ('auto', 'cuda', True), ('auto', 'cpu', False), ('on', 'cpu', True), ('off', 'cuda', False)
+    ):  # fmt: skip
+        model = timm.create_model('test_linformer_vit', chunk_size=64)
+        assert compile_blocks(model, wanted, torch.device(device)) == compiles
+        assert {block.compiles for block in model.blocks} == {'inductor' if compiles else ''}
+        assert model.chunk_size == 64  # streamed as before
+    assert not compile_blocks(timm.create_model('test_vit'), 'auto', torch.device('cuda'))
+    assert type(recipe).from_dict({'compile': True}).run.compile == 'on'
 
 
 def test_processes_agree_on_a_precision_that_all_have(monkeypatch):

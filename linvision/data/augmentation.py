@@ -1,10 +1,11 @@
-"""Random changes of training images, by torchvision, albumentations or kornia.
+"""Random changes of training images, by torchvision, albumentations, kornia or plain PyTorch.
 
-torchvision and albumentations change one image at a time on the CPU, uint8 in and out; kornia changes a batch on its
-device, and normalises it too. Each offers the same operations as far as it has them: crop, shift, flip, RandAugment
-(torchvision alone: kornia's draws one operation for a whole batch, albumentations has none), colour, erasing. What an
+torchvision and albumentations change one image at a time on the CPU, uint8 in and out; kornia and PyTorch
+(`device_augmentation.py`) change a batch on its device, and normalise it too. Each offers the same operations as far as
+it has them: crop, shift, flip, RandAugment (torchvision alone: kornia's draws one operation for a whole batch,
+albumentations has none), colour, erasing. What an
 erased area or a border is filled with is the mean colour, zero once normalised. Mixup and CutMix are timm's, in the
-training loop. `docs/augmentation.md` compares the three.
+training loop. `docs/augmentation.md` compares the four.
 """
 
 import os
@@ -22,8 +23,10 @@ from linvision.data.image_set import fill_colour
 from linvision.extras import needed
 from linvision.nearest import nearest
 
-LIBRARIES = ('torchvision', 'albumentations', 'kornia')
+LIBRARIES = ('torchvision', 'albumentations', 'kornia', 'torch')
+ON_DEVICE = ('kornia', 'torch')  # those that change batches on the device
 RATIO = (3 / 4, 4 / 3)  # of the sides of a random resized crop
+ERASED_SCALE, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # area and sides of what is erased: torchvision's defaults
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class AlbumentationsTransform:
             steps += [A.PadIfNeeded(side, side, border_mode=cv2.BORDER_CONSTANT, fill=fill), A.RandomCrop(size, size)]
         steps.append(A.HorizontalFlip(p=a.hflip))
         if a.erase:
-            steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill=fill, p=a.erase))
+            steps.append(A.Erasing(scale=ERASED_SCALE, ratio=ERASED_RATIO, fill=fill, p=a.erase))
         self.size, self.change = size, A.Compose(steps)
 
     def __call__(self, image: Tensor | Image.Image, seed: int) -> Tensor:
@@ -193,7 +196,7 @@ class KorniaBatches:
             steps.append(K.RandomCrop((size, size), padding=a.shift))
         steps.append(K.RandomHorizontalFlip(p=a.hflip))
         if a.erase:
-            steps.append(K.RandomErasing(p=a.erase, scale=(0.02, 0.33), ratio=(0.3, 3.3)))
+            steps.append(K.RandomErasing(p=a.erase, scale=ERASED_SCALE, ratio=ERASED_RATIO))
         self.change = K.AugmentationSequential(*steps, data_keys=['input'])
         self.rank, self.count = rank, count
 

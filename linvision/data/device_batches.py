@@ -1,4 +1,4 @@
-"""Batches of a set that lives on the device as uint8, and is augmented there by kornia."""
+"""Batches of a set that lives on the device as uint8, and is augmented there."""
 
 from collections.abc import Iterable, Iterator
 

@@ -20,14 +20,14 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from linvision.data.augmentation import TRANSFORMS, Augmentation, Transform
+from linvision.data.augmentation import ON_DEVICE, TRANSFORMS, Augmentation, Transform
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_file import squared
 from linvision.data.image_set import ImageSet, fill_colour
 from linvision.data.order import Order, seed_of
 from linvision.data.preparation import Preparation
 
-MARGIN = 256 / 224  # by which images are larger than what kornia crops from them
+MARGIN = 256 / 224  # by which images are larger than what is cropped from them on the device
 
 _logger = logging.getLogger(__name__)
 
@@ -118,9 +118,9 @@ class LoaderBatches:
             yield images, labels.to(images.device, non_blocking=True)
 
     def training_transform(self, size: int) -> Transform:
-        """What happens to an image before it joins a batch: all changes, or what kornia needs to make them."""
+        """What happens to an image before it joins a batch: all changes, or what the device needs to make them."""
         mean, changes = self.preparation.mean, self.augmentation
-        if changes.library == 'kornia':
+        if changes.library in ON_DEVICE:
             margin = MARGIN if changes.crops else 1
             changes, size = Augmentation(), round(size * margin)
         return Squared(self.cropping['crop_mode'], mean, TRANSFORMS[changes.library](changes, size, mean))

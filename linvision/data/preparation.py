@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.data.augmentation import Augmentation, KorniaBatches
+from linvision.data.augmentation import ON_DEVICE, Augmentation, KorniaBatches
+from linvision.data.device_augmentation import TorchBatches
 from linvision.data.order import Order, seed_of
 
 
@@ -17,7 +18,7 @@ class Preparation:
         mean: Mean of each channel, on the scale 0..1.
         std: Standard deviation of each channel.
         device: The device.
-        augmentation: What is changed at random; only kornia's share happens here.
+        augmentation: What is changed at random; only that of libraries `ON_DEVICE` happens here.
         order: Who gets which images of a batch.
     """
 
@@ -31,8 +32,15 @@ class Preparation:
     ) -> None:
         self.mean, self.device = mean, device
         self.shift, self.scale = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
-        self.augments = augmentation.active and augmentation.library == 'kornia'
-        self.kornia = cache(lambda size: KorniaBatches(augmentation, size, mean, std, order.rank, order.count))
+        self.augments = augmentation.active and augmentation.library in ON_DEVICE
+
+        @cache
+        def changes(size: int) -> KorniaBatches | TorchBatches:
+            if augmentation.library == 'kornia':
+                return KorniaBatches(augmentation, size, mean, std, order.rank, order.count)
+            return TorchBatches(augmentation, size, mean, std, device, order.rank, order.count)
+
+        self.changes = changes
 
     def send(self, numbers: Tensor) -> Tensor:
         """A small tensor on the device; from pinned memory, else the copy would wait for all that is queued there."""
@@ -56,7 +64,7 @@ class Preparation:
         if not self.augments:
             return self.plain(images, img_size)
         images = images.to(self.device, non_blocking=True)
-        return resize(self.kornia(size)(images, seed_of(*numbers)), img_size)
+        return resize(self.changes(size)(images, seed_of(*numbers)), img_size)
 
 
 def resize(images: Tensor, img_size: int) -> Tensor:

@@ -17,9 +17,11 @@ import torch
 from timm.layers import DropPath, GluMlp, LayerScale, LayerType, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
+from linvision.compiled import compiled, looked_into, open_sizes
 from linvision.models.attention import LinformerAttention
 from linvision.models.mlp import Mlp
 from linvision.models.norms import LayerNorm, TokenNorm
+from linvision.streaming.parts import drop_path_scales, scaled
 from linvision.streaming.stream import stream
 
 # timm has no names for them
@@ -78,6 +80,7 @@ class LinformerBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
+        self.compiles = ''  # backend of torch.compile for this block; see the model's `set_compile`
         self.streams = not token_norm  # whose mean and variance are those of all tokens
         self.hidden = int(dim * mlp_ratio)  # width of the MLP's hidden layer
         self.norm1 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
@@ -145,12 +148,34 @@ class LinformerBlock(nn.Module):
         if not torch.jit.is_scripting():
             if chunk_size > 0:
                 return stream(self, x, projection, grid, valid, chunk_size, out)
+            if (
+                self.compiles
+                and isinstance(x, Tensor)
+                and not looked_into(*(m for m in self.modules() if m is not self))
+            ):
+                scales = drop_path_scales(self, x)
+                for tensor in (x, valid, *scales):
+                    open_sizes(tensor, 0)
+                return compiled(whole, self.compiles)(self, scales, x, projection, grid, valid)
         return self.residuals(x, self.attn(self.norm1(x), projection, grid, valid))
 
     def residuals(self, x: Tensor, attended: Tensor) -> Tensor:
         """Both residual branches, once attention has given its output for these tokens: (B, n, D) -> (B, n, D)."""
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def whole(
+    block: LinformerBlock,
+    scales: list[Tensor],
+    x: Tensor,
+    projection: list[Tensor],
+    grid: tuple[int, int],
+    valid: Tensor | None,
+) -> Tensor:
+    """A block on the whole sequence, with drop path drawn before, as a function that all blocks can share compiled."""
+    attended = block.attn(block.norm1(x), projection, grid, valid)
+    return scaled(block, scales).residuals(x, attended)
 
 
 if TYPE_CHECKING:

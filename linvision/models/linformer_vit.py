@@ -10,6 +10,7 @@ Notable here:
 """
 
 import logging
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,8 @@ class LinformerVisionTransformer(VisionTransformer):
         # where blocks need all tokens of an image at once, they take no chunks and no padding
         self.runs_whole = not all(block.streams for block in self.blocks)
         self.needs_batch = head_norm  # training needs two images or more together, in one process and one part
+        # whether a padding mask that hides whole images is refused: on an accelerator the question waits for the answer
+        self.looks_at_padding = True
         self.set_chunk_size(chunk_size)
         self.register_load_state_dict_pre_hook(resize_on_load)
         self._log_full_attention()
@@ -221,6 +224,18 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")
         self.chunk_size = chunk_size
 
+    @torch.jit.ignore
+    def set_compile(self, backend: str) -> None:
+        """Let blocks run compiled: 'inductor', or another backend of `torch.compile`; '' for not.
+
+        One graph serves all blocks, one all chunks of streamed ones (`compiled.py`): for training and for inference,
+        for batches of one image and for all others, each at the first image size and at all further ones.
+        """
+        # dynamo asks every tensor whether it has a gradient, and PyTorch warns of the question
+        warnings.filterwarnings('ignore', 'The .grad attribute of a Tensor that is not a leaf')
+        for block in self.blocks:
+            block.compiles = backend
+
     def embed(
         self, x: Tensor, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, tuple[int, int], Tensor | None, list[int]]:
@@ -240,7 +255,7 @@ class LinformerVisionTransformer(VisionTransformer):
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         inside: Tensor | None = None
         if key_padding_mask is not None:
-            check_padding(key_padding_mask, x.shape[0], grid)
+            check_padding(key_padding_mask, x.shape[0], grid, self.looks_at_padding)
             if self.runs_whole:
                 raise ValueError('token_norm takes no key_padding_mask: padding would count in the norms of an image.')
             inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)

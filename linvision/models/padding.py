@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
-    """Raise ValueError for a padding mask that does not fit the tokens, or leaves an image without any."""
+def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int], looks: bool = True) -> None:
+    """Raise ValueError for a padding mask that does not fit the tokens, or leaves an image none, if we may look."""
     N = grid[0] * grid[1]
     if key_padding_mask.dtype != torch.bool or list(key_padding_mask.shape) != [batch, N]:
         raise ValueError(
@@ -18,7 +18,7 @@ def check_padding(key_padding_mask: Tensor, batch: int, grid: tuple[int, int]) -
             f'{key_padding_mask.dtype} {list(key_padding_mask.shape)}.'
         )
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not looks or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         if key_padding_mask.all(dim=1).any():
             empty = key_padding_mask.all(dim=1).nonzero().flatten().tolist()

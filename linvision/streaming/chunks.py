@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from linvision.autocast import compute_dtype
+from linvision.compiled import looked_into
 from linvision.streaming import cpu_kernels
 from linvision.streaming.parts import StreamedBlock
 
@@ -46,13 +46,7 @@ def choose_chunk_sizes(
         return whole
     if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
         return whole
-    # something looks into the blocks or traces them, operator by operator
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
-        return whole
-    if torch._C._are_functorch_transforms_active():  # torch.func, which takes no autograd.Function of this kind
-        return whole
-    modules = (m for block in blocks for m in block.modules() if not isinstance(m, FSDPModule))
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    if not blocks[0].attn.fused_attn or looked_into(*(m for block in blocks for m in block.modules())):
         return whole
     if chunk_size != 'auto':
         return [int(chunk_size)] * depth

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from linvision.autocast import compute_dtype
+from linvision.compiled import looked_into
 from linvision.streaming.parts import BlockWith, StreamedBlock
 
 Layer = tuple[Tensor, Tensor | None]  # a packed weight, and a bias
@@ -185,11 +186,7 @@ def learns_faster(mlp: Any, x: Any) -> bool:
         and is_plain(mlp)
         and not (mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0)
         and all(p is None or type(p) in (Tensor, nn.Parameter) for p in weights_of(mlp))
-        # something looks into the MLP or traces it, operator by operator
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in mlp.children())
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not looked_into(*mlp.children())
     )
 
 

@@ -73,6 +73,7 @@ class StreamedBlock(Protocol):
     Its parts are modules, or what stands in for them.
     """
 
+    compiles: str  # backend of torch.compile for its equation; '' for none
     streams: bool  # whether it may run chunk by chunk at all
     hidden: int  # width of the MLP's hidden layer
     training: bool
@@ -112,3 +113,24 @@ class BlockWith:
         """The block's equation, with the parts that are here."""
         equation: Callable[[Any, Tensor, Tensor], Tensor] = type(self.block).residuals
         return equation(self, x, attended)
+
+
+def drop_path_scales(block: StreamedBlock, x: Tensor) -> list[Tensor]:
+    """What drop path multiplies the two branches of a block with, (B, 1, 1) each: timm's own draw; none without it."""
+    if not block.training or isinstance(block.drop_path1, nn.Identity):
+        return []
+    ones = x.new_ones(x.shape[0], 1, 1)
+    return [path(ones) for path in (block.drop_path1, block.drop_path2)]
+
+
+def scaled(block: Any, scales: list[Tensor]) -> Any:
+    """The block, whose drop path was drawn before."""
+    if not scales:
+        return block
+    first, second = scales
+    return BlockWith(block, drop_path1=lambda y: y * first, drop_path2=lambda y: y * second)
+
+
+def draws_dropout(block: StreamedBlock) -> bool:
+    """Whether the block draws dropout."""
+    return block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())

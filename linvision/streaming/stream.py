@@ -24,9 +24,18 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from linvision.compiled import compiled, open_sizes
 from linvision.streaming import cpu_kernels
 from linvision.streaming.chunks import row_chunks
-from linvision.streaming.parts import BlockWith, Grid, KeysValues, StreamedBlock
+from linvision.streaming.parts import (
+    BlockWith,
+    Grid,
+    KeysValues,
+    StreamedBlock,
+    draws_dropout,
+    drop_path_scales,
+    scaled,
+)
 
 
 def stream(
@@ -51,10 +60,7 @@ def stream(
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *projection, *block.parameters()))
     step = max(1, chunk_size // x.shape[1])  # images
-    scales: list[Tensor] = []
-    if block.training and not isinstance(block.drop_path1, nn.Identity):
-        # drop path of ones: timm's own draw, one number an image
-        scales = [path(x.new_ones(x.shape[0], 1, 1)) for path in (block.drop_path1, block.drop_path2)]
+    scales = drop_path_scales(block, x)
     results = []
     for i, images in enumerate(x.split(step)):
         part = slice(i * step, (i + 1) * step)
@@ -119,9 +125,28 @@ class BackwardPass(nn.Module):
         return TokenChunks(self.block, x, *settings).gradients(inputs, grad)
 
 
-def draws_dropout(block: StreamedBlock) -> bool:
-    """Whether the block draws dropout."""
-    return block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+def rest(
+    block: StreamedBlock | BlockWith,
+    scales: list[Tensor],
+    x: Tensor,
+    h: Tensor,
+    local: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """All that follows the keys and values of a block, which acts on each token alone: (B, n, D) -> (B, n, D).
+
+    Args:
+        block: The block, or one with some of its parts replaced.
+        scales: Those of drop path.
+        x, h: The block's input, and that normalised.
+        local: The local path's output.
+        key, value, mask: As `LinformerAttention.key_value` gives them.
+    """
+    block = scaled(block, scales)
+    query = block.attn.query(h, block.attn.split_weights(h))
+    return block.residuals(x, block.attn.output(query, key, value, mask, local))
 
 
 class Chunk(NamedTuple):
@@ -179,7 +204,7 @@ class TokenChunks:
             if not plain and cpu_kernels.applies(self.block, self.x[:, : self.chunk_size], key, mask):
                 block: StreamedBlock | BlockWith = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
             else:
-                block = self.scaled_block()
+                block = self.block
             for chunk in self.chunks():
                 y = self.output(block, self.rows(self.x, chunk.context).flatten(1, 2), key, value, mask, chunk)
                 if out is None or out.dtype != y.dtype:
@@ -222,11 +247,10 @@ class TokenChunks:
         key, value = (t.detach().requires_grad_() for t in made[:2])
 
         # all that follows, chunk by chunk
-        block = self.scaled_block()
         dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
         for chunk in self.chunks():
             x = self.rows(self.x, chunk.context).flatten(1, 2).requires_grad_()
-            y = self.output(block, x, key, value, made[2], chunk)
+            y = self.output(self.block, x, key, value, made[2], chunk)
             got = backward([y], [self.rows(grad, chunk.own).flatten(1, 2)], [x, key, value])
             for total, part in zip((self.rows(dx, chunk.context), dkey, dvalue), got, strict=True):
                 total += part.reshape(total.shape)
@@ -301,13 +325,6 @@ class TokenChunks:
             valid = None if self.valid is None else self.rows(self.valid, context).flatten(1, 2).unsqueeze(-1)
             yield Chunk(own, context, size, slice(part.start * width, part.stop * width), (1, across), valid)
 
-    def scaled_block(self) -> StreamedBlock | BlockWith:
-        """The block, whose drop path was drawn before, once for all chunks of an image."""
-        if not self.scales:
-            return self.block
-        first, second = self.scales
-        return BlockWith(self.block, drop_path1=lambda y: y * first, drop_path2=lambda y: y * second)
-
     def output(
         self,
         block: StreamedBlock | BlockWith,
@@ -331,5 +348,12 @@ class TokenChunks:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
             local = path.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
-        query = block.attn.query(h, block.attn.split_weights(h))
-        return block.residuals(x, block.attn.output(query, key, value, mask, local))
+        scales = self.scales if block is self.block else []  # a replaced block has none
+        # the prefix is a few tokens; dropout must be the same in the backward pass, where it is another graph's
+        if chunk.own is None or not self.block.compiles or block is not self.block or draws_dropout(self.block):
+            return rest(block, scales, x, h, local, key, value, mask)
+        for tensor in (x, h, local):
+            open_sizes(tensor, 0, 1)
+        for tensor in (key, value, mask, *scales):
+            open_sizes(tensor, 0)
+        return compiled(rest, self.block.compiles)(block, scales, x, h, local, key, value, mask)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationEvaluator
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
@@ -40,23 +40,26 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
         `num_samples`, and `num_left_out`, how many of the set could not be read.
     """
     order, device = batches.order, batches.preparation.device
-    evaluator, images_scored = ClassificationEvaluator(device=device), torch.zeros((), dtype=torch.int64, device=device)
+    # sums stay on the device: to read one, or to leave images out by an index, would wait for each batch
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, right at first, right among five
+    loss = torch.zeros((), dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     steps = -(-order.n // order.batch_size)
     silent = None if order.rank == 0 else True  # None: only on a terminal
     with evaluating(model):
         for images, labels in tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=silent):
             with autocast(images.device, precision):
                 logits = model(images)
-            counted = labels >= 0
-            evaluator.update(logits[counted].float(), labels[counted])
-            images_scored += counted.sum()
-    scores = evaluator.compute(distributed=order.count > 1)
+            loss += F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction='sum')
+            right = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)  # no guess is -1
+            counts += torch.stack([(labels >= 0).sum(), right[:, 0].sum(), right.sum()])
     if order.count > 1:
-        dist.all_reduce(images_scored)
+        dist.all_reduce(counts)
+        dist.all_reduce(loss)
+    scored, first, among_five = counts.tolist()
     return {
-        'top1': scores['top1'] / 100,
-        **({'top5': scores['top5'] / 100} if logits.shape[1] > 5 else {}),
-        'loss': scores['loss'],
-        'num_samples': int(images_scored),
-        'num_left_out': order.n - int(images_scored) + batches.absent,
+        'top1': first / max(scored, 1),
+        **({'top5': among_five / max(scored, 1)} if logits.shape[1] > 5 else {}),
+        'loss': float(loss) / max(scored, 1),
+        'num_samples': scored,
+        'num_left_out': order.n - scored + batches.absent,
     }

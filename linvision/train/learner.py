@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.tensor import DTensor
 
 from linvision.train.checkpoint import first_line, load_shards
-from linvision.train.model import check_batch, create_model, freeze, idle_projection, set_size
+from linvision.train.model import check_batch, compile_blocks, create_model, freeze, idle_projection, set_size
 from linvision.train.objective import OBJECTIVES
 from linvision.train.optimizer import carry_state, create_optimizer, create_schedule
 from linvision.train.parallel import Processes
@@ -98,9 +98,8 @@ class Learner:
     def arrange(self) -> None:
         """Whatever refers to the present parameters: compiled code, shards or DDP, optimizer and schedule."""
         model = self.model
-        if self.recipe.run.compile:
-            for part in model.blocks if self.fsdp else (model,):
-                part.compile()
+        for each in (model, self.ema) if self.ema is not None else (model,):
+            self.compiled = compile_blocks(each, self.recipe.run.compile, self.processes.device)
         if self.fsdp:
             for each in (model, self.ema) if self.ema is not None else (model,):
                 self.processes.shard(each)

@@ -42,7 +42,7 @@ from linvision.train.model import count_tokens, resolved
 from linvision.train.optimizer import CLOCK_UPDATES
 from linvision.train.parallel import Processes, processes
 from linvision.train.plan import plan
-from linvision.train.precision import choose_precision
+from linvision.train.precision import choose_precision, matmul_precision_kept, use_tf32
 from linvision.train.progress import Progress, stage_at
 from linvision.train.recipe import Recipe
 
@@ -71,7 +71,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     recipe.validate()
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    with processes(recipe.run.device, recipe.run.parallel) as joined:
+    with processes(recipe.run.device, recipe.run.parallel) as joined, matmul_precision_kept():
         if joined.device.type == 'cpu':
             keep_freed_memory()
         recipe.images_at_once(joined.count)
@@ -132,6 +132,7 @@ class TrainingRun:
             f'{self.img_size}×{self.img_size}, '
             f'{self.data.title}: {len(self.data.train_set):,} training images, {joined.device}, '
             f'{self.learner.precision}, {torch.get_num_threads()} thread(s)'
+            + (', compiled blocks' if self.learner.compiled else '')
             + (f', {joined.count} processes ({recipe.run.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.progress.step}' if found else '')
         )
@@ -150,6 +151,8 @@ class TrainingRun:
         )
         precision, why = (found['precision'], '') if found else choose_precision(recipe.run.precision, joined)
         self.notes = [f'{precision}, since {why}'] if why else []
+        tf32 = use_tf32(precision, joined.device)
+        self.notes += [tf32] if tf32 else []
         self.learner.start(precision)
         if found:
             self.learner.restore(found['learner'], path)

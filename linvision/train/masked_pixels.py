@@ -6,7 +6,6 @@ would: they ask, but nothing reads them (as in the decoder of CrossMAE, arXiv 24
 can leak, and E needs no learned stand-in for them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor
 
 from linvision.data import Batches
+from linvision.data.keyed import uniform
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.train.evaluate import evaluating
 from linvision.train.precision import autocast
@@ -38,6 +38,7 @@ def adapt(model: VisionTransformer) -> None:
     # of the backbone that a run exports; nn.Module takes any attribute, but declares tensors and modules alone
     model.usual_pool = model.global_pool  # type: ignore[assignment]
     model.reset_classifier(pixels, '')
+    model.looks_at_padding = False  # the masks are ours, and a look waits for the device
 
 
 def hidden_tokens(draws: Tensor, grid: tuple[int, int], ratio: float, cell: int) -> Tensor:
@@ -67,17 +68,21 @@ def patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def mask_for(
-    model: VisionTransformer, images: Tensor, ratio: float, size: int, seeds: Sequence[int] | None = None
-) -> Tensor:
-    """Hidden tokens for a batch: at random, or of each image by its seed."""
-    grid = model.patch_embed.grid_size
+def mask_for(model: VisionTransformer, images: Tensor, ratio: float, size: int, places: Tensor | None = None) -> Tensor:
+    """Hidden tokens for a batch, drawn on its device.
+
+    Those of a step follow from `torch.manual_seed`, which the loop calls with seed, step and process.
+
+    Args:
+        model: The model, for its token grid.
+        images: (B, C, height, width).
+        ratio, size: As for `MaskedPixelsTask`.
+        places: Positions of the images in their set, (B), which decide what is hidden; at random by default.
+    """
+    grid, device = model.patch_embed.grid_size, images.device
     N = grid[0] * grid[1]
-    if seeds is None:
-        draws = torch.rand(len(images), N)
-    else:
-        draws = torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    return hidden_tokens(draws, grid, ratio, max(1, size // model.patch_embed.patch_size[0])).to(images.device)
+    draws = torch.rand(len(images), N, device=device) if places is None else uniform(0, places, N)
+    return hidden_tokens(draws, grid, ratio, max(1, size // model.patch_embed.patch_size[0]))
 
 
 def reconstruction_loss(model: VisionTransformer, output: Tensor, images: Tensor, mask: Tensor) -> Tensor:
@@ -89,8 +94,14 @@ def reconstruction_loss(model: VisionTransformer, output: Tensor, images: Tensor
         images: (B, C, height, width).
         mask: Hidden tokens, (B, N).
     """
+    return hidden_errors(model, output, images, mask).sum() / mask.sum()
+
+
+def hidden_errors(model: VisionTransformer, output: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    """Squared error of each hidden token, and zero of the others: (B, N). An index by the mask would wait for it."""
     said = output[:, model.num_prefix_tokens :].float()
-    return (said - patches(images, model.patch_embed.patch_size)).square().mean(-1)[mask].mean()
+    errors = (said - patches(images, model.patch_embed.patch_size)).square().mean(-1)
+    return errors.masked_fill(~mask, 0.0)
 
 
 class MaskedPixelsTask(ClassificationTask):
@@ -131,19 +142,18 @@ def evaluate_masked(
     Returns:
         `loss` (mean over images), `num_samples`, and `num_left_out`, how many of the set could not be read.
     """
-    total = torch.zeros(2, dtype=torch.float64)
-    position, order = 0, batches.order
+    order, device, position = batches.order, batches.preparation.device, 0
+    total = torch.zeros(2, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
     with evaluating(model):
         for images, labels in batches.ordered(img_size):
-            seeds = [(position + i) * order.count + order.rank for i in range(len(images))]  # positions in the set
+            places = (torch.arange(len(images), device=device) + position) * order.count + order.rank  # in the set
             position += len(images)
-            mask = mask_for(model, images, ratio, size, seeds)
+            mask = mask_for(model, images, ratio, size, places)
             with autocast(images.device, precision):
                 output = model(images, key_padding_mask=mask)
+            losses = hidden_errors(model, output, images, mask).sum(1) / mask.sum(1)
             counted = labels >= 0
-            if counted.any():
-                loss = reconstruction_loss(model, output[counted], images[counted], mask[counted])
-                total += torch.tensor([float(loss) * int(counted.sum()), int(counted.sum())], dtype=torch.float64)
+            total += torch.stack([losses.masked_fill(~counted, 0.0).sum(), counted.sum()])
     if order.count > 1:
         torch.distributed.all_reduce(total)
     n = int(total[1])

@@ -4,6 +4,7 @@ Its type, here and in all that trains it, is timm's `VisionTransformer`: `blocks
 are read by the names that they have there. Models of other classes that have these (EVA, for one) train too.
 """
 
+import importlib.util
 from typing import Any
 
 import timm
@@ -123,6 +124,24 @@ def is_ours(name: str) -> bool:
 def can_stream(model: nn.Module) -> bool:
     """Whether its blocks can run in chunks of tokens, each computed again in the backward pass."""
     return isinstance(model, LinformerVisionTransformer) and not model.runs_whole
+
+
+def compile_blocks(model: VisionTransformer, wanted: str, device: torch.device) -> bool:
+    """Compile the blocks of a model where a recipe wants it; whether they are.
+
+    'auto' wants it on CUDA cards that Triton knows, for our models, whose blocks share one graph.
+    """
+    ours = isinstance(model, LinformerVisionTransformer)
+    if wanted == 'auto' and ours and device.type == 'cuda' and importlib.util.find_spec('triton'):
+        wanted = 'on' if torch.cuda.get_device_capability(device) >= (7, 0) else 'off'
+    if wanted != 'on':
+        return False
+    if isinstance(model, LinformerVisionTransformer):
+        model.set_compile('inductor')
+    else:
+        for block in model.blocks:
+            block.compile()
+    return True
 
 
 def needs_batch(model: nn.Module) -> bool:

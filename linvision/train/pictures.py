@@ -62,7 +62,7 @@ def reconstructions(
     """Images, the same with hidden parts, and what the model makes of those."""
     images, _ = next(batches.ordered(img_size))
     images = images[:n]
-    mask = mask_for(model, images, ratio, size, range(len(images)))
+    mask = mask_for(model, images, ratio, size, torch.arange(len(images), device=images.device))
     said = model(images, key_padding_mask=mask)[:, model.num_prefix_tokens :].float()
     patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
     hidden = padded_pixels(mask, grid, patch)

@@ -72,7 +72,7 @@ def kept_for_backward(
     numbers = images * count_tokens(model) * model.embed_dim
     kept = kept_bytes(numbers, depth, dtype, device)
     whole = whole_blocks(numbers, depth, dtype, device) if run.chunk_size == 'auto' else 0
-    if can_stream(model) and not run.compile and run.chunk_size != 0 and whole < depth:
+    if can_stream(model) and run.chunk_size != 0 and whole < depth:
         # all of those that run whole, the input of each other in fp32, and what one is at
         return kept_bytes(numbers, whole, dtype, device) + (depth - whole + STREAMED) * numbers * 4
     if run.grad_checkpointing:

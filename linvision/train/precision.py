@@ -1,5 +1,8 @@
 """Which arithmetic a run computes in: told, or what the processor or the card is built for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from linvision.autocast import cpu_bf16
@@ -11,6 +14,27 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a precision; switched off for fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
+
+
+@contextmanager
+def matmul_precision_kept() -> Iterator[None]:
+    """Put PyTorch's setting for fp32 products back at the end."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def use_tf32(precision: str, device: torch.device) -> str:
+    """Let fp32 products be TF32 where the card has it, from here on in this process; what was done, in words, or ''.
+
+    Of 10 bits of mantissa, as fp16's, with fp32's range and sums: about eight times as fast on an A100.
+    """
+    if precision != 'fp32' or device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0):
+        return ''
+    torch.set_float32_matmul_precision('high')
+    return f'fp32 products are computed in TF32, which {torch.cuda.get_device_name(device)} has'
 
 
 def choose_precision(wanted: str, processes: Processes) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from linvision.train.settings import Augment, Data, Optim, Run
 
 GROUPS = {'data': Data, 'optim': Optim, 'augment': Augment, 'run': Run}
 SCHEDULES = ('cosine', 'tanh', 'poly', 'step', 'wsd', 'rsqrt', 'constant')
+COMPILE = ('auto', 'on', 'off')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
 AT_LEAST = {
@@ -107,6 +108,7 @@ class Recipe:
         """
         kinds: dict[str, Callable[[Any], Any]] = {'data_dir': Path, 'output_dir': Path, 'crop_scale': tuple}
         kinds['stages'] = lambda stages: tuple(map(tuple, stages))
+        kinds['compile'] = lambda told: {True: 'on', False: 'off'}.get(told, told)  # as version 0.1 wrote it
         return cls().replace(**{k: kinds[k](v) if k in kinds else v for k, v in plain.items()})
 
     def images_at_once(self, count: int) -> int:
@@ -137,6 +139,7 @@ class Recipe:
         _check_known('optimizer', optim.opt, list_optimizers())
         _check_known('schedule', optim.sched, SCHEDULES)
         _check_known('precision', run.precision, PRECISIONS)
+        _check_known('way to compile', run.compile, COMPILE)
         _check_known('way to be parallel', run.parallel, PARALLEL)
         self.check_numbers()
         if self.task == 'masked_pixels' and (self.augment.mixes or optim.teacher):

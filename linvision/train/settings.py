@@ -79,8 +79,8 @@ class Optim:
 class Augment:
     """What is changed at random in the images that are trained on."""
 
-    augmentation: Literal['torchvision', 'albumentations', 'kornia'] = 'torchvision'
-    """Who changes images: 'torchvision' and 'albumentations' one by one on the CPU, 'kornia' batches on the device."""
+    augmentation: Literal['torchvision', 'albumentations', 'kornia', 'torch'] = 'torchvision'
+    """Who changes images: the first two one by one on the CPU, 'kornia' and 'torch' in batches on the device."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest share of the image in a random resized crop (1 1: off)."""
     hflip: float = 0.0
@@ -142,8 +142,8 @@ class Run:
     """'auto', 'fp32', 'bf16' or 'fp16'; 'auto' is bf16 where the processor or the card computes in it, else fp32."""
     parallel: str = 'ddp'
     """How several processes train: 'ddp' (each has the whole model) or 'fsdp' (each has a part of every block)."""
-    compile: bool = False
-    """Compile the model with `torch.compile`."""
+    compile: Literal['auto', 'on', 'off'] = 'auto'
+    """Compile the blocks with `torch.compile`, whole or in chunks; 'auto' does on CUDA, for linformer_vit_* models."""
     chunk_size: int | Literal['auto'] = 'auto'
     """Images × tokens that a block handles at a time (0: all)."""
     grad_checkpointing: bool = False

@@ -15,15 +15,12 @@ started.
 import dataclasses
 import json
 import os
-import platform
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +42,7 @@ from scripts.benchmarks.contenders import (
     multiply_adds,
     predicted_gib,
 )
+from scripts.benchmarks.machine import machine
 from scripts.benchmarks.tables import summarise, write
 
 KEY = tuple(field.name for field in dataclasses.fields(Case))
@@ -179,31 +177,6 @@ def roofline(precision: str, threads: int, chunk: int) -> dict[str, float]:
         'square_gflops': product_gflops(4096, 4096, 4096, dtype, threads),
         'shapes_gflops': sum(work) / sum(seconds),
     }
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What a figure needs beside it."""
-    cpu = [
-        line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in line
-    ]
-    packages = {name: installed(name) for name in ('torch', 'timm', 'linvision', 'linformer', 'linformer-pytorch')}
-    return {
-        'cpu': cpu[0] if cpu else platform.machine(),
-        'cores': len(os.sched_getaffinity(0)),
-        'threads': threads,
-        'amx': 'amx_bf16' in Path('/proc/cpuinfo').read_text(),
-        'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1),
-        'versions': {'python': platform.python_version(), **packages},
-        'date': str(date.today()),
-    }
-
-
-def installed(package: str) -> str:
-    """The version of a package, or 'not installed'."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return 'not installed'
 
 
 def available_gib() -> float:

@@ -41,7 +41,8 @@ def ratio(row: dict[str, Any], other: dict[str, Any], field: str) -> str:
     """How many times more the other one takes, or why that is not known."""
     if not other['steps'] or not row['steps']:
         return (other if not other['steps'] else row).get('why_not', 'no time was left')
-    return f'{number(other[field] / max(row[field], 1e-9))}×'
+    own, others = (r[field] / r.get('batch_size', 1) for r in (row, other))  # an image
+    return f'{number(others / max(own, 1e-9))}×'
 
 
 def times_and_memory(found: dict[str, Any], training: bool, precision: str) -> list[str]:
@@ -110,14 +111,50 @@ def shares(found: dict[str, Any]) -> list[str]:
 
 def attention(found: dict[str, Any]) -> list[str]:
     """Attention alone, forward and backward (`gpu_report.py`)."""
-    lines = ['| tokens | attention over K = 256 rows | scaled_dot_product_attention |', '| --- | --- | --- |']
-    for n in dict.fromkeys(row['tokens'] for row in found.get('attention', [])):
+    rows = found.get('attention', [])
+    names = list(dict.fromkeys(row['attention'] for row in rows))
+    lines = ['| tokens | ' + ' | '.join(names) + ' |', '| --- |' + ' --- |' * len(names)]
+    for n in dict.fromkeys(row['tokens'] for row in rows):
         cells = []
-        for row in (r for r in found['attention'] if r['tokens'] == n):
+        for row in (r for r in rows if r['tokens'] == n):
             ran = f'{number(1000 * row["seconds"])} ms, {number(row["peak_gib"])} GiB' if row['steps'] else ''
             cells.append(ran or row.get('why_not', 'no time was left'))
         lines.append(f'| {n:,} | ' + ' | '.join(cells) + ' |')
-    return lines if len(lines) > 2 else []
+    return lines if rows else []
+
+
+def details(found: dict[str, Any]) -> list[str]:
+    """Which attention ran, how many kernels, and joules an image (`gpu_report.py`)."""
+    lines = [
+        '| | images | attention that ran | kernels of a step | their ms | longest | J an image |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for row in found.get('detail', []):
+        name = f'{row["model"]}, {row["tokens"]:,} tokens, {"training" if row["training"] else "inference"}'
+        if 'kernels' not in row:
+            lines.append(f'| {name} | {row["batch_size"]} | {row.get("why_not", "")} | | | | |')
+            continue
+        ran = row['attention_ran']
+        ran = ran if isinstance(ran, str) else ', '.join(f'{k.removeprefix("aten::")} × {v}' for k, v in ran.items())
+        longest = '; '.join(f'{k[:40]} {number(v)} ms' for k, v in list(row['longest_ms'].items())[:2])
+        joules = number(row['joules'] / row['batch_size']) if 'joules' in row else row.get('no_energy', '')
+        lines.append(
+            f'| {name} | {row["batch_size"]} | {ran} | {row["kernels"]:,} | {number(row["kernels_ms"])} | {longest} | '
+            f'{joules} |'
+        )
+    return lines if found.get('detail') else []
+
+
+def learnt(found: dict[str, Any]) -> list[str]:
+    """What was learnt in some minutes (`gpu_report.py`)."""
+    lines = ['| model | top-1 | minutes | epochs | images/s | GiB |', '| --- | --- | --- | --- | --- | --- |']
+    for row in found.get('learn', []):
+        if 'why_not' in row:
+            lines.append(f'| {row["model"]} | {row["why_not"]} | | | | |')
+            continue
+        cells = [f'{100 * row["top1"]:.2f} %', *(number(row[k]) for k in ('train_minutes', 'epochs', 'images_per_s'))]
+        lines.append(f'| {row["model"]} | ' + ' | '.join([*cells, number(row['peak_memory_gib'])]) + ' |')
+    return lines if found.get('learn') else []
 
 
 def spread(found: dict[str, Any]) -> str:
@@ -153,18 +190,19 @@ def markdown(found: dict[str, Any]) -> str:
         parts.append('\n'.join(["### The paper's table", '', *paper(found)]))
     if shares(found):
         parts.append('\n'.join(['### Share of what the machine can do', '', *shares(found)]))
-    if attention(found):
-        B = found['attention'][0]['batch_size']
-        parts.append('\n'.join([f'### Attention alone, forward and backward, B{B} H8 d64', '', *attention(found)]))
-    batch = found.get('largest_batch', {})
-    if batch.get('batch_size'):
-        joules = batch['joules_per_image']
-        parts.append(
-            f'Largest batch of a training step at {batch["tokens"]:,} tokens (powers of two): {batch["batch_size"]}, '
-            f'{number(batch["images_per_s"])} images/s, {number(batch["peak_gib"])} GiB, '
-            + ('energy not read' if joules is None else f'{number(joules)} J an image')
-            + '.'
-        )
+    for row in found.get('long', []):
+        ran = f'{number(row["seconds"])} s, {number(row["peak_gib"])} GiB' if row['steps'] else row.get('why_not', '')
+        parts.append(f'One image of {row["tokens"]:,} tokens, inference: {ran}.')
+    alone = 'Attention alone, forward and backward'
+    if found.get('attention'):
+        alone += f', B{found["attention"][0]["batch_size"]} H8 d64 K256'
+    for title, lines in (
+        (alone, attention(found)),
+        ('Kernels and energy', details(found)),
+        ('CIFAR-10 by the pixel, learnt in minutes (JPEG copy)', learnt(found)),
+    ):
+        if lines:
+            parts.append('\n'.join([f'### {title}', '', *lines]))
     return '\n\n'.join(parts) + '\n'
 
 

@@ -30,7 +30,7 @@ LIMITS = {
     'seen nothing else, and says one of the ten to any image.',
     'fashion_mnist': 'Ten kinds of clothes, each alone, in grey, upright and in the middle of 28×28 pixels: the model '
     'has seen nothing else, and says one of the ten to any image. Some labels of the set are doubtful (shirt, T-shirt '
-    'and pullover above all).'
+    'and pullover above all).',
 }
 
 
@@ -98,7 +98,8 @@ torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw 
 
 - **Recipe**: `{file}`: {length}; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
   learning rate {recipe['lr']:g}, flips.
-- **Data**: {metrics['dataset']}, all training images; {LICENCES[tag]}. Normalised by mean {cfg['mean']} and deviation {cfg['std']}.
+- **Data**: {metrics['dataset']}, all training images; {LICENCES[tag]}. Normalised by mean
+  {cfg['mean']} and deviation {cfg['std']}.
 - **Licence of the weights**: {cfg['license']}.
 - **Limits**: {LIMITS[tag]}
 
