@@ -142,6 +142,10 @@ class LinformerVisionTransformer(VisionTransformer):
             **kwargs,
             **dd,
         )
+        if kwargs.get('weight_init') == 'skip':  # timm leaves them as memory was
+            for table in (self.pos_embed, self.cls_token, self.reg_token):
+                if table is not None:
+                    nn.init.trunc_normal_(table, std=0.02)
         self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
         self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
@@ -263,9 +267,14 @@ class LinformerVisionTransformer(VisionTransformer):
             x = self.position(x, grid, chunk_size)
         if self.dynamic_img_size:
             x = x.unflatten(1, grid)  # what timm's table of positions wants
+        empty = isinstance(x.shape[0], int) and x.shape[0] == 0
+        if empty:  # timm's `_pos_embed` cannot tell the shape of no images: zeros stand in for one
+            x = torch.cat([x, x.new_zeros([1] + list(x.shape[1:]))])
         x = self._pos_embed(x)
         if self.position is not None:
             x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
+        if empty:
+            x = x[:0]
         x = in_compute_dtype(self.norm_pre(self.patch_drop(x)))  # so the residual stream, whatever the positions are
         if self.projection is not None:
             idle = False

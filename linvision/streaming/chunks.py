@@ -42,6 +42,8 @@ def choose_chunk_size(chunk_size: int | str, x: Tensor, blocks: Sequence[Streame
         return 0
     if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
         return 0
+    if x.shape[0] == 0:  # there is nothing to cut
+        return 0
     # something looks into the blocks or traces them, operator by operator
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not blocks[0].attn.fused_attn:
         return 0

@@ -50,9 +50,16 @@ def applies(block: StreamedBlock, x: Tensor, key: Tensor, mask: Tensor | None) -
         and key.shape[-2] <= MAX_ROWS
         and isinstance(attention.q_norm, nn.Identity)
         and type(mlp) is Mlp
-        and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+        and all(is_plain(layer) for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and isinstance(mlp.norm, nn.Identity)
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it is a linear layer of plain weights: a tensor of another class (torchao's int8) knows no oneDNN."""
+    return type(layer) is nn.Linear and all(
+        type(p) in (nn.Parameter, Tensor, type(None)) for p in (layer.weight, layer.bias)
     )
 
 

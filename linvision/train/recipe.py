@@ -132,7 +132,7 @@ class Recipe:
     def validate(self) -> None:
         """Raise ValueError for what cannot be trained; the message says what was wanted, what came and what is near."""
         data, optim, run = self.data, self.optim, self.run
-        _check_known('model', self.model, timm.list_models('*') + timm.list_models(pretrained=True))
+        _check_known('model', self.model, timm.list_models('*') + timm.list_models(include_tags=True))
         check_name(data.dataset)
         _check_known('optimizer', optim.opt, list_optimizers())
         _check_known('schedule', optim.sched, SCHEDULES)
