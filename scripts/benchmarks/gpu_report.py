@@ -23,6 +23,7 @@ import tyro
 from torch import Tensor
 
 from linvision.extras import MissingPackage
+from linvision.guard import end, guarded
 from scripts.benchmarks.contenders import Case, create_step, multiply_adds
 from scripts.benchmarks.speed import machine
 from scripts.benchmarks.tables import summarise, write
@@ -197,10 +198,10 @@ def main(
     """
     where = torch.device(device)
     if where.type == 'cuda' and not torch.cuda.is_available():
-        sys.exit('error: there is no CUDA device here; --device cpu runs the report on the CPU.')
+        end('there is no CUDA device here; --device cpu runs the report on the CPU.')
     unknown = [m for m in models if m not in MODELS]
     if unknown:
-        sys.exit(f'error: unknown models {unknown}; known: {", ".join(MODELS)}.')
+        end(f'unknown models {unknown}; known: {", ".join(MODELS)}.')
     start = time.monotonic()
     about = machine(torch.get_num_threads())
     about['device'] = torch.cuda.get_device_name(where) if where.type == 'cuda' else about['cpu']
@@ -216,7 +217,5 @@ def main(
 
 
 if __name__ == '__main__':
-    try:
+    with guarded():
         tyro.cli(main, description=__doc__)
-    except ValueError as error:
-        sys.exit(f'error: {error}')
