@@ -4,6 +4,7 @@ What the user can mend ends in one sentence, `error: …`, and exit code 2, as a
 shows where it was raised. Everything else is a fault of ours: it keeps its traceback, and says where to report it.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ def end(words: str) -> NoReturn:
     raise Mistake(words)
 
 
+def escape_what_cannot_be_shown() -> None:
+    """Let a name that the terminal has no letters for be printed as `\\xe9`, and end nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != 'backslashreplace':
+            stream.reconfigure(errors='backslashreplace')
+
+
 @contextmanager
 def guarded() -> Iterator[None]:
     """End the program in a sentence where the user can mend what went wrong.
@@ -50,6 +58,7 @@ def guarded() -> Iterator[None]:
         Mistake: It is such a mistake.
         Exception: A fault of ours, as it was raised, with a note.
     """
+    escape_what_cannot_be_shown()
     try:
         yield
         sys.stdout.flush()

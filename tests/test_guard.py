@@ -1,5 +1,7 @@
 """A user's mistake ends in a sentence and exit code 2, wherever a program begins; a fault of ours in its traceback."""
 
+import io
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -43,6 +45,24 @@ def test_on_request_a_mistake_shows_where_it_was_raised(monkeypatch):
     with pytest.raises(ValueError, match='here') as end, guarded():
         raise ValueError('here')
     assert not hasattr(end.value, '__notes__')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8'])
+def test_what_the_terminal_cannot_show_is_escaped_and_all_is_printed(encoding, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, 'stdout', out)
+    monkeypatch.setattr(sys, 'stderr', err)
+    names = ['猫.png', 'h\xe9.png', 'lost\udcff.png']
+    with guarded():
+        for name in names:
+            print(name)
+        logger = logging.getLogger('test_guard')
+        logger.addHandler(logging.StreamHandler(err))
+        logger.warning(names[0])
+    printed = out.buffer.getvalue().decode(encoding).splitlines()
+    assert len(printed) == 3 and printed[2] == 'lost\\udcff.png'
+    assert printed[0] == names[0] if encoding == 'utf-8' else printed[0] == '\\u732b.png'
+    assert err.buffer.getvalue()
 
 
 @pytest.mark.parametrize('path', [*SCRIPTS, ROOT / 'recipes/segment_pixels.py'], ids=lambda p: p.stem)
