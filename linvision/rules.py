@@ -21,7 +21,13 @@ def is_whole(x: Any, low: float = -math.inf, high: float = math.inf) -> bool:
 
 def is_number(x: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     """Whether it is a finite number in a range; True and False are none."""
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) and low <= x <= high
+    if not isinstance(x, Real) or isinstance(x, bool):
+        return False
+    try:
+        value = float(x)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
+    return math.isfinite(value) and low <= value <= high
 
 
 POSITIVE = Rule('a positive integer', partial(is_whole, low=1))
