@@ -35,6 +35,7 @@ from torchvision.transforms.v2 import Normalize
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import Images, create_dataset, split_validation
+from linvision.guard import end, guarded
 from linvision.train.metrics import machine
 from linvision.train.optimizer import FALLBACK, orthogonalise_in_fp32
 from linvision.train.parallel import choose_device
@@ -276,12 +277,12 @@ def main(settings: Settings) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.canvas < ITEM or settings.canvas % 4:
-        raise SystemExit(f'error: canvas must be a multiple of 4, and {ITEM} pixels at least, got {settings.canvas}.')
+        end(f'canvas must be a multiple of 4, and {ITEM} pixels at least, got {settings.canvas}.')
     folder, device = settings.output_dir, choose_device(settings.device)
     own = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / 'settings.json').is_file() and json.loads((folder / 'settings.json').read_text()) != own:
-        raise SystemExit(f'error: {folder} holds a run with other settings: choose another --output-dir.')
+        end(f'{folder} holds a run with other settings: choose another --output-dir.')
     if (folder / 'metrics.json').is_file():
         print(f'{folder} holds this run, finished')
         return json.loads((folder / 'metrics.json').read_text())
@@ -303,4 +304,5 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    main(tyro.cli(Settings, description=__doc__))
+    with guarded():
+        main(tyro.cli(Settings, description=__doc__))

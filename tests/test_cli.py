@@ -58,7 +58,7 @@ def test_a_mistake_is_one_line_unless_the_traceback_is_wished(error, monkeypatch
     fail(error, monkeypatch)
     with pytest.raises(SystemExit, match='^error: .*no') as end:
         main(['models'])
-    assert '\n' not in end.value.code
+    assert end.value.code == 2 and '\n' not in str(end.value)
     monkeypatch.setenv('LINVISION_TRACEBACK', '1')
     with pytest.raises(type(error)):
         main(['models'])

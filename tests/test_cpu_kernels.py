@@ -156,3 +156,35 @@ def test_training_mode_padding_and_short_images_are_run_as_they_are(used, monkey
         monkeypatch.setattr(cpu_kernels, 'LONG', 10_000)
         model.eval()(batch())
     assert used and not any(used)
+
+
+class Int8(torch.Tensor):
+    """A weight kept as int8 with a scale, which is multiplied out where a product asks for it, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].numbers, args[0].scale)
+        if func not in (torch.ops.aten.t.default, torch.ops.aten.linear.default):
+            raise NotImplementedError(func)
+        return func(*(x.numbers * x.scale if isinstance(x, cls) else x for x in args), **kwargs or {})
+
+
+def test_weights_of_another_class_keep_their_own_products(used):
+    model, images = create(), batch()
+    for layer in (model.blocks[0].attn.proj, model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2):
+        scale = layer.weight.detach().abs().max() / 127
+        weight = Int8((layer.weight.detach() / scale).round().to(torch.int8), scale)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    with torch.no_grad():
+        whole = model(images)
+        model.set_chunk_size(16)
+        torch.testing.assert_close(model(images), whole)
+    assert not any(used[: len(used) // len(model.blocks)]) and any(used)

@@ -136,7 +136,7 @@ def test_a_command_with_workers_ends_where_an_image_is_damaged(recipe):
     places = ['--data-dir', str(recipe.data.data_dir), '--output-dir', str(recipe.run.output_dir)]
     command = [sys.executable, str(RECIPE), *flags, *places]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1 and f'error: {path} cannot be read' in run.stderr and 'Traceback' not in run.stderr
+    assert run.returncode == 2 and f'error: {path} cannot be read' in run.stderr and 'Traceback' not in run.stderr
 
 
 def test_workers_end_with_the_batches_that_they_read(bars):

@@ -99,4 +99,9 @@ def test_packages_are_imported_where_they_are_used():
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
     first, of_the_command, *others = run.stdout.splitlines()
     assert [first, *others] == ['set()'] * 5 + ["{'kornia'}"]
-    assert set(ast.literal_eval(of_the_command)) <= {'linvision.extras', 'linvision.nearest', 'linvision.version'}
+    assert set(ast.literal_eval(of_the_command)) <= {
+        'linvision.extras',
+        'linvision.guard',
+        'linvision.nearest',
+        'linvision.version',
+    }

@@ -111,4 +111,5 @@ def test_an_unknown_flag_lists_the_nearest(capsys):
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     with pytest.raises(SystemExit) as error:
         run(RECIPES[0], *SMALL, *SHORT, '--output-dir', str(tmp_path), '--model-args', 'projektion', 'linear')
-    assert str(error.value.code).startswith("error: Unknown model argument 'projektion'. Nearest: projection")
+    assert error.value.code == 2
+    assert str(error.value).startswith("error: Unknown model argument 'projektion'. Nearest: projection")

@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
         ({'precision': 'bf61'}, 'bf16'),
         ({'epochs': 0}, 'epochs must be above 0'),
         ({'batch_size': 0}, 'batch_size must be at least 1'),
-        ({'lr': float('nan')}, 'lr must not be negative, got nan'),
+        ({'lr': float('nan')}, 'lr must be a finite number of at most 1e[+]38 in size, got nan'),
         ({'hflip': 1.5}, 'hflip must lie between 0 and 1'),
         ({'stages': ((8, 0.5), (16, 0.6))}, 'sum to 1'),
         ({'batch_size': 257}, 'larger than the training set of 256'),

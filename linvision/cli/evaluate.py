@@ -22,12 +22,14 @@ from linvision.data import Images, ImageSet, create_batches, create_dataset, par
 from linvision.data.folders import ImageFiles, split_folders
 from linvision.data.recorded import recorded_data
 from linvision.nearest import nearest
+from linvision.rules import at_least, check
 from linvision.train.data import fingerprint
 from linvision.train.evaluate import evaluate
 from linvision.train.model import count_tokens, set_size
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
 from linvision.train.pretrained import model_folder
+from linvision.train.recipe import RULES
 
 
 def data_of(model: Path) -> dict[str, Any]:
@@ -108,9 +110,8 @@ def main(
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         dataset_args: Arguments of the data set, as in the recipe.
     """
-    for name, value, low in (('img_size', img_size, 0), ('limit', limit, 0), ('batch_size', batch_size, 1)):
-        if value < low:
-            raise ValueError(f'{name} must be at least {low}, got {value}.')
+    given = {'img_size': img_size, 'limit': limit, 'batch_size': batch_size, 'workers': workers}
+    check(given, {**RULES, 'limit': at_least(0)})
     if precision not in DTYPES:
         raise ValueError(nearest('precision', precision, DTYPES))
     where = choose_device(device)

@@ -9,6 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from linvision.data import create_batches, create_dataset, part, split_validation
+from linvision.data.folders import files_in
 from linvision.data.image_file import SUFFIXES
 
 
@@ -17,6 +18,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: A path does not exist, or a folder holds no image.
+        OSError: A folder cannot be read.
     """
     images = []
     for path in paths:
@@ -24,8 +26,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             raise FileNotFoundError(f'{path} does not exist.')
         found = [path]
         if path.is_dir():
-            shown = (p for p in path.rglob('*') if not any(w.startswith('.') for w in p.relative_to(path).parts))
-            found = sorted(p for p in shown if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = [Path(file) for file in files_in(path) if file.lower().endswith(SUFFIXES)]
             if not found:
                 raise FileNotFoundError(f'{path} holds no image ({", ".join(SUFFIXES)}).')
         images += found

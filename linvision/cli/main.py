@@ -3,18 +3,17 @@
     linvision train fashion_mnist_pixels --epochs 2
     linvision predict --model outputs/demo MY_IMAGES
 
-A module is imported when its command is called, and only then; its text is the command's `--help`. A mistake ends as
-`error: …` with exit code 1; `LINVISION_TRACEBACK=1` shows where it was raised. Faults of our own keep their traceback.
+A module is imported when its command is called, and only then; its text is the command's `--help`. What becomes of an
+error, `guard.py` says.
 """
 
 import importlib
 import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from linvision.extras import MissingPackage, needed
+from linvision.extras import needed
+from linvision.guard import end, guarded
 from linvision.nearest import nearest
 from linvision.version import __version__
 
@@ -38,26 +37,6 @@ def usage() -> str:
     )
 
 
-@contextmanager
-def mistakes_in_a_line() -> Iterator[None]:
-    """End the program in one line where the user can mend what went wrong.
-
-    Raises:
-        SystemExit: With `error: …`.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, TypeError, MissingPackage) as error:
-        # of TypeErrors, those alone that an argument's name makes, as in --dataset-args: others are our own faults
-        ours = isinstance(error, TypeError) and 'unexpected keyword argument' not in str(error)
-        if ours or os.environ.get('LINVISION_TRACEBACK'):
-            raise
-        sys.exit(f'error: {error}')
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -73,8 +52,8 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     name, *rest = words
     if name not in COMMANDS:
-        sys.exit(f'error: {nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
-    with mistakes_in_a_line(), needed(f'linvision {name}'):
+        end(f'{nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
+    with guarded(), needed(f'linvision {name}'):
         logging.basicConfig(format='%(levelname)s: %(message)s')
         module = importlib.import_module(f'linvision.cli.{name}')
         if name == 'train':  # its flags are known once the recipe is

@@ -11,9 +11,9 @@ from typing import Any
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import linvision  # noqa: F401  (registers the models)
+from linvision.train.plan import multiply_adds
 
 # where there are weights, a name's own channels and classes are those of their images
 IMAGENET: dict[str, Any] = {'in_chans': 3, 'num_classes': 1000}
@@ -28,13 +28,6 @@ same model with full attention (`projection='none'`). Written by
 | name | tokens | K | projection | width / depth / heads | parameters | trunk | multiply-adds | full attention |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
-
-
-def multiply_adds(model: Any) -> int:
-    """Multiply-adds of one image; `model` is on the meta device."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, *model.patch_embed.img_size, device='meta'))
-    return counter.get_total_flops() // 2
 
 
 def row(name: str) -> str:

@@ -8,7 +8,7 @@ import timm
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES
 from linvision.train.checkpoint import first_line
-from linvision.train.pretrained import is_source, model_folder, source_of
+from linvision.train.pretrained import check_weights_file, is_source, model_folder, source_of
 
 
 def load_model(name: str | Path) -> Any:
@@ -43,6 +43,7 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> Any:
     """
     if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
+    check_weights_file(checkpoint)
     size: dict[str, Any] = {'img_size': img_size} if img_size else {}
     try:
         return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()

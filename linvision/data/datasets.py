@@ -29,6 +29,7 @@ from linvision.data.image_set import ImageSet
 from linvision.data.pathfinder import Pathfinder, pathfinder
 from linvision.data.timm_sets import PREFIXES, TimmImages, TimmStream, open_timm_set
 from linvision.nearest import nearest
+from linvision.rules import COUNT, FLAG, POSITIVE, at_least, check
 
 SPLITS = ('train', 'test', 'all')
 ALIASES = {'val': 'test', 'valid': 'test', 'validation': 'test'}
@@ -38,6 +39,17 @@ PLACES = {  # of what is fetched, below its root
     'cifar100': CIFAR100.base_folder,
     'imagenette': IMAGENETTE,
     'tiny_imagenet': small_images.TINY_IMAGENET,
+}
+# arguments of sets; those of timm's that are not here are timm's to check
+RULES = {
+    'img_size': POSITIVE,
+    'in_chans': POSITIVE,
+    'num_classes': POSITIVE,
+    'num_images': COUNT,
+    'contour_length': POSITIVE,
+    'seed': at_least(0, 2**63 - 1),
+    'markers': FLAG,
+    'cache': FLAG,
 }
 Images = ImageSet | ImageFiles | Pathfinder | TimmImages | TimmStream
 
@@ -63,6 +75,7 @@ def create_dataset(name: str, root: str | Path, split: str, download: bool = Tru
         FileNotFoundError: The data is missing and could not be fetched; the message says what goes where.
     """
     check_name(name)
+    check(arguments, RULES)
     split = ALIASES.get(split, split)
     if split not in SPLITS:
         raise ValueError(nearest('split', split, SPLITS))
@@ -153,7 +166,7 @@ def _fake(
 ) -> ImageSet:
     """Noisy images, each with a bright bar in its class's own row: no file, learnt in a few steps."""
     generator = torch.Generator().manual_seed(SPLITS.index(split))
-    n = num_images if split == 'train' else 100
+    n = (num_images or 256) if split == 'train' else 100
     labels = torch.arange(n) % num_classes
     images = torch.randint(0, 96, (n, in_chans, img_size, img_size), generator=generator, dtype=torch.uint8)
     images[torch.arange(n), :, (labels + 3) % img_size] += 128

@@ -21,10 +21,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.datasets import Imagenette
 
-from linvision.data.image_file import SUFFIXES, UNREADABLE, is_grey, read_image
+from linvision.data.image_file import SUFFIXES, UNREADABLE, is_grey, opened, read_image
 from linvision.data.image_set import statistics
 
 LOOKS = 500  # images that are looked at to find out channels, size, mean and standard deviation
+LEFT_BY_SYSTEMS = ('__MACOSX', '__pycache__')  # VOC has a class __background__
 IMAGENETTE = 'imagenette2-320'
 TRAIN_FOLDERS = ('train', 'training')
 TEST_FOLDERS = ('test', 'testing', 'val', 'valid', 'validation')  # the first that holds folders
@@ -130,7 +131,7 @@ def modes_and_sizes(paths: list[str]) -> list[tuple[str, tuple[int, int]]]:
     seen = []
     for path in sample_of(paths):
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 seen.append((image.mode, image.size))
         except UNREADABLE:  # named when training meets it
             continue
@@ -208,7 +209,12 @@ def visible(folder: Path) -> list[Path]:
     """Folders in a folder, by name, without those that systems and editors leave (`.cache`, `__MACOSX`)."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__')))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether systems and editors leave a folder of this name."""
+    return name.startswith('.') or name in LEFT_BY_SYSTEMS
 
 
 def holds_images(root: Path) -> bool:
@@ -261,16 +267,27 @@ def scan(folder: Path, root: Path, quiet: bool = False) -> dict[str, list[str]]:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Paths of all files below a folder, by name, but for hidden files and folders; a link is followed, not back."""
+    """Paths of all files below a folder, by name, but for hidden files and folders; a link is followed, not back.
+
+    Raises:
+        OSError: A folder cannot be read: its images would be left out in silence.
+    """
     files, seen = [], {str(path) for path in folder.resolve().parents}
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (place := os.path.realpath(where)) in seen:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if not name.startswith(('.', '__'))]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         files += [os.path.join(where, name) for name in names if not name.startswith('.')]
     return sorted(files)
+
+
+def refuse(error: OSError) -> None:
+    """Raise the error of a folder that cannot be read, with what to do."""
+    raise OSError(
+        f'The folder {error.filename} cannot be read ({error.strerror}): give yourself the right to, or take it away.'
+    ) from error
 
 
 def imagenet(root: Path, split: str) -> ImageFiles:

@@ -4,6 +4,8 @@ A photograph is turned upright as its EXIF data says; what is transparent lies o
 bits.
 """
 
+import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SUFFIXES = (*IMG_EXTENSIONS, '.gif')
 MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
+DETAIL = 4  # so that a crop of a sixteenth of the image is not yet enlarged
 # what PIL raises for a damaged file, or for damaged EXIF data in it
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error, Image.DecompressionBombError)
 
@@ -31,7 +34,7 @@ def read_image(source: Any, in_chans: int, name: str | Path = '', smallest: int 
         OSError: It cannot be read as an image; the message names it.
     """
     try:
-        with Image.open(source) as file:
+        with opened(source) as file:
             if smallest:
                 file.draft(None, (smallest, smallest))
             image: Image.Image = file
@@ -41,6 +44,17 @@ def read_image(source: Any, in_chans: int, name: str | Path = '', smallest: int 
     except UNREADABLE as error:
         reason = type(error).__name__ if str(source) in str(error) else f'{type(error).__name__}: {error}'
         raise OSError(f'{name or source} cannot be read as an image ({reason}).') from error
+
+
+def opened(source: Any) -> Image.Image:
+    """An image file, of which the header is read.
+
+    Raises:
+        OSError: It is a pipe, a device or a socket, which would be waited for without end; or PIL cannot open it.
+    """
+    if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise OSError('it is no regular file')
+    return Image.open(source)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -66,18 +80,23 @@ def is_grey(mode: str) -> bool:
     return mode in ('1', 'L', 'LA') or mode.startswith('I')
 
 
-def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...]) -> Image.Image:
+def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...], size: int) -> Image.Image:
     """An image for training as timm's crop modes have it in evaluation; what is square stays as it is.
+
+    The square has at most `DETAIL` times the size that is trained at: a long, thin image would else need many times its
+    own memory.
 
     Args:
         image: The image.
         crop_mode: 'center' (nothing is done: the middle square is cut out later), 'border' (filled up to a square) or
             'squash' (stretched to one).
         fill: Colour of the border.
+        size: Size of the images that are trained on.
     """
-    side = max(image.size)
-    if crop_mode == 'center' or min(image.size) == side:
+    longest = max(image.size)
+    if crop_mode == 'center' or min(image.size) == longest:
         return image
+    side = min(longest, DETAIL * size)
     if crop_mode == 'squash':
         return image.resize((side, side), Image.Resampling.BICUBIC)
     return ImageOps.pad(image, (side, side), color=fill if len(fill) > 1 else fill[0])

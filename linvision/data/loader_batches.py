@@ -123,7 +123,7 @@ class LoaderBatches:
         if changes.library in ON_DEVICE:
             margin = MARGIN if changes.crops else 1
             changes, size = Augmentation(), round(size * margin)
-        return Squared(self.cropping['crop_mode'], mean, TRANSFORMS[changes.library](changes, size, mean))
+        return Squared(self.cropping['crop_mode'], mean, size, TRANSFORMS[changes.library](changes, size, mean))
 
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented, for evaluation; a label of -1 does not count."""
@@ -215,16 +215,17 @@ class Squared:
     Args:
         crop_mode: See `squared`.
         mean: Mean of each channel, on the scale 0..1: the colour of the border.
+        size: Size of the images that are trained on.
         change: What happens to them then.
     """
 
-    def __init__(self, crop_mode: str, mean: tuple[float, ...], change: Transform) -> None:
-        self.crop_mode, self.change = crop_mode, change
+    def __init__(self, crop_mode: str, mean: tuple[float, ...], size: int, change: Transform) -> None:
+        self.crop_mode, self.size, self.change = crop_mode, size, change
         self.fill = tuple(fill_colour(mean).flatten().tolist())
 
     def __call__(self, image: Any, seed: int) -> Tensor:
         if isinstance(image, Image.Image):
-            image = squared(image, self.crop_mode, self.fill)
+            image = squared(image, self.crop_mode, self.fill, self.size)
         return self.change(image, seed)
 
 

@@ -1,7 +1,8 @@
 """What a model refuses: arguments, image sizes, images and masks that it cannot honour."""
 
 import inspect
-from numbers import Integral
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,60 +13,149 @@ from torch import Tensor
 from linvision.models.block import MLPS
 from linvision.models.position import POSITIONS
 from linvision.nearest import nearest
+from linvision.rules import COUNT, FLAG, POSITIVE, RATE, Rule, check, is_number, is_whole
 
 
-def check_arguments(
-    model: type[VisionTransformer],
-    kwargs: dict[str, Any],
-    embed_dim: int,
-    num_heads: int,
-    projection: str,
-    local_size: int,
-    norms: dict[str, bool],
-    pos_embed: str,
-    class_token: bool,
-) -> None:
-    """Raise ValueError or TypeError for arguments of a model that do not exist or do not go together.
+def is_size(x: Any) -> bool:
+    """Whether it is an image or patch size."""
+    return is_whole(x, 1) or isinstance(x, tuple | list) and len(x) == 2 and all(is_whole(side, 1) for side in x)
+
+
+def is_device(x: Any) -> bool:
+    """Whether torch knows such a device, or none is named."""
+    try:
+        return x is None or bool(torch.device(x))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+DROPPED = Rule('a number from 0 to below 1', lambda x: is_number(x, 0, 1) and x < 1)
+SIZE = Rule('a positive integer, or two of them (height, width)', is_size)
+
+RULES = {
+    'img_size': SIZE,
+    'patch_size': SIZE,
+    'in_chans': POSITIVE,
+    'num_classes': COUNT,
+    'embed_dim': POSITIVE,
+    'depth': POSITIVE,
+    'num_heads': POSITIVE,
+    'reg_tokens': COUNT,
+    'local_size': Rule('0 or an odd side', lambda x: is_whole(x, 0) and (x == 0 or x % 2 == 1)),
+    'local_grid': Rule(f'0, or {SIZE.words}', lambda x: is_whole(x, 0) or is_size(x)),
+    'mlp_ratio': Rule('a finite number above 0', lambda x: is_number(x, 0) and x > 0),
+    'norm_eps': Rule('a finite number of at least 0', partial(is_number, low=0)),
+    'init_values': Rule('a finite number, or None', lambda x: x is None or is_number(x)),
+    'fc_norm': Rule('True, False or None', lambda x: x is None or isinstance(x, bool)),
+    'drop_rate': RATE,
+    'pos_drop_rate': RATE,
+    'proj_drop_rate': RATE,
+    'attn_drop_rate': RATE,
+    'drop_path_rate': DROPPED,
+    'patch_drop_rate': DROPPED,
+    'device': Rule("a torch device, such as 'cpu' or 'cuda:0'", is_device),
+    'dtype': Rule(
+        'a floating-point torch.dtype, or None',
+        lambda x: x is None or isinstance(x, torch.dtype) and x.is_floating_point,
+    ),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    'pos_embed': ('', 'none', 'learn', *POSITIONS),
+    'global_pool': ('', 'avg', 'avgmax', 'max', 'token', 'map', 'prr'),
+    'weight_init': ('', 'skip', 'reset', 'jax', 'jax_nlhb', 'moco'),
+}
+# timm's names of those that act on the channels of a token
+NORMS = ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32')
+# what may be a class too
+LAYERS: dict[str, tuple[str, ...]] = {
+    'mlp_layer': tuple(MLPS),
+    'norm_layer': NORMS,
+    'embed_norm_layer': NORMS,
+    'act_layer': (
+        *('gelu', 'gelu_tanh', 'quick_gelu', 'relu', 'relu6', 'leaky_relu', 'elu', 'celu', 'selu', 'prelu', 'silu'),
+        *('swish', 'mish', 'sigmoid', 'tanh', 'hard_sigmoid', 'hard_swish', 'hard_mish', 'identity'),
+    ),
+}
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first argument whose value is none that it may have, by `RULES`, `CHOICES`, `LAYERS`."""
+    check(values, RULES)
+    for name, value in values.items():
+        if name in CHOICES and (not isinstance(value, str) or value not in CHOICES[name]):
+            raise ValueError(nearest(name, value, filter(None, CHOICES[name])))
+        if name in LAYERS and isinstance(value, str):
+            written = value.replace('_', '').lower() if LAYERS[name] is NORMS else value.lower()  # as timm reads it
+            if written and written not in LAYERS[name]:
+                raise ValueError(nearest(name, value, LAYERS[name]))
+        elif name in LAYERS and value is not None and not callable(value):
+            raise ValueError(f'{name} must be a class or a name ({", ".join(LAYERS[name][:3])} …), got {value!r}.')
+
+
+def check_arguments(model: type[VisionTransformer], values: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for arguments of a model that do not exist, cannot be, or do not go together.
 
     Args:
-        model: The model's class; its signature and timm's say which arguments there are.
-        kwargs: Arguments that only timm's class names.
-        norms: Arguments that are True or False, by name.
+        model: The model's class; its signature and timm's say which arguments there are, and which are True or False.
+        values: All arguments that were given, with the defaults of the model's own.
     """
-    known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(model).parameters} - {'kwargs'}
-    for name in kwargs:
-        if name not in known:
-            raise TypeError(nearest('model argument', name, known))
+    known = {**inspect.signature(VisionTransformer).parameters, **inspect.signature(model).parameters}
+    for name in values:
+        if name not in known or name == 'kwargs':
+            raise TypeError(nearest('model argument', name, set(known) - {'kwargs'}))
     for name in ('block_fn', 'dynamic_img_pad'):
-        if kwargs.get(name):
-            raise ValueError(f'{name} cannot be chosen: a Linformer ViT has no use for it, got {kwargs[name]!r}.')
-    if not isinstance(local_size, int):
-        raise ValueError(f'local_size must be a whole number, got {local_size!r}.')
-    for name, value in norms.items():
-        if not isinstance(value, bool):
-            raise ValueError(f'{name} must be True or False, got {value!r}.')
-    if kwargs.get('global_pool', 'token') == 'token' and not class_token:
-        raise ValueError("global_pool='token' needs a class token; give class_token=True or global_pool='avg'.")
-    if pos_embed not in ('', 'none', 'learn', *POSITIONS):
-        raise ValueError(nearest('pos_embed', pos_embed, ['none', 'learn', *POSITIONS]))
-    if isinstance(kwargs.get('mlp_layer'), str) and kwargs['mlp_layer'] not in MLPS:
-        raise ValueError(nearest('mlp_layer', kwargs['mlp_layer'], MLPS))
-    if kwargs.get('patch_drop_rate', 0.0) > 0 and (projection != 'none' or local_size):
+        if values.get(name):
+            raise ValueError(f'{name} cannot be chosen: a Linformer ViT has no use for it, got {values[name]!r}.')
+    if values.get('attn_layer'):
+        raise ValueError(f"attn_layer cannot be chosen: the attention is Linformer's, got {values['attn_layer']!r}.")
+    check(values, {name: FLAG for name in known if isinstance(known[name].default, bool)})
+    check_values(values)
+    check_sizes(values['img_size'], values['patch_size'])
+    check_pool_token(values.get('global_pool', 'token'), values['class_token'])
+    if values.get('patch_drop_rate', 0.0) > 0 and (values['projection'] != 'none' or values['local_size']):
         raise ValueError(
-            f'patch_drop_rate must be 0: E needs every token of the grid, got {kwargs["patch_drop_rate"]}.'
+            f'patch_drop_rate must be 0: E needs every token of the grid, got {values["patch_drop_rate"]}.'
         )
-    if kwargs.get('attn_layer'):
-        raise ValueError(f"attn_layer cannot be chosen: the attention is Linformer's, got {kwargs['attn_layer']!r}.")
+    embed_dim, num_heads = values['embed_dim'], values['num_heads']
     if embed_dim % num_heads:
         raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')
+    mlp_ratio, step = values.get('mlp_ratio', 4.0), 2 if values.get('mlp_layer') in ('glu', 'swiglu_packed') else 1
+    hidden = int(embed_dim * mlp_ratio)
+    if hidden < 1 or hidden % step:
+        raise ValueError(
+            f'mlp_ratio must give {"an even number of" if step == 2 else "some"} hidden channels, got {mlp_ratio} of '
+            f'embed_dim {embed_dim}: {hidden}.'
+        )
+
+
+def check_pool_token(global_pool: str, class_token: bool) -> None:
+    """Raise ValueError for a pooling that takes the class token of a model without one."""
+    if global_pool == 'token' and not class_token:
+        raise ValueError("global_pool='token' needs a class token; give class_token=True or global_pool='avg'.")
+
+
+def check_indices(indices: Any, depth: int) -> None:
+    """Raise ValueError for what says of no blocks that their output is wanted: how many of the last, or their indices.
+
+    Args:
+        indices: What was given; None for all.
+        depth: Blocks that there are.
+    """
+    some = isinstance(indices, tuple | list) and len(indices) > 0
+    if indices is not None and not (
+        is_whole(indices, 1, depth) or some and all(is_whole(i, -depth, depth - 1) for i in indices)
+    ):
+        raise ValueError(
+            f'Of {depth} blocks, the indices of some must be given ({-depth} to {depth - 1}), or how many of the last '
+            f'(1 to {depth}), got {indices!r}.'
+        )
 
 
 def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
     """Raise ValueError where an image does not divide into patches."""
+    check_values({'img_size': img_size, 'patch_size': patch_size})
     image, patch = to_2tuple(img_size), to_2tuple(patch_size)
-    if not all(isinstance(size, Integral) for size in (*image, *patch)):
-        raise ValueError(f'Image size and patch size must be whole numbers, got {image} and {patch}.')
-    if any(p < 1 or s < p or s % p for s, p in zip(image, patch, strict=True)):
+    if any(s < p or s % p for s, p in zip(image, patch, strict=True)):
         raise ValueError(f'The image size must be a multiple of the patch size, got {image} and {patch}.')
 
 

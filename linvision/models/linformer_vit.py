@@ -25,12 +25,21 @@ from torch import Tensor, nn
 
 from linvision.autocast import InFp32, in_compute_dtype, is_emulated
 from linvision.models.block import LinformerBlock
-from linvision.models.checks import check_arguments, check_image, check_sizes, refuse_mask
+from linvision.models.checks import (
+    check_arguments,
+    check_image,
+    check_indices,
+    check_pool_token,
+    check_sizes,
+    check_values,
+    refuse_mask,
+)
 from linvision.models.norms import LayerNorm
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
+from linvision.rules import COUNT
 from linvision.streaming.chunks import choose_chunk_sizes
 
 if TYPE_CHECKING:
@@ -105,15 +114,12 @@ class LinformerVisionTransformer(VisionTransformer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        norms = {'row_norm': row_norm, 'token_norm': token_norm, 'head_norm': head_norm}
-        check_arguments(type(self), kwargs, embed_dim, num_heads, projection, local_size, norms, pos_embed, class_token)
+        given = {name: value for name, value in locals().items() if name not in ('self', 'kwargs', '__class__')}
+        check_arguments(type(self), {**given, **kwargs})
         rows = projected_rows(projection, sharing, proj_len, depth)
-        check_sizes(img_size, patch_size)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
         local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
-        if min(local_grid) < 1:
-            raise ValueError(f'local_grid must be at least 1 token in height and width, got {local_grid}.')
 
         def block_fn(depth: int, **arguments: Any) -> LinformerBlock:
             return LinformerBlock(
@@ -144,6 +150,10 @@ class LinformerVisionTransformer(VisionTransformer):
             **kwargs,
             **dd,
         )
+        if kwargs.get('weight_init') == 'skip':  # timm leaves them as memory was
+            for table in (self.pos_embed, self.cls_token, self.reg_token):
+                if table is not None:
+                    nn.init.trunc_normal_(table, std=0.02)
         self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
         self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
@@ -191,7 +201,9 @@ class LinformerVisionTransformer(VisionTransformer):
         Raises:
             ValueError: The image size is not a multiple of the patch size.
         """
-        check_sizes(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
+        sizes = self.patch_embed.img_size, self.patch_embed.patch_size
+        sizes = tuple(own if new is None else new for own, new in zip(sizes, (img_size, patch_size), strict=True))
+        check_sizes(*sizes)
         super().set_input_size(
             img_size=img_size and to_2tuple(img_size), patch_size=patch_size and to_2tuple(patch_size)
         )
@@ -206,10 +218,23 @@ class LinformerVisionTransformer(VisionTransformer):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Keep the blocks that the chosen intermediates need, and their projections; as timm's, which says more."""
+        check_indices(indices, len(self.blocks))
         kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if self.projection is not None:
             self.projection.truncate(len(self.blocks))
         return kept
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another classifier, and another pooling if one is named; as timm's.
+
+        Raises:
+            ValueError: There can be no such classifier or pooling.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        check_values({'num_classes': num_classes, 'global_pool': pool})
+        check_pool_token(pool, self.has_class_token)
+        super().reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
     def set_chunk_size(self, chunk_size: int | str) -> None:
@@ -218,7 +243,7 @@ class LinformerVisionTransformer(VisionTransformer):
         Raises:
             ValueError: Anything else, or a number for a model whose blocks only run whole.
         """
-        if chunk_size != 'auto' and (not isinstance(chunk_size, int) or chunk_size < 0):
+        if chunk_size != 'auto' and not COUNT.holds(chunk_size):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
         if chunk_size not in ('auto', 0) and self.runs_whole:
             raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")
@@ -279,9 +304,14 @@ class LinformerVisionTransformer(VisionTransformer):
             x = self.position(x, grid, chunks[0])
         if self.dynamic_img_size:
             x = x.unflatten(1, grid)  # what timm's table of positions wants
+        empty = isinstance(x.shape[0], int) and x.shape[0] == 0
+        if empty:  # timm's `_pos_embed` cannot tell the shape of no images: zeros stand in for one
+            x = torch.cat([x, x.new_zeros([1] + list(x.shape[1:]))])
         x = self._pos_embed(x)
         if self.position is not None:
             x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
+        if empty:
+            x = x[:0]
         x = in_compute_dtype(self.norm_pre(self.patch_drop(x)))  # so the residual stream, whatever the positions are
         if self.projection is not None:
             idle = False
@@ -391,6 +421,8 @@ class LinformerVisionTransformer(VisionTransformer):
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
         refuse_mask(attn_mask, is_causal, key_padding_mask)
+        if not torch.jit.is_scripting():
+            check_indices(indices, len(self.blocks))
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, grid, valid, chunks = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)

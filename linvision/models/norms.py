@@ -51,6 +51,8 @@ class TokenNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x.shape[0], int) and x.shape[0] == 0:  # no images: var_mean warns of no numbers
+            return x
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum of squares overflows in fp16
         var, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
         return ((wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)

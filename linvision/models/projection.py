@@ -48,7 +48,7 @@ def projected_rows(kind: str, sharing: str, proj_len: int | Sequence[int], depth
     """
     if kind not in (*PROJECTIONS, 'none'):
         raise ValueError(nearest('projection', kind, [*PROJECTIONS, 'none']))
-    if sharing not in SHARING:
+    if sharing not in list(SHARING):  # a list: it may be no text, and have no hash
         raise ValueError(nearest('sharing', sharing, SHARING))
     lengths = list(proj_len) if isinstance(proj_len, Sequence) else [proj_len] * depth
     if not lengths or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in lengths):

@@ -19,8 +19,10 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from linvision.models.checks import check_indices
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.resize import checkpoint_filter_fn
+from linvision.rules import POSITIVE
 
 __all__ = []  # timm's register_model adds the entry points
 
@@ -105,12 +107,17 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """Build a variant through timm; `kwargs` override the variant's defaults."""
+    depth = kwargs.get('depth', defaults['depth'])
+    indices = kwargs.pop('out_indices', None)
+    if POSITIVE.holds(depth):  # which the model itself says, if not
+        indices = min(3, depth) if indices is None else indices
+        check_indices(indices, depth)
     return build_model_with_cfg(
         LinformerVisionTransformer,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': kwargs.pop('out_indices', min(3, defaults['depth'])), 'feature_cls': 'getter'},
+        feature_cfg={'out_indices': indices, 'feature_cls': 'getter'},
         **{**defaults, **kwargs},
     )
 

@@ -46,6 +46,8 @@ def choose_chunk_sizes(
         return whole
     if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
         return whole
+    if x.shape[0] == 0:  # there is nothing to cut
+        return whole
     if not blocks[0].attn.fused_attn or looked_into(*(m for block in blocks for m in block.modules())):
         return whole
     if chunk_size != 'auto':

@@ -56,7 +56,7 @@ def applies(block: StreamedBlock, x: Tensor, key: Tensor, mask: Tensor | None) -
         and key.shape[-2] <= MAX_ROWS
         and isinstance(attention.q_norm, nn.Identity)
         and is_plain(mlp)
-        and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj))
+        and all(is_linear(layer) for layer in (attention.qkv, attention.proj))
     )
 
 
@@ -64,9 +64,16 @@ def is_plain(mlp: Any) -> bool:
     """Whether an MLP is two linear layers with GELU between them, and nothing else but dropout."""
     return (
         isinstance(mlp, Mlp)
-        and all(type(layer) is nn.Linear for layer in (mlp.fc1, mlp.fc2))
+        and all(is_linear(layer) for layer in (mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and isinstance(mlp.norm, nn.Identity)
+    )
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is a linear layer of plain weights: a tensor of another class (torchao's int8) knows no oneDNN."""
+    return type(layer) is nn.Linear and all(
+        type(p) in (nn.Parameter, Tensor, type(None)) for p in (layer.weight, layer.bias)
     )
 
 
@@ -185,7 +192,6 @@ def learns_faster(mlp: Any, x: Any) -> bool:
         and supports(torch.float32)
         and is_plain(mlp)
         and not (mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0)
-        and all(p is None or type(p) in (Tensor, nn.Parameter) for p in weights_of(mlp))
         and not looked_into(*mlp.children())
     )
 

@@ -58,6 +58,7 @@ def stream(
         chunk_size: Images × tokens in a chunk; it has one row of the token grid at least.
         out: Where the result goes when there are no gradients; not `x`. By default a new tensor.
     """
+    chunk_size = min(chunk_size, x.shape[0] * x.shape[1])  # oneDNN packs weights for so many, and has no end of them
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *projection, *block.parameters()))
     step = max(1, chunk_size // x.shape[1])  # images
     scales = drop_path_scales(block, x)

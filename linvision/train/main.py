@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from linvision.extras import MissingPackage, needed
+from linvision.extras import needed
+from linvision.guard import guarded
 from linvision.train.loop import train
 from linvision.train.recipe import Recipe
 
@@ -63,25 +64,13 @@ def main(recipe: Recipe, description: str | None = None) -> None:
         description: Text above the flags in `--help`.
     """
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    try:
+    with guarded():
         recipe = read_flags(recipe, description)
-    except MissingPackage as error:
-        sys.exit(f'error: {error}')
-    interrupt = Interrupt()
-    try:
-        finished = train(recipe, interrupt)
-    except KeyboardInterrupt:
-        finished = {}
-        print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MemoryError, MissingPackage) as error:
-        if os.environ.get('LINVISION_TRACEBACK') or isinstance(error, RuntimeError) and 'DataLoader' not in str(error):
-            raise
-        words = str(error)
-        if isinstance(error, RuntimeError):
-            words += '. Often it is memory: try fewer --workers, or more shared memory (docker run --shm-size).'
-        rank = int(os.environ.get('RANK', 0))
-        if rank and isinstance(error, ValueError | TypeError):
-            sys.exit(1)  # the first process says it
-        sys.exit(f'error: {words}' if not rank else f'error in process {rank}: {words}')
-    if interrupt() and not finished:
-        sys.exit(128 + interrupt.number)
+        interrupt = Interrupt()
+        try:
+            finished = train(recipe, interrupt)
+        except KeyboardInterrupt:
+            finished = {}
+            print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
+        if interrupt() and not finished:
+            sys.exit(128 + interrupt.number)

@@ -19,7 +19,7 @@ from linvision.models.projection import Projection
 from linvision.nearest import nearest
 from linvision.train import masked_pixels
 from linvision.train.checkpoint import first_line
-from linvision.train.pretrained import check_source, source_of
+from linvision.train.pretrained import check_source, check_weights_file, source_of
 from linvision.train.recipe import Recipe
 
 
@@ -32,24 +32,35 @@ def create_model(recipe: Recipe, shape: dict[str, int], img_size: int) -> Vision
         img_size: Image size (0: that of its name).
 
     Raises:
-        ValueError: Its image size cannot be set.
+        ValueError: Its image size cannot be set, or it has not the parts of a plain vision transformer.
+        FileNotFoundError: The weights that `checkpoint_path` names are not there.
     """
     arguments: dict[str, Any] = {**shape, **({'img_size': img_size} if img_size else {}), **recipe.model_args}
     if recipe.run.chunk_size != 'auto':
         arguments['chunk_size'] = recipe.run.chunk_size
+    check_weights_file(str(arguments.get('checkpoint_path', '')))
     try:
         model: Any = timm.create_model(recipe.model, **arguments)  # declared as any Module
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
-        names = ('linformer_vit_*', 'vit_*', 'deit_*')
-        raise ValueError(
-            f'{recipe.model} cannot be trained by a recipe: its image size cannot be set. Models that can: '
-            f'{", ".join(names)}, and others that take img_size.'
-        ) from error
+        raise ValueError(no_recipe_for(recipe.model, 'its image size cannot be set')) from error
+    parts = {'blocks': model, 'embed_dim': model, 'patch_embed': model, 'get_classifier': model}
+    parts |= {name: getattr(model, 'patch_embed', None) for name in ('proj', 'img_size', 'patch_size', 'num_patches')}
+    for name, owner in parts.items():
+        if not hasattr(owner, name):
+            raise ValueError(no_recipe_for(recipe.model, f'it is no plain vision transformer, and has no {name}'))
     if recipe.task == 'masked_pixels':
         masked_pixels.adapt(model)
     return model
+
+
+def no_recipe_for(name: str, why: str) -> str:
+    """An error's words."""
+    return (
+        f'{name} cannot be trained by a recipe: {why}. Models that can: linformer_vit_*, vit_*, deit_*, and others '
+        'that have their parts and take img_size.'
+    )
 
 
 def empty_model(recipe: Recipe, shape: dict[str, int], made_for: int = 0, img_size: int = 0) -> VisionTransformer:

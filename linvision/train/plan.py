@@ -50,7 +50,8 @@ def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Proces
 
 
 def multiply_adds(model: VisionTransformer) -> int:
-    """Those of one image forward; `model` is on the meta device."""
+    """Those of one image forward; `model` is on the meta device, and learns nothing after this."""
+    model.requires_grad_(False)  # torch's counter stumbles over a parameter that is expanded, as the pool 'map' has one
     image = torch.empty(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device='meta')
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

@@ -26,6 +26,12 @@ def check_source(name: str) -> None:
         )
 
 
+def check_weights_file(path: str) -> None:
+    """Raise FileNotFoundError where a file with weights is named that is not there: timm's own error has no words."""
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f'{path} does not exist: a file with weights was expected.')
+
+
 def source_of(name: str) -> str:
     """timm's name of a model: a folder that a run exported, or itself."""
     return f'local-dir:{model_folder(Path(name))}' if Path(name).is_dir() else name

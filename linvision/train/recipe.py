@@ -11,13 +11,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import timm
 from timm.optim import get_optimizer_class, list_optimizers
 
 from linvision.data.datasets import check_name
 from linvision.nearest import nearest
+from linvision.rules import FLAG, Rule, at_least, check, is_number, is_whole
 from linvision.train.parallel import PARALLEL
 from linvision.train.settings import Augment, Data, Optim, Run
 
@@ -26,24 +27,38 @@ SCHEDULES = ('cosine', 'tanh', 'poly', 'step', 'wsd', 'rsqrt', 'constant')
 COMPILE = ('auto', 'on', 'off')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
-AT_LEAST = {
-    'threads': 0,
-    'workers': 0,
-    'img_size': 0,
-    'batch_size': 1,
-    'accumulate': 1,
-    'keep_checkpoints': 1,
-    'mask_size': 1,
-    'freeze': -1,
-    'eval_batch_size': 1,
-    'log_every': 1,
-    'checkpoint_every': 1,
+MOST = 10**9  # in size, of whole numbers and lengths of runs; beyond, a count overflows somewhere
+LARGEST = 1e38  # in size, of other numbers: about what fp32 holds
+SEEDS = at_least(0, 2**63 - 1)
+RULES = {
+    'threads': at_least(0, 1024),  # OpenMP aborts the process where the system has no more
+    'workers': at_least(0, 1024),
+    'img_size': at_least(0),
+    'batch_size': at_least(1),
+    'accumulate': at_least(1),
+    'keep_checkpoints': at_least(1),
+    'mask_size': at_least(1),
+    'freeze': at_least(-1),
+    'eval_batch_size': at_least(1),
+    'log_every': at_least(1),
+    'checkpoint_every': at_least(1),
+    **dict.fromkeys(
+        ('epochs', 'max_minutes', 'eval_every'),
+        Rule(f'a finite number of at most {MOST:,} in size', lambda x: is_number(x, -MOST, MOST)),
+    ),
+    'chunk_size': Rule("'auto' or at least 0", lambda x: x == 'auto' or is_whole(x, 0)),
 }
 NOT_NEGATIVE = (
     *('lr', 'max_minutes', 'max_steps', 'clip_grad', 'weight_decay', 'eval_every', 'mixup', 'cutmix', 'shift'),
     *('layer_decay', 'teacher_temperature'),
 )
 FRACTIONS = ('warmup', 'val_fraction', 'ema_decay', 'smoothing', 'hflip', 'erase', 'teacher_weight', 'color_jitter')
+# what a setting must be by the type of its default
+KINDS = {
+    bool: FLAG,
+    int: Rule(f'a whole number of at most {MOST:,} in size', lambda x: is_whole(x, -MOST, MOST)),
+    float: Rule(f'a finite number of at most {LARGEST:g} in size', lambda x: is_number(x, -LARGEST, LARGEST)),
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ class Recipe:
     def validate(self) -> None:
         """Raise ValueError for what cannot be trained; the message says what was wanted, what came and what is near."""
         data, optim, run = self.data, self.optim, self.run
-        _check_known('model', self.model, timm.list_models('*') + timm.list_models(pretrained=True))
+        _check_known('model', self.model, timm.list_models('*') + timm.list_models(include_tags=True))
         check_name(data.dataset)
         _check_known('optimizer', optim.opt, list_optimizers())
         _check_known('schedule', optim.sched, SCHEDULES)
@@ -151,14 +166,14 @@ class Recipe:
         if optim.teacher and len(data.stages) > 1:
             raise ValueError(f'With a teacher there is one image size; got {len(data.stages)} stages.')
         sizes, shares = [size for size, _ in data.stages], [share for _, share in data.stages]
-        if min(sizes, default=1) < 1:
+        if not all(is_whole(size, 1, MOST) for size in sizes):
             raise ValueError(f'The image sizes of the stages must be at least 1, got {sizes}.')
         if data.img_size and data.stages:
             raise ValueError(
                 f'img_size is for runs without stages, but there are {list(data.stages)}: say --stages '
                 f'{data.img_size} 1 instead.'
             )
-        if shares and (abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0):
+        if shares and not (all(is_number(share, 0) and share > 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
             raise ValueError(f'The shares of the stages must be positive and sum to 1, got {shares}.')
         arguments = inspect.signature(get_optimizer_class(optim.opt, bind_defaults=False)).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
@@ -168,11 +183,17 @@ class Recipe:
     def check_numbers(self) -> None:
         """Raise ValueError for a number that is out of its range."""
         values = self.fields()
+        own = [f for kind in (Recipe, *GROUPS.values()) for f in dataclasses.fields(kind)]
+        check(values, {f.name: KINDS[type(f.default)] for f in own if type(f.default) in KINDS} | {'seed': SEEDS})
+        for name in ('model_args', 'opt_args', 'dataset_args'):
+            numbers = {k: v for k, v in values[name].items() if isinstance(v, float)}
+            check(numbers, dict.fromkeys(numbers, KINDS[float]))
+        for f in own:
+            if get_origin(f.type) is Literal:
+                _check_known(f.name, values[f.name], get_args(f.type))
         if not self.run.max_minutes > 0 and not self.run.epochs > 0:
             raise ValueError(f'epochs must be above 0, got {self.run.epochs}.')
-        for name, low in AT_LEAST.items():
-            if values[name] < low:
-                raise ValueError(f'{name} must be at least {low}, got {values[name]}.')
+        check(values, RULES)
         for name in NOT_NEGATIVE:
             if not values[name] >= 0:
                 raise ValueError(f'{name} must not be negative, got {values[name]}.')

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from linvision.data import Augmentation, create_batches, create_dataset
 from linvision.data.augmentation import LIBRARIES
+from linvision.guard import guarded
 from scripts import ROOT
 from scripts.studies.tables import write_table
 from scripts.studies.trials import trial
@@ -169,4 +170,5 @@ def rows(rates: dict[str, list[float]]) -> str:
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

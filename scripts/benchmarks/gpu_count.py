@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import linvision  # noqa: F401  (registers the models)
+from linvision.guard import guarded
 
 CARD = 80 * 2**30  # bytes of the card
 BYTES_PER_S, LAUNCH_S, LEAST_S = 3.0e12, 6e-6, 2e-6
@@ -38,7 +39,13 @@ VIT = {'patch_size': 1, 'class_token': False, 'global_pool': 'avg'}  # a plain V
 
 
 def pretend() -> None:
-    """Make torch believe in a card of 80 GiB."""
+    """Make torch believe in a card of 80 GiB.
+
+    Raises:
+        ValueError: On another system than Linux.
+    """
+    if sys.platform != 'linux':
+        raise ValueError(f'The stand-in for the driver is for Linux, got {sys.platform}.')
     root, library = Path(torch.__file__).parent, Path(tempfile.mkdtemp()) / 'gpu_guard.so'
     includes = [f'-I{root}/include', f'-I{root}/include/torch/csrc/api/include']
     libraries = [f'-L{root}/lib', '-lc10', '-ltorch_cpu', f'-Wl,-rpath,{root}/lib']
@@ -244,6 +251,5 @@ def main(
 
 
 if __name__ == '__main__':
-    if sys.platform != 'linux':
-        sys.exit('error: the stand-in for the driver is for Linux')
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

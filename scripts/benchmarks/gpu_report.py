@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linvision.guard import guarded
 from linvision.models.attention import LinformerAttention, attention
 from linvision.models.projection_kinds import PROJECTIONS
 from scripts.benchmarks.contenders import Case, create_step, predicted_gib
@@ -311,4 +312,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with guarded():
+        main()

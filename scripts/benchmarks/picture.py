@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from linvision.guard import guarded
 from scripts.benchmarks.tables import COLOURS, pick
 
 LINES = {'ViT, fused': "timm's ViT, fused attention", 'linformer': 'linformer 0.2.3 (PyPI)', 'linvision': 'linvision'}
@@ -45,4 +46,5 @@ def main(
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

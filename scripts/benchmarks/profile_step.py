@@ -5,12 +5,11 @@
 Prints a Markdown table. The multiply-adds of the model over a large square product's rate are its lower bound.
 """
 
-import sys
-
 import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 
+from linvision.guard import guarded
 from linvision.nearest import nearest
 from scripts.benchmarks.contenders import CONTENDERS, DTYPES, Case, create_step, multiply_adds
 from scripts.benchmarks.speed import product_gflops
@@ -46,9 +45,9 @@ def main(
         rows: Operators to list; the rest is summed up.
     """
     if model not in CONTENDERS:
-        sys.exit(f'error: {nearest("model", model, CONTENDERS)}')
+        raise ValueError(nearest('model', model, CONTENDERS))
     if precision not in DTYPES:
-        sys.exit(f'error: {nearest("precision", precision, DTYPES)}')
+        raise ValueError(nearest('precision', precision, DTYPES))
     torch.set_num_threads(threads or torch.get_num_threads())
     case = Case(model, tokens, training, precision)
     step, _ = create_step(case, torch.device('cpu'))
@@ -74,4 +73,5 @@ def main(
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

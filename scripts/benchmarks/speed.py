@@ -30,6 +30,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from linvision.extras import MissingPackage
+from linvision.guard import guarded
 from linvision.streaming import cpu_kernels
 from scripts import ROOT
 from scripts.benchmarks.contenders import (
@@ -321,7 +322,5 @@ def main(
 
 
 if __name__ == '__main__':
-    try:
+    with guarded():
         tyro.cli(main, description=__doc__)
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from linvision.cli.main import mistakes_in_a_line
+from linvision.guard import guarded
 from linvision.nearest import nearest
 from scripts.studies import changes
 
@@ -67,5 +67,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    with mistakes_in_a_line():
+    with guarded():
         main()

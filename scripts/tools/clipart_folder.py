@@ -12,13 +12,13 @@ import hashlib
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import tyro
 from PIL import Image, ImageOps
 
+from linvision.guard import end, guarded
 from scripts.tools.debian import unpacked
 
 PACKAGE = 'openclipart-png'
@@ -45,7 +45,7 @@ def main(output_dir: Path = Path('data/clipart')) -> None:
         output_dir: Receives train/CLASS/NAME.png and val/CLASS/NAME.png; it must not exist yet.
     """
     if output_dir.exists():
-        sys.exit(f'error: {output_dir} exists; remove it, or name another --output-dir.')
+        end(f'{output_dir} exists; remove it, or name another --output-dir.')
     installed = Path('/') / FOLDER
     try:
         with nullcontext(Path('/')) if installed.is_dir() else unpacked(PACKAGE) as root:
@@ -54,7 +54,7 @@ def main(output_dir: Path = Path('data/clipart')) -> None:
             counts = [write_class(root / FOLDER / name, part) for name in CLASSES]
             part.rename(output_dir)
     except (OSError, subprocess.SubprocessError) as error:
-        sys.exit(f'error: {PACKAGE} could not be fetched ({error}). On Debian: apt-get install {PACKAGE}.')
+        end(f'{PACKAGE} could not be fetched ({error}). On Debian: apt-get install {PACKAGE}.')
     train, val = (sum(column) for column in zip(*counts, strict=True))
     print(f'{output_dir}: {len(CLASSES)} classes, {train:,} images in train/, {val:,} in val/')
 
@@ -93,4 +93,5 @@ def draw(path: Path) -> Image.Image:
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

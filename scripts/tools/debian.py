@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from linvision.guard import end, guarded
+
 
 @contextmanager
 def unpacked(package: str) -> Iterator[Path]:
@@ -44,8 +46,11 @@ def main(package: str, source: str, target: str) -> None:
         with unpacked(package) as root:
             shutil.copytree(root / source, target, dirs_exist_ok=True)
     except (OSError, subprocess.SubprocessError) as error:
-        sys.exit(f'error: {package} could not be fetched ({error}). As root: apt-get install {package}.')
+        end(f'{package} could not be fetched ({error}). As root: apt-get install {package}.')
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    with guarded():
+        if len(sys.argv) != 4:
+            raise ValueError('Expected a package, a folder in it and a folder that receives it: PACKAGE SOURCE TARGET.')
+        main(*sys.argv[1:])

@@ -7,15 +7,14 @@ From the test part of the UCI set of handwritten digits (Alpaydin and Kaynak 199
 class goes to `val/`.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import tyro
 from PIL import Image
 
-from linvision.cli.main import mistakes_in_a_line
 from linvision.extras import needed
+from linvision.guard import end, guarded
 
 
 def main(output_dir: Path = Path('data/digits')) -> None:
@@ -25,8 +24,8 @@ def main(output_dir: Path = Path('data/digits')) -> None:
         output_dir: Receives train/CLASS/NUMBER.png and val/CLASS/NUMBER.png; it must not exist yet.
     """
     if output_dir.exists():
-        sys.exit(f'error: {output_dir} exists; remove it, or name another --output-dir.')
-    with mistakes_in_a_line(), needed('digits_folder'):
+        end(f'{output_dir} exists; remove it, or name another --output-dir.')
+    with needed('digits_folder'):
         from sklearn.datasets import load_digits
     digits = load_digits()
     seen = [0] * 10
@@ -40,4 +39,5 @@ def main(output_dir: Path = Path('data/digits')) -> None:
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

@@ -17,6 +17,8 @@ import tyro
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from linvision.guard import guarded
+
 SIZE = (500, 375)
 SPLITS = {'train': 2, 'val': 1}  # images of each class
 SHARDS = {'train': 8, 'val': 2}
@@ -72,4 +74,5 @@ def main(output_dir: Path = Path('data/imagenet_layout')) -> None:
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

@@ -8,7 +8,6 @@ to train them again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import tyro
 
 from linvision.data.recorded import recorded_data
+from linvision.guard import guarded
 from scripts import ROOT
 from scripts.tools.plain_cnn import train_cnn
 from scripts.tools.softmax_regression import softmax_regression
@@ -132,7 +132,5 @@ def main(
 
 
 if __name__ == '__main__':
-    try:
+    with guarded():
         tyro.cli(main, description=__doc__)
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')

@@ -16,6 +16,7 @@ import tyro
 from torch import nn
 
 from linvision.data import Augmentation, create_batches, create_dataset, split_validation
+from linvision.guard import guarded
 from linvision.train.evaluate import evaluate
 from linvision.train.metrics import machine
 
@@ -104,4 +105,5 @@ def main(
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

@@ -10,7 +10,6 @@ softmax regression, whose penalty is chosen on a fifth of the training images. W
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from linvision.analysis.attention_map import attention_maps
 from linvision.cli.pretrained import load_model
 from linvision.data import Batches, ImageSet, create_batches, create_dataset, in_memory
 from linvision.data.recorded import recorded_data
+from linvision.guard import end, guarded
 from linvision.train.checkpoint import check_same_images
 from linvision.train.data import fingerprint
 from scripts.tools.softmax_regression import softmax_regression
@@ -222,9 +222,10 @@ def main(
     try:
         rows = report(run, dataset, data_dir, dataset_args)
     except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+        end(f'{error}')
     print(table(rows))
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 
 from linvision.data import ImageSet, create_dataset, in_memory, split_validation
+from linvision.guard import guarded
 
 L2 = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)  # what `auto` tries
 STEPS = 50  # chosen with --val-fraction 0.1: 25 steps 83.2 %, 50 steps 85.6 %, 100 steps 85.1 %
@@ -130,4 +131,5 @@ def main(
 
 
 if __name__ == '__main__':
-    tyro.cli(main, description=__doc__)
+    with guarded():
+        tyro.cli(main, description=__doc__)

@@ -1,0 +1,95 @@
+"""A user's mistake ends in a sentence and exit code 2, wherever a program begins; a fault of ours in its traceback."""
+
+import io
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from linvision.guard import ISSUES, Mistake, guarded
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for path in sorted(ROOT.glob('scripts/**/*.py')) if "__name__ == '__main__'" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    'error, words',
+    [
+        (ValueError('lr must be positive.'), 'error: lr must be positive.'),
+        (FileNotFoundError(), 'error: FileNotFoundError'),  # timm raises it without a word
+        (MemoryError('no room'), 'error: no room'),
+        (TypeError("f() got an unexpected keyword argument 'betaz'"), "error: .* unexpected keyword argument 'betaz'"),
+        (RuntimeError('DataLoader worker (pid 7) exited'), 'error: DataLoader worker .* try fewer --workers'),
+    ],
+)
+def test_a_mistake_is_a_sentence(error, words, capsys):
+    with pytest.raises(Mistake, match=words) as end, guarded():
+        raise error
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said == f'{end.value}\n'
+
+
+@pytest.mark.parametrize(
+    'error', [KeyError('x'), RuntimeError('shape'), TypeError('unsupported'), AssertionError('why')]
+)
+def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(error, capsys):
+    with pytest.raises(type(error)) as end, guarded():
+        raise error
+    assert end.value is error and ISSUES in error.__notes__[0] and not capsys.readouterr().err
+
+
+def test_on_request_a_mistake_shows_where_it_was_raised(monkeypatch):
+    monkeypatch.setenv('LINVISION_TRACEBACK', '1')
+    with pytest.raises(ValueError, match='here') as end, guarded():
+        raise ValueError('here')
+    assert not hasattr(end.value, '__notes__')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8'])
+def test_what_the_terminal_cannot_show_is_escaped_and_all_is_printed(encoding, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, 'stdout', out)
+    monkeypatch.setattr(sys, 'stderr', err)
+    names = ['猫.png', 'h\xe9.png', 'lost\udcff.png']
+    with guarded():
+        for name in names:
+            print(name)
+        logger = logging.getLogger('test_guard')
+        logger.addHandler(logging.StreamHandler(err))
+        logger.warning(names[0])
+    printed = out.buffer.getvalue().decode(encoding).splitlines()
+    assert len(printed) == 3 and printed[2] == 'lost\\udcff.png'
+    assert printed[0] == names[0] if encoding == 'utf-8' else printed[0] == '\\u732b.png'
+    assert err.buffer.getvalue()
+
+
+@pytest.mark.parametrize('path', [*SCRIPTS, ROOT / 'recipes/segment_pixels.py'], ids=lambda p: p.stem)
+def test_every_script_has_the_guard_and_no_ending_of_its_own(path):
+    text = path.read_text()
+    assert "if __name__ == '__main__':\n    with guarded():\n" in text
+    assert "sys.exit(f'error" not in text and "sys.exit('error" not in text and "SystemExit(f'error" not in text
+
+
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (
+            ['scripts/benchmarks/profile_step.py', '--model', 'linvisoin'],
+            "Unknown model 'linvisoin'. Nearest: linvis",
+        ),
+        (['scripts/benchmarks/profile_step.py', '--tokens', '50'], 'error: tokens must be a square number'),
+        (['scripts/tools/digits_folder.py', '--output-dir', '.'], r'error: \. exists; remove it'),
+        (['scripts/tools/imagenet_layout.py', '--output-dir', 'pyproject.toml'], 'error: .*pyproject.toml'),
+        (['scripts/tools/model_card.py', 'nothing'], 'error: .*nothing'),
+        (['scripts/tools/debian.py'], 'error: Expected a package'),
+        (['recipes/segment_pixels.py', '--canvas', '5'], 'error: canvas must be a multiple of 4'),
+    ],
+    ids=lambda v: Path(v[0]).stem if isinstance(v, list) else '',
+)
+def test_a_script_ends_a_mistake_in_a_sentence(words, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', words)
+    with pytest.raises(Mistake, match=said):
+        runpy.run_path(words[0], run_name='__main__')
