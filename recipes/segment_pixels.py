@@ -37,7 +37,7 @@ import linvision  # noqa: F401  (registers the models)
 from linvision.data import Images, create_dataset, split_validation
 from linvision.guard import end, guarded
 from linvision.train.metrics import machine
-from linvision.train.optimizer import FALLBACK, orthogonalise_in_fp32
+from linvision.train.optimizer import FALLBACK, step_in_stacks
 from linvision.train.parallel import choose_device
 
 ITEM = 28  # pixels of an item's side
@@ -186,8 +186,8 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
     """timm's; Muon takes the matrices within the network, AdamW what is no such matrix, as in `linvision.train`."""
     others = partial(param_groups_weight_decay, weight_decay=0.0, fallback_list=[f'*.{name}' for name in FALLBACK])
     optimizer = create_optimizer_v2(model, settings.opt, lr=settings.lr, param_group_fn=others)
-    if settings.opt == 'muon' and settings.precision == 'fp32' and next(model.parameters()).device.type == 'cpu':
-        orthogonalise_in_fp32(optimizer)
+    if settings.opt == 'muon':
+        step_in_stacks(optimizer, settings.precision == 'fp32' and next(model.parameters()).device.type == 'cpu')
     return optimizer
 
 

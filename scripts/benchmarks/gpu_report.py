@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     told = parser.parse_args(arguments)
     device = torch.device(told.device)
     if device.type == 'cuda' and not torch.cuda.is_available():
-        sys.exit('error: there is no CUDA device here; --device cpu --tiny rehearses the report on the CPU.')
+        raise ValueError('There is no CUDA device here; --device cpu --tiny rehearses the report on the CPU.')
     report = Report(told.output, device, TINY if told.tiny else Sizes(), told.seconds)
     further = {'packed': told.packed, 'minutes': told.minutes} if told.part == 'learn' else {}
     PARTS[told.part](report, **further)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from linvision.data import ImageSet
+from linvision.guard import guarded
 
 SPLITS = ('train', 'test')
 
@@ -54,8 +55,14 @@ def open_packed(path: Path, split: str) -> ImageSet:
     return ImageSet(pixels, labels, tuple(packed['classes'].tolist()), pixels.shape[-1], 'JPEG copy')
 
 
-if __name__ == '__main__':
+def main() -> None:
+    """Pack the folder that the command names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--folder', type=Path, required=True)
     parser.add_argument('--output', type=Path, required=True)
     pack(**vars(parser.parse_args()))
+
+
+if __name__ == '__main__':
+    with guarded():
+        main()
