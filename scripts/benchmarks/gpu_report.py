@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import json
 import os
-import sys
 import tarfile
 import tempfile
 import time
