@@ -17,7 +17,7 @@ def timm_transform(**config: Any) -> Callable[[Any], Any]:
     transform = create_transform(**config)
     for step in transform.transforms:
         if isinstance(step, ResizeKeepRatio):
-            step.get_params = pixels
+            step.get_params = pixels  # type: ignore[method-assign]  # a method of one object, not of timm's class
     return transform
 
 

@@ -119,13 +119,16 @@ class Board:
         step: int,
     ) -> None:
         """Pictures of a trained model on a set, by name (see `pictures.py`); one that fails is left out, in words."""
-        for name, draw in drawings.items() if self.events.writer else ():
+        writer = self.events.writer
+        if writer is None:
+            return
+        for name, draw in drawings.items():
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings('ignore', 'Glyph')  # a script without a font is drawn as boxes
                     figure = draw(model, batches, img_size, classes)
                     if figure is not None:
-                        self.events.writer.add_figure(f'{split}/{name}', figure, step)
+                        writer.add_figure(f'{split}/{name}', figure, step)
             except Exception as error:  # whatever it is, the run has its score and its model
                 words = f'{type(error).__name__}: {first_line(error)}'
                 _logger.warning(f'no picture {split}/{name} ({words}); score and model are written all the same')

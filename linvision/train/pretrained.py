@@ -96,8 +96,8 @@ def load_source(name: str, what: str, weights: bool = True, **arguments: Any) ->
     """
     source = source_of(name)
     try:
-        if Path(name).is_dir():
-            check_folder(Path(name))
+        if source.startswith('local-dir:'):
+            check_folder(Path(source.removeprefix('local-dir:')))
         model: Any = timm.create_model(source, pretrained=weights, **arguments)
         config = model.pretrained_cfg
         check_reading(config)
