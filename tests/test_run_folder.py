@@ -181,7 +181,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_weights(ended, rec
     assert train(recipe)['steps'] == 4 and same(ended, recipe)
 
 
-@pytest.mark.parametrize('keys', [('learner', 'model'), ('learner', 'optimizer'), ('learner', 'model', 'norm.weight')])
+@pytest.mark.parametrize('keys', [('learner', 'model'), ('learner', 'optimizer'), ('learner', 'model', 'head.weight')])
 def test_a_checkpoint_without_a_part_of_the_model_is_a_sentence(recipe, keys):
     with_state(recipe.run.output_dir / 'checkpoints/step_00000004', without(*keys))
     (recipe.run.output_dir / 'metrics.json').unlink()
@@ -190,12 +190,9 @@ def test_a_checkpoint_without_a_part_of_the_model_is_a_sentence(recipe, keys):
 
 
 @pytest.mark.parametrize('progress', [None, {}, [], {'stride': 4}])
-def test_a_checkpoint_without_a_place_is_a_sentence_or_the_beginning(recipe, progress):
+def test_a_checkpoint_without_a_place_is_a_sentence(recipe, progress):
     with_state(recipe.run.output_dir / 'checkpoints/step_00000004', lambda state: {**state, 'progress': progress})
     (recipe.run.output_dir / 'metrics.json').unlink()
-    if progress == {}:
-        assert train(recipe)['steps'] == 4
-        return
     with pytest.raises(ValueError, match='step_00000004 is of another version of linvision'):
         train(recipe)
 

@@ -39,7 +39,7 @@ class Progress:
             ValueError: The checkpoint is of another version.
         """
         kept = state.get('progress')
-        if isinstance(kept, dict) and set(kept) <= {each.name for each in fields(cls)}:
+        if isinstance(kept, dict) and set(kept) == {each.name for each in fields(cls)}:
             return cls(**kept)
         raise ValueError(
             f'{path} is of another version of linvision, whose images came in another order. Finish the run with that '
