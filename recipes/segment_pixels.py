@@ -294,11 +294,11 @@ def main(settings: Settings) -> dict[str, Any]:
     normalise = Normalize(*items.statistics())  # as the backbone was trained to see images
     model = nn.Sequential(normalise, network(settings, len(items.classes) + 1)).to(device)
     trained = train(model, items, settings, device)
+    torch.save(model.state_dict(), folder / 'model.pt')
     metrics = {**score(model, test_items, settings, device), **trained, 'settings': own, **machine(device)}
     metrics['num_parameters'] = sum(p.numel() for p in model.parameters())
-    draw(model, test_items, settings, device, folder / 'scenes.png')
-    torch.save(model.state_dict(), folder / 'model.pt')
     (folder / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
+    draw(model, test_items, settings, device, folder / 'scenes.png')  # last: it may fail
     print(f'mean IoU {100 * metrics["mean_iou"]:.1f} %, {metrics["num_parameters"]:,} parameters, {folder}')
     return metrics
 

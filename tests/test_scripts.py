@@ -68,7 +68,7 @@ def test_report_compares_both_scores_and_leaves_a_picture(finished_run):
 
 
 def test_report_leaves_the_images_of_its_picture_only(finished_run):
-    stale = finished_run / 'images' / 'stale.png'
+    stale = finished_run / 'images' / '99999_stale.png'
     stale.parent.mkdir(exist_ok=True)
     stale.touch()
     report.report(finished_run)

@@ -47,7 +47,7 @@ def test_a_run_that_died_before_its_metrics_scores_again_without_training(recipe
         assert again[name] == metrics[name]
 
 
-def test_a_checkpoint_of_an_earlier_version_is_a_sentence_and_stays_as_it_is(recipe):
+def test_a_checkpoint_of_another_version_is_a_sentence_and_stays_as_it_is(recipe):
     train(recipe.replace(max_steps=1))
     path = newest_checkpoint(recipe.run.output_dir / 'checkpoints')
     state = read_state(path)
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_an_earlier_version_is_a_sentence_and_stays_as_it_is(rec
     torch.save(state, path / 'state.pt')
     (path / 'checksums.json').unlink()
     seal(path)
-    with pytest.raises(ValueError, match='step_00000001 is of an earlier version of linvision.*--fresh'):
+    with pytest.raises(ValueError, match='step_00000001 is of another version of linvision.*--fresh'):
         train(recipe)
     assert newest_checkpoint(recipe.run.output_dir / 'checkpoints') == path
 

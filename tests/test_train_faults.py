@@ -1,5 +1,6 @@
 """Faults that the engine once had: each test states the fact that is wanted."""
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import weights
+from runs import save_folder, small, weights
 from torch import nn
 
+from linvision.data import create_dataset
+from linvision.data.loader_batches import SIGNALS
+from linvision.train import main as train_by_flags
 from linvision.train import train
 from linvision.train.loop import TrainingRun
-from linvision.train.main import main
+from linvision.train.main import Interrupt, main
 
 
 @pytest.fixture
@@ -148,15 +152,6 @@ def test_a_run_that_is_interrupted_saves_its_last_step_and_ends_with_the_same_we
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.fixture
-def handlers():
-    """What a recipe's command does with signals is undone."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_within_a_step_ends_a_run_with_that_step(number, recipe, monkeypatch, handlers):
     step = TrainingRun.step
@@ -175,7 +170,7 @@ def test_a_signal_within_a_step_ends_a_run_with_that_step(number, recipe, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
     recipe = Path(__file__).parents[1] / 'recipes/fashion_mnist_pixels.py'
     flags = ['--model', 'test_linformer_vit', '--dataset', 'fake', '--stages', '16', '1', '--epochs', '100000']
@@ -187,6 +182,94 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + number and 'Traceback' not in errors
     assert len(list((tmp_path / 'checkpoints').glob('step_*'))) >= 1
+
+
+@pytest.fixture
+def handlers():
+    """What handles signals is put back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def at_step(monkeypatch, step, act):
+    """Do something before a step of a run."""
+    original, steps = TrainingRun.step, []
+
+    def stepping(self, *args):
+        steps.append(1)
+        if len(steps) == step:
+            act()
+        return original(self, *args)
+
+    monkeypatch.setattr(TrainingRun, 'step', stepping)
+
+
+@pytest.mark.parametrize('number', SIGNALS, ids=lambda number: number.name)
+def test_signals_of_clusters_and_of_a_closed_terminal_save_a_checkpoint(recipe, number, monkeypatch, handlers):
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+    assert train(recipe, Interrupt()) == {}
+    assert os.listdir(recipe.run.output_dir / 'checkpoints') == ['step_00000003']
+
+
+def test_nohup_is_heeded(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt = Interrupt()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not interrupt() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, words):
+        raise OSError(5, 'Input/output error')
+
+    def flush(self):
+        raise OSError(5, 'Input/output error')
+
+
+def test_a_run_whose_terminal_is_gone_saves_its_checkpoint_and_goes_on_to_its_score(recipe, monkeypatch, handlers):
+    with open(os.devnull, 'w') as nowhere:
+        gone = Gone()
+        gone.fileno = nowhere.fileno
+        monkeypatch.setattr(sys, 'stdout', gone)
+        interrupt = Interrupt()
+
+        def hang_up():
+            with monkeypatch.context() as patch:
+                patch.setattr(os, 'write', lambda number, words: gone.write(words))
+                interrupt.note(signal.SIGHUP, None)
+
+        at_step(monkeypatch, 3, hang_up)
+        assert train(recipe, interrupt) == {}
+        assert os.listdir(recipe.run.output_dir / 'checkpoints') == ['step_00000003']
+        assert 'top1' in train(recipe)
+
+
+def files(folder):
+    """A run on image files that two workers read."""
+    save_folder(create_dataset('fake', '', 'train', img_size=16, num_classes=2).subset(torch.arange(20)), folder / 'x')
+    return small(folder / 'run', dataset='image_folder', data_dir=folder / 'x', stages=(), batch_size=8, workers=2)
+
+
+def test_a_second_ctrl_c_is_a_sentence(tmp_path, monkeypatch, handlers, capfd):
+    at_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    monkeypatch.setattr(sys.modules['linvision.train.main'], 'read_flags', lambda recipe, *words: recipe)
+    with pytest.raises(SystemExit) as end:
+        train_by_flags(files(tmp_path))
+    errors = capfd.readouterr().err
+    assert end.value.code == 130 and 'stopped at once' in errors and 'Traceback' not in errors
+
+
+def test_a_worker_whose_images_are_all_gone_says_so_in_a_sentence(tmp_path, monkeypatch):
+    recipe = files(tmp_path).replace(on_bad_image='skip', epochs=9)
+    at_step(monkeypatch, 1, lambda: shutil.rmtree(recipe.data.data_dir))
+    with pytest.raises(
+        OSError, match=r'^No image of the set can be read. The first: /.*/x/bar .*\(FileNotFoundError\).$'
+    ):
+        train(recipe)
 
 
 def test_a_run_without_a_test_is_scored_by_the_same_command_with_one(recipe):

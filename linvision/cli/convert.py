@@ -87,12 +87,14 @@ def main(
         'sharing': sharing,
         'pooled': agreement(converted, original, images.test(limit)),
     }
+    errors: list[float] = []
     if steps and projection not in ('none', 'mean_pool', 'max_pool'):
         errors = fit_projection(converted, original, counted(images.training(), steps), steps, lr)
+    save_for_hf(converted, str(output_dir), safe_serialization=True)  # now: a test image may fail
+    if errors:
         report['fitted'] = agreement(converted, original, images.test(limit))
         if report['fitted']['relative_error'] > report['pooled']['relative_error']:
             logging.warning('the fitted E is further from the original than pooling: try more steps, or a smaller lr.')
         report['attention_error'] = {'first': errors[0], 'last': errors[-1], 'steps': steps}
-    save_for_hf(converted, str(output_dir), safe_serialization=True)
     (output_dir / 'conversion.json').write_text(json.dumps(report, indent=2) + '\n')
     print(json.dumps(report))

@@ -20,7 +20,7 @@ from timm.data import resolve_model_data_config
 from linvision.cli.pretrained import load_model
 from linvision.data import Images, ImageSet, create_batches, create_dataset, part
 from linvision.data.folders import ImageFiles, split_folders
-from linvision.data.recorded import recorded_data
+from linvision.data.recorded import read_metrics, recorded_data
 from linvision.nearest import nearest
 from linvision.rules import at_least, check
 from linvision.train.data import fingerprint
@@ -37,7 +37,13 @@ def data_of(model: Path) -> dict[str, Any]:
     folder = model_folder(model)
     for metrics in (folder / 'metrics.json', folder.parent / 'metrics.json'):  # of the package's weights; of a run
         if metrics.is_file():
-            return json.loads(metrics.read_text())
+            try:
+                return read_metrics(metrics)
+            except ValueError as error:
+                raise ValueError(
+                    f'{error} Move it away and name the data, with --dataset and --data-dir; or give the command that '
+                    'trained again, which scores and writes it anew.'
+                ) from error
     return {}
 
 

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 
 from linvision.cli.images import find_images
 from linvision.cli.pretrained import load_model
 from linvision.data.image_file import read_image
+from linvision.data.timm_transform import changed, timm_transform
 
 _logger = logging.getLogger(__name__)
 
@@ -38,14 +39,14 @@ def predict(
     Returns:
         For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
     """
-    transform = create_transform(**resolve_model_data_config(model))
+    transform = timm_transform(**resolve_model_data_config(model))
     names = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
     results = []
     for start in range(0, len(paths), batch_size):
         read = []
         for path in paths[start : start + batch_size]:
             try:
-                read.append((path, transform(read_image(path, model.in_chans))))  # (C, height, width)
+                read.append((path, changed(transform, read_image(path, model.in_chans), path)))  # (C, height, width)
             except OSError as error:
                 if on_bad_image == 'stop':
                     raise OSError(f'{error} --on-bad-image skip leaves such images out.') from error

@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import timm
-
 import linvision  # noqa: F401  (registers the models)
 from linvision.data.image_file import MODES
-from linvision.train.checkpoint import first_line
-from linvision.train.pretrained import check_weights_file, is_source, model_folder, source_of
+from linvision.train.pretrained import check_weights_file, is_source, load_source, model_folder
 
 
 def load_model(name: str | Path) -> Any:
@@ -22,12 +19,9 @@ def load_model(name: str | Path) -> Any:
         FileNotFoundError: There is no such folder, or it lacks one of the two.
         ValueError: They cannot be loaded, or the model takes no ordinary images.
     """
-    source = source_of(str(name)) if is_source(str(name)) else f'local-dir:{model_folder(Path(name))}'
-    try:
-        model = timm.create_model(source, pretrained=True).eval()
-    except Exception as error:  # whatever timm, json and safetensors make of a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f'The model in {name} cannot be loaded: {reason}') from error
+    if not is_source(str(name)):
+        model_folder(Path(name))  # says what is missing
+    model = load_source(str(name), f'The model in {name} cannot be loaded').eval()
     if not model.num_classes:
         raise ValueError(f'The model in {name} is a backbone without classes: start a recipe from it with --init.')
     if model.in_chans not in MODES:
@@ -45,7 +39,5 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> Any:
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
     check_weights_file(checkpoint)
     size: dict[str, Any] = {'img_size': img_size} if img_size else {}
-    try:
-        return timm.create_model(source_of(name), pretrained=not checkpoint, checkpoint_path=checkpoint, **size).eval()
-    except RuntimeError as error:  # weights of another shape, or a file that is more than weights
-        raise ValueError(f'The weights of {checkpoint or name} cannot be loaded: {first_line(error)}') from error
+    what = f'The weights of {checkpoint or name} cannot be loaded'
+    return load_source(name, what, weights=not checkpoint, checkpoint_path=checkpoint, **size).eval()

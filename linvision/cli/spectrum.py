@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from linvision.analysis.figure_text import literal
 from linvision.analysis.spectrum import Spectrum, attention_layers, attention_spectrum, own_projection, pooling
 from linvision.cli.images import ImagesOf
 from linvision.cli.pretrained import load_vit
@@ -62,7 +63,7 @@ def draw(spectrum: Spectrum, proj_len: int, title: str) -> Any:
     if values is None:
         values, what = spectrum.energy, 'sum of squared singular values'
     figure = Figure(figsize=(11, 4.2), layout='constrained')
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(literal(title), fontsize=10)
     left, right = figure.subplots(1, 2)
     for layer, shares in enumerate(values.mean(1)):
         colour = str(0.75 * layer / max(1, len(values) - 1))
@@ -114,6 +115,7 @@ def main(
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         device: Torch device; 'auto' takes the accelerator if there is one.
     """
+    import matplotlib.figure  # noqa: F401  (what is missing is said before the work, not after it)
     from torch.utils.tensorboard import SummaryWriter
 
     where = choose_device(device)
@@ -133,13 +135,14 @@ def main(
     projection, name = (own_projection(net), 'its projection') if own else (pooling(net, K), 'pooling')
     images = ImagesOf(net, dataset, data_dir, batch_size, where, on_bad_image)
     spectrum = attention_spectrum(net, images.test(limit), max(rank, K), projection)
-    lines, figure = table(spectrum, K, name), draw(spectrum, K, f'{model}, {spectrum.num_samples} images')
+    lines = table(spectrum, K, name)
     report = {'model': model, 'tokens': tokens, 'proj_len': K, 'projection': name, 'num_samples': spectrum.num_samples}
     assert spectrum.projected is not None  # a projection was given
     report |= {'energy': rounded(spectrum.energy), 'projected': spectrum.projected.tolist()}
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / 'spectrum.json').write_text(json.dumps(report) + '\n')
     (output_dir / 'spectrum.md').write_text(lines + '\n')
+    figure = draw(spectrum, K, f'{model}, {spectrum.num_samples} images')
     figure.savefig(output_dir / 'spectrum.png', dpi=110)
     with SummaryWriter(output_dir) as writer:
         writer.add_figure('spectrum', figure)

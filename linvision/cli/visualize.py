@@ -19,13 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from linvision.analysis.attention_map import attention_maps, projection_matrices
+from linvision.analysis.figure_text import literal
 from linvision.cli.images import find_images
 from linvision.cli.pretrained import load_vit
 from linvision.data.image_file import read_image
+from linvision.data.timm_transform import changed, timm_transform
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.position import SeparablePosition
 
@@ -39,7 +41,7 @@ def picture(title: str, panels: list[list[Panel]]) -> Any:
 
     columns = max(len(row) for row in panels)
     figure = Figure(figsize=(max(1.5 * columns, 7.0), 1.7 * len(panels) + 0.6), layout='constrained')
-    figure.suptitle(title, fontsize=9, wrap=True)
+    figure.suptitle(literal(title), fontsize=9, wrap=True)
     for axes, row in zip(figure.subplots(len(panels), columns, squeeze=False), panels, strict=True):
         for axis in axes:
             axis.axis('off')
@@ -47,7 +49,7 @@ def picture(title: str, panels: list[list[Panel]]) -> Any:
             limit = values.abs().max().clamp(min=1e-12).item()
             range_ = {'vmin': -limit, 'vmax': limit, 'cmap': 'RdBu_r'} if signed else {'cmap': 'gray'}
             axis.imshow(values.numpy(), interpolation='nearest', **range_)
-            axis.set_title(name, fontsize=7)
+            axis.set_title(literal(name), fontsize=7)
     return figure
 
 
@@ -152,9 +154,9 @@ def main(
     if not -len(net.blocks) <= block < len(net.blocks):
         raise ValueError(f'block must be one of the {len(net.blocks)} that the model has, from 0, got {block}.')
     config = resolve_model_data_config(net)
-    transform = create_transform(**config)
+    transform = timm_transform(**config)
     paths = find_images(images)[: limit or None]
-    batch = torch.stack([transform(read_image(path, net.in_chans)) for path in paths])
+    batch = torch.stack([changed(transform, read_image(path, net.in_chans), path) for path in paths])
     looks, names = shown(batch, config['mean'], config['std']), [path.stem[:24] for path in paths]
     figures = {
         'attention_blocks': attention_of_blocks(net, batch, names, looks),

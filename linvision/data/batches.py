@@ -9,11 +9,12 @@ from linvision.data.augmentation import Augmentation
 from linvision.data.datasets import Images
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
-from linvision.data.loader_batches import BadImages, LoaderBatches, evaluation_transform
+from linvision.data.loader_batches import BadImages, LoaderBatches, evaluation_transform, name_of
 from linvision.data.order import Order
 from linvision.data.preparation import Preparation
 from linvision.data.stream_batches import StreamBatches
 from linvision.data.timm_sets import TimmStream
+from linvision.data.timm_transform import changed
 
 Batches = DeviceBatches | LoaderBatches  # a StreamBatches is one too
 
@@ -96,10 +97,11 @@ def in_memory(images: Any, img_size: int = 0, crop_mode: str = 'center', on_bad_
     for i in range(len(images)):
         try:
             image, label = images[i]
+            image = changed(change, image, name_of(images, i))
         except OSError:
             if on_bad_image == 'stop' or not pixels and i == len(images) - 1:
                 raise
             continue
-        pixels.append(change(image))
+        pixels.append(image)
         labels.append(label)
     return ImageSet(torch.stack(pixels), torch.tensor(labels), images.classes, size)

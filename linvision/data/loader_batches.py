@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +25,9 @@ from linvision.data.image_file import squared
 from linvision.data.image_set import ImageSet, fill_colour
 from linvision.data.order import Order, seed_of
 from linvision.data.preparation import Preparation
+from linvision.data.timm_transform import changed, timm_transform
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # that ask a run to end, beside Ctrl-C
 MARGIN = 256 / 224  # by which images are larger than what is cropped from them on the device
 
 _logger = logging.getLogger(__name__)
@@ -49,11 +50,18 @@ class KeyedImages(Dataset):
         complaint = ''
         for step in range(len(self.images)):
             try:
-                image, label = self.images[(index + step) % len(self.images)]
-                return self.transform(image, seed_of(self.seed, epoch, index)), label, complaint
+                place = (index + step) % len(self.images)
+                image, label = self.images[place]
+                seed = seed_of(self.seed, epoch, index)
+                return changed(self.transform, image, name_of(self.images, place), seed), label, complaint
             except OSError as error:
                 complaint = complaint or str(error)
         raise OSError(f'No image of the set can be read. The first: {complaint}')
+
+
+def name_of(images: Any, index: int) -> str:
+    """What an error calls an image: its path, or its place."""
+    return images.samples[index][0] if hasattr(images, 'samples') else f'image {index} of the set'
 
 
 class Pairs:
@@ -112,7 +120,7 @@ class LoaderBatches:
         loader = create_loader(
             KeyedImages(self.images, transform, seed), self.workers, self.preparation, batch_sampler=pairs
         )
-        for (epoch, number, _), (images, labels, complaints) in zip(places, loader, strict=True):
+        for (epoch, number, _), (images, labels, complaints) in zip(places, batches_of(loader), strict=True):
             self.bad_images.note(complaints)
             images = self.preparation.augmented(images, img_size, size, seed, epoch, number)
             yield images, labels.to(images.device, non_blocking=True)
@@ -144,7 +152,7 @@ class LoaderBatches:
                 persistent_workers=self.workers > 0,
             )
         counted = (counts for _, counts in order.in_order())
-        for counts, (images, labels, complaints) in zip(counted, self.loaders[img_size], strict=True):
+        for counts, (images, labels, complaints) in zip(counted, batches_of(self.loaders[img_size]), strict=True):
             self.bad_images.note(complaints)
             readable = torch.tensor([not complaint for complaint in complaints])
             labels = torch.where(counts & readable, labels, -1)
@@ -190,11 +198,12 @@ def ignore_signals(leaving: Any, worker: int) -> None:
     """Let a signal to the whole group of processes end the run by its own process, after a checkpoint.
 
     Args:
-        leaving: Set once that process exits: then SIGTERM ends this one.
+        leaving: Set once that process exits: then such a signal ends this one.
         worker: Number of this worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if leaving.is_set() else None)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(0) if leaving.is_set() else None)
 
 
 def create_loader(images: Any, workers: int, preparation: Preparation, seed: int = 0, **arguments: Any) -> DataLoader:
@@ -207,6 +216,16 @@ def create_loader(images: Any, workers: int, preparation: Preparation, seed: int
         generator=torch.Generator().manual_seed(seed),
         **arguments,
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """What a loader gives; an error of an image in its own words, without the traceback of the worker that met it."""
+    try:
+        yield from loader
+    except OSError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        raise OSError(str(error).splitlines()[-1].partition(': ')[2]) from error
 
 
 class Squared:
@@ -234,7 +253,7 @@ def evaluation_transform(
 ) -> 'Unseeded':
     """timm's own reading of an image, uint8, so that the exported model reads images as they are read here."""
     cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode, 'interpolation': 'bicubic'}
-    return Unseeded(create_transform((len(mean), img_size, img_size), mean=mean, normalize=False, **cropping))
+    return Unseeded(timm_transform(input_size=(len(mean), img_size, img_size), mean=mean, normalize=False, **cropping))
 
 
 class Unseeded:

@@ -4,12 +4,30 @@ A folder may come from a stranger. What it says may choose among the sets that w
 machine; it never chooses one that timm opens, which may be fetched, streamed or printed by a command, and names no URL.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from linvision.data.timm_sets import PREFIXES
 
 RESERVED = {'name', 'root', 'split', 'download'}  # of create_dataset itself
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The contents of a run's `metrics.json`.
+
+    Raises:
+        ValueError: It is damaged or none; what is to be done is the caller's to add.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except IsADirectoryError:
+        raise ValueError(f'{path} is a folder, where a run writes a file.') from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is damaged ({str(error).splitlines()[0]}).') from error
+    if not isinstance(found, dict) or not isinstance(found.get('recipe'), dict):
+        raise ValueError(f'{path} is damaged (it holds no recipe).')
+    return found
 
 
 def recorded_data(

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from linvision.data.augmentation import Transform
-from linvision.data.loader_batches import LoaderBatches, create_loader, evaluation_transform
+from linvision.data.loader_batches import LoaderBatches, batches_of, create_loader, evaluation_transform
 from linvision.data.order import seed_of
 from linvision.data.timm_sets import TimmStream
+from linvision.data.timm_transform import changed
 
 
 class ChangedStream(IterableDataset):
@@ -41,7 +42,12 @@ class ChangedStream(IterableDataset):
         try:
             for i, (image, label) in enumerate(self.stream):
                 seed = seed_of(*self.numbers, worker.id if worker else 0, i)
-                yield self.transform(image, seed), label, heard.collect()
+                try:
+                    ready = changed(self.transform, image, f'image {i} of the stream', seed)
+                except OSError as error:
+                    heard.messages.append(str(error))
+                    continue
+                yield ready, label, heard.collect()
             if self.ends and (rest := heard.collect()):
                 yield self.transform(Image.new('RGB', (8, 8)), 0), -1, rest
         finally:
@@ -99,7 +105,9 @@ class StreamBatches(LoaderBatches):
             stream = self.images.open(True, seed, epoch, share, self.workers, order.rank, order.count)
             changed = ChangedStream(stream, transform, seed, epoch, order.rank)
             batches = islice(
-                create_loader(changed, self.workers, self.preparation, seed_of(seed, epoch), batch_size=share),
+                batches_of(
+                    create_loader(changed, self.workers, self.preparation, seed_of(seed, epoch), batch_size=share)
+                ),
                 start,
                 len(order),
             )
@@ -116,9 +124,8 @@ class StreamBatches(LoaderBatches):
         order, change = self.order, evaluation_transform(self.preparation.mean, img_size, **self.cropping)
         stream = self.images.open(False, 0, 0, order.batch_size, self.workers)
         changed = ChangedStream(stream, change, ends=True)
-        for images, labels, complaints in create_loader(
-            changed, self.workers, self.preparation, batch_size=order.batch_size
-        ):
+        loader = create_loader(changed, self.workers, self.preparation, batch_size=order.batch_size)
+        for images, labels, complaints in batches_of(loader):
             self.bad_images.note('\n'.join(complaints).splitlines())
             index = torch.arange(-(-len(labels) // order.count)) * order.count + order.rank
             counts, index = index < len(labels), index.clamp(max=len(labels) - 1)

@@ -1,8 +1,12 @@
 """What a run shows: lines or a progress bar on the terminal, and TensorBoard. Only the first process shows anything."""
 
 import json
+import logging
+import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from linvision.analysis.figure_text import literal
 from linvision.data import Batches
-from linvision.extras import needed
+from linvision.train.checkpoint import first_line
+from linvision.train.events import Events
 from linvision.train.recipe import Recipe
 
 HISTOGRAMS = 10  # of the weights, in a run
+
+_logger = logging.getLogger(__name__)
 
 
 class Board:
@@ -28,16 +36,12 @@ class Board:
     """
 
     def __init__(self, folder: Path | None, recipe: Recipe, step: int, speaks: bool = True) -> None:
-        self.writer, self.bar, self.speaks, self.drawn = None, None, speaks, -1
-        if folder is None:
-            return
-        with needed('TensorBoard of a run'):
-            from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else 0)
+        self.shows, self.speaks, self.bar, self.drawn = folder is not None, speaks, None, -1
+        self.events = Events(folder and folder / 'tensorboard', step)
         text = json.dumps(recipe.to_dict(), indent=2)
-        self.writer.add_text('recipe', '    ' + text.replace('\n', '\n    '), step)
-        self.bar = tqdm(total=100, unit='%', bar_format='{l_bar}{bar}|{postfix}') if sys.stderr.isatty() else None
+        self.events.write('add_text', 'recipe', '    ' + text.replace('\n', '\n    '), step)
+        if self.shows and sys.stderr.isatty():
+            self.bar = tqdm(total=100, unit='%', bar_format='{l_bar}{bar}|{postfix}')
 
     def log(self, step: int, progress: float, scalars: dict[str, float], minutes: float) -> None:
         """One point: a line (or the bar), and the scalars.
@@ -48,10 +52,10 @@ class Board:
             scalars: Values by TensorBoard tag.
             minutes: Minutes of training so far.
         """
-        if self.writer is None:
+        if not self.shows:
             return
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+            self.events.write('add_scalar', name, value, step)
         waiting = scalars['speed/waiting_for_data']
         left = minutes / progress - minutes if progress > 0 else float('nan')
         words = (
@@ -59,19 +63,20 @@ class Board:
             f'lr {scalars["train/lr"]:.2g}  {left:.1f} min left'
             + (f'  (waits for images {100 * waiting:.0f} % of the time: try more --workers)' if waiting > 0.5 else '')
         )
-        if self.bar is not None:
-            self.bar.n = round(100 * progress, 1)
+        if self.bar is None:
+            self.say(f'step {step}  {100 * progress:.0f} %  {words}')
+            return
+        self.bar.n = round(100 * progress, 1)
+        with self.audience():
             self.bar.set_postfix_str(words)
-        else:
-            print(f'step {step}  {100 * progress:.0f} %  {words}', flush=True)
 
     def scores(self, split: str, step: int, scores: dict[str, Any]) -> None:
         """Scores of one split: a line, and scalars `<split>/top1` and so on."""
-        if self.writer is None:
+        if not self.shows:
             return
         for name in ('loss', 'top1', 'top5'):
             if name in scores:
-                self.writer.add_scalar(f'{split}/{name}', scores[name], step)
+                self.events.write('add_scalar', f'{split}/{name}', scores[name], step)
         words = [
             f'{label} {100 * scores[k]:.2f} %' for k, label in (('top1', 'top-1'), ('top5', 'top-5')) if k in scores
         ]
@@ -79,28 +84,29 @@ class Board:
         if scores.get('num_left_out'):
             words.append(f'{scores["num_left_out"]:,} could not be read and are left out')
         self.say(f'{split}: {", ".join(words)} (step {step})')
-        self.writer.flush()
+        self.events.write('flush')
 
     def batch(self, images: Tensor, step: int) -> None:
         """The first images of an augmented batch as a picture, each stretched to 0..1."""
-        if self.writer is None:
+        if not self.shows:
             return
         from torchvision.utils import make_grid
 
         images = images[:32].float().cpu()
         if images.shape[1] not in (1, 3):
             images = images[:, :1]
-        self.writer.add_image('train/batch', make_grid(images, nrow=8, normalize=True, scale_each=True), step)
+        grid = make_grid(images, nrow=8, normalize=True, scale_each=True)
+        self.events.write('add_image', 'train/batch', grid, step)
 
     def weights(self, model: nn.Module, step: int, progress: float) -> None:
         """Histograms of the weights, ten times in a run; of sharded ones, those of this process."""
-        if self.writer is None or int(progress * HISTOGRAMS) == self.drawn:
+        if not self.shows or int(progress * HISTOGRAMS) == self.drawn:
             return
         self.drawn = int(progress * HISTOGRAMS)
         for name, parameter in model.named_parameters():
             values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if values.numel():
-                self.writer.add_histogram(f'weights/{name}', values.detach().float().cpu(), step)
+                self.events.write('add_histogram', f'weights/{name}', values.detach().float().cpu(), step)
 
     def pictures(
         self,
@@ -112,38 +118,57 @@ class Board:
         classes: tuple[str, ...],
         step: int,
     ) -> None:
-        """Pictures of a trained model on a set, by name (see `pictures.py`)."""
-        if self.writer is None:
+        """Pictures of a trained model on a set, by name (see `pictures.py`); one that fails is left out, in words."""
+        writer = self.events.writer
+        if writer is None:
             return
         for name, draw in drawings.items():
-            figure = draw(model, batches, img_size, classes)
-            if figure is not None:
-                self.writer.add_figure(f'{split}/{name}', figure, step)
-        self.writer.flush()
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings('ignore', 'Glyph')  # a script without a font is drawn as boxes
+                    figure = draw(model, batches, img_size, classes)
+                    if figure is not None:
+                        writer.add_figure(f'{split}/{name}', figure, step)
+            except Exception as error:  # whatever it is, the run has its score and its model
+                words = f'{type(error).__name__}: {first_line(error)}'
+                _logger.warning(f'no picture {split}/{name} ({words}); score and model are written all the same')
+        self.events.write('flush')
 
     def hparams(self, recipe: Recipe, metrics: dict[str, Any], step: int) -> None:
         """The recipe's settings beside the final scores."""
-        if self.writer is None:
-            return
-        settings = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in recipe.to_dict().items()}
+        plain = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in recipe.to_dict().items()}
+        settings = {k: literal(v) if isinstance(v, str) else v for k, v in plain.items()}
         found = {f'final/{k}': metrics[k] for k in ('top1', 'loss', 'val_top1', 'val_loss') if k in metrics}
-        self.writer.add_hparams(settings, found, run_name='.', global_step=step)
+        self.events.write('add_hparams', settings, found, run_name='.', global_step=step)
 
     def flush(self) -> None:
         """Bring the points so far to the disk."""
-        if self.writer is not None:
-            self.writer.flush()
+        self.events.write('flush')
 
     def say(self, words: str) -> None:
         """A line that leaves the progress bar whole."""
-        if self.bar is not None:
-            self.bar.write(words)
-        elif self.speaks:
-            print(words, flush=True)
+        with self.audience():
+            if self.bar is not None:
+                self.bar.write(words)
+            elif self.speaks:
+                print(words, flush=True)
+
+    @contextmanager
+    def audience(self) -> Iterator[None]:
+        """Say no more, and go on, where the terminal is closed or the reader of a pipe has gone."""
+        try:
+            yield
+        except OSError:
+            self.speaks, self.bar = False, None
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:  # what it still holds goes nowhere, or Python would fail with it at the end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def close(self) -> None:
         """Flush and close."""
         if self.bar is not None:
-            self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+            with self.audience():
+                self.bar.close()
+        self.events.close()

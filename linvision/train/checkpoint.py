@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from linvision.data.timm_sets import STREAMS
 from linvision.train.parallel import Processes
+from linvision.train.precision import DTYPES
 from linvision.train.sharded import ShardPlanner, ShardReader, refusal
 
 FREE_TO_CHANGE = {
@@ -47,6 +49,12 @@ FREE_TO_CHANGE = {
     'on_bad_image',
     'device',
     'threads',
+}
+NAME = re.compile(r'step_\d{8,}')  # of a checkpoint: other files beside them are none of ours
+CONTENT = {  # of a state, what a run cannot go on without
+    'recipe': {'dataset_args'},
+    'random': {'python', 'numpy', 'torch', 'cuda'},
+    'learner': {'scaler', 'schedule'},
 }
 
 
@@ -77,7 +85,7 @@ def save_checkpoint(
     part = path.with_suffix('.part')
     try:
         if processes.main:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
             part.mkdir(parents=True)
             torch.save(state, part / 'state.pt')
         if shards:
@@ -86,7 +94,7 @@ def save_checkpoint(
             processes.wait()
         if processes.main:
             seal(part)
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+            remove(path)  # a damaged one of the same step
             os.replace(part, path)
             sync(folder)
             kept = {path, folder / f'step_{best_step:08d}', *checkpoints(folder)[-keep:]}
@@ -114,6 +122,14 @@ def seal(part: Path) -> None:
         sync(path)
 
 
+def remove(path: Path) -> None:
+    """Remove what has a checkpoint's name, if it is there."""
+    if path.is_file() or path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Bring a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -129,7 +145,8 @@ def digest(path: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(p for p in folder.glob('step_*') if p.suffix != '.part')
+    found = [path for path in folder.glob('step_*') if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix('step_')))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -137,21 +154,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Raises:
         ValueError: There are checkpoints, and all of them are damaged.
-        OSError: A file is there and cannot be read.
+        OSError: A file is there and cannot be read, or holds code.
     """
-    for part in folder.glob('*.part'):
-        shutil.rmtree(part)
+    for part in folder.glob('step_*.part'):
+        if NAME.fullmatch(part.stem):
+            remove(part)
     for path in reversed(checkpoints(folder)):
-        try:
-            for name, sum in json.loads((path / 'checksums.json').read_text()).items():
-                if digest(path / name) != sum:
-                    raise ValueError(f'{name} is not what was written')
+        reason = damage(path)
+        if not reason:
             return path
-        except (FileNotFoundError, ValueError) as error:
-            aside = path.with_name(f'damaged_{path.name}')
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            print(f'{path} is damaged ({first_line(error)}); it is {aside.name} now.', flush=True)
+        aside = path.with_name(f'damaged_{path.name}')
+        remove(aside)
+        path.rename(aside)
+        print(f'{path} is damaged ({reason}); it is {aside.name} now.', flush=True)
     if any(folder.glob('damaged_step_*')):  # of this call or of an earlier one
         raise ValueError(
             f'All checkpoints in {folder} are damaged; they are kept there. To start over, add --fresh or choose '
@@ -160,14 +175,53 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint, in words; '' where it is whole.
+
+    Raises:
+        OSError: A file is there and cannot be read, or holds code: then it may be whole.
+    """
+    try:
+        sums = json.loads((path / 'checksums.json').read_text())
+        if not isinstance(sums, dict) or 'state.pt' not in sums:
+            return 'checksums.json does not name state.pt'
+        for name, sum in sums.items():
+            if digest(path / name) != sum:
+                return f'{name} is not what was written'
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
+        return first_line(error)
+    except OSError as error:
+        raise OSError(
+            f'The checkpoint {path} cannot be read ({error}). Nothing was changed. Let it be read and give the same '
+            'command again; or move it away, and the command goes on from the checkpoint before.'
+        ) from error
+    try:
+        state = read_state(path, look=True)
+    except (RuntimeError, EOFError, ValueError) as error:
+        return f'state.pt: {first_line(error)}'
+    if not isinstance(state, dict) or state.get('precision') not in DTYPES:
+        return 'state.pt is none that a run wrote'
+    lacking = [name for name, keys in CONTENT.items() if not keys <= set(as_dict(state.get(name)))]
+    return f'state.pt lacks {lacking[0]}, or a part of it' if lacking else ''
+
+
+def as_dict(value: Any) -> dict[Any, Any]:
+    """A dictionary, empty in the place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def read_state(path: Path, look: bool = False) -> dict[str, Any]:
     """The state of a whole checkpoint, without code.
+
+    Args:
+        path: The checkpoint.
+        look: Tensors are not to be read, and stay on the disk.
 
     Raises:
         OSError: It holds code.
     """
     try:
-        return torch.load(path / 'state.pt', map_location='cpu', weights_only=True)
+        return torch.load(path / 'state.pt', map_location='cpu', weights_only=True, mmap=look)
     except pickle.UnpicklingError as error:
         raise OSError(refusal(path / 'state.pt', error)) from error
 
@@ -235,7 +289,7 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
     """
     recipe, found = json.loads(json.dumps(recipe)), json.loads(json.dumps(found))  # tuples as JSON keeps them
     for each in (recipe, found):
-        each['dataset_args'].pop('test_split', None)
+        as_dict(each.get('dataset_args')).pop('test_split', None)
     free = FREE_TO_CHANGE if recipe['dataset'].startswith(STREAMS) else {*FREE_TO_CHANGE, 'workers', 'processes'}
     changed = [k for k in recipe if k not in free and found.get(k) != recipe[k]]
     if changed:

@@ -1,18 +1,31 @@
 """The output folder of a run: one run at a time, of one recipe, and nothing in it is ever overwritten by another."""
 
 import fcntl
-import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from linvision.data import create_dataset
+from linvision.data.recorded import read_metrics
 from linvision.train.checkpoint import check_same_images, check_same_run, checkpoints
 from linvision.train.data import fingerprint
 from linvision.train.parallel import Processes
+from linvision.train.pretrained import check_folder
 from linvision.train.recipe import Recipe
+
+WRITTEN: dict[str, tuple[str, ...]] = {  # by runs and reports; of a folder, what shows that it is theirs
+    'checkpoints': ('step_*', 'damaged_step_*'),
+    'model': ('config.json', 'model.safetensors'),
+    'tensorboard': ('events.out.tfevents.*',),
+    'metrics.json': (),
+    'metrics.json.part': (),
+    'report.json': (),
+    'predictions.png': (),
+}
+EARLIER = re.compile(r'earlier_\d+')
 
 
 @contextmanager
@@ -50,36 +63,68 @@ def prepare(folder: Path, fresh: bool, locks: list[TextIO]) -> None:
     # a worker that torchrun starts again goes on instead of starting over
     if fresh and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
         set_aside(folder)
+    for path in (folder / 'checkpoints', folder / 'model'):  # found out now, and not when there is something to lose
+        if path.exists() and not (path.is_dir() and os.access(path, os.W_OK)):
+            raise OSError(
+                f'A run writes into the folder {path}, and that is a file, or not yours to write to. Move it away, let '
+                'it be written, or choose another --output-dir.'
+            )
 
 
 def set_aside(folder: Path) -> None:
-    """Move what a folder holds into a folder of its own within it: `earlier_1`, `earlier_2`, …"""
-    found = [p for p in folder.iterdir() if p.name != '.lock' and not p.name.startswith('earlier_')]
+    """Move what runs and reports have written there into a folder of its own within it: `earlier_1`, `earlier_2`, …"""
+    found = [folder / name for name, signs in WRITTEN.items() if is_ours(folder / name, signs)]
     if found:
-        n = 1 + max((int(p.name.removeprefix('earlier_')) for p in folder.glob('earlier_*')), default=0)
-        place = folder / f'earlier_{n}'
+        numbers = [int(p.name.removeprefix('earlier_')) for p in folder.iterdir() if EARLIER.fullmatch(p.name)]
+        place = folder / f'earlier_{max(numbers, default=0) + 1}'
         place.mkdir()
         for path in found:
             path.rename(place / path.name)
-        print(f'what {folder} held is in {place} now', flush=True)
+        print(f'what a run had written to {folder} is in {place} now', flush=True)
+
+
+def is_ours(path: Path, signs: tuple[str, ...]) -> bool:
+    """Whether a run wrote it: a file of that name, or a folder of that name with what a run leaves in it."""
+    return any(any(path.glob(sign)) for sign in signs) if signs else path.is_file()
 
 
 def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The metrics of a finished run of this recipe, or an empty dict, also where its test is still to come.
+    """The metrics of a finished run of this recipe, or an empty dict: also where its test is still to come, and where
+    metrics or model are damaged and there is a checkpoint to make them from again.
 
     Raises:
-        ValueError: The folder holds a finished run of another recipe, or on other images.
+        ValueError: The folder holds a finished run of another recipe, or on other images; or its metrics are damaged,
+            and there is no checkpoint.
     """
-    metrics = folder / 'metrics.json'
+    metrics, again = folder / 'metrics.json', bool(checkpoints(folder / 'checkpoints'))
     if not metrics.exists():
         return {}
-    found = json.loads(metrics.read_text())
+    try:
+        found = read_metrics(metrics)
+    except ValueError as error:
+        if not again or metrics.is_dir():
+            raise ValueError(
+                f'{error} Put it back as it was, or start over beside it with --fresh or in another --output-dir.'
+            ) from error
+        print(f'{error} The run is scored again from its last checkpoint.', flush=True)
+        return {}
     check_same_run(folder, recipe.to_dict(), found['recipe'])
     data = recipe.data
-    moved = str(data.data_dir) != found['recipe']['data_dir']
+    moved = str(data.data_dir) != found['recipe'].get('data_dir')
     may_change = data.dataset == 'image_folder' and Path(data.data_dir).is_dir()  # else they are gone, or fixed
     if 'images' in found and (moved or may_change):
         images = create_dataset(data.dataset, data.data_dir, 'train', data.download, **data.dataset_args)
         check_same_images(folder, fingerprint(images), found['images'])
-    to_score = recipe.run.test and 'loss' not in found and checkpoints(folder / 'checkpoints')
-    return {} if to_score else found
+    if again and recipe.run.test and 'loss' not in found:
+        return {}
+    try:
+        check_folder(folder / 'model')
+    except (OSError, ValueError) as error:
+        what = (
+            'The run is scored and its model written again from its last checkpoint.'
+            if again
+            else ('There is no checkpoint to write it from again: the score alone is left.')
+        )
+        print(f'{error} {what}', flush=True)
+        return {} if again else found
+    return found

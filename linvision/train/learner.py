@@ -219,8 +219,8 @@ class Learner:
         Raises:
             ValueError: The checkpoint is of another model.
         """
-        self.scaler.load_state_dict(state['scaler'])
         try:
+            self.scaler.load_state_dict(state['scaler'])
             if self.fsdp:
                 shards = self.shards()
                 load_shards(path, shards)
@@ -233,14 +233,14 @@ class Learner:
                 if self.ema is not None:
                     self.ema.load_state_dict(state['ema'])
                 self.optimizer.load_state_dict(state['optimizer'])
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.schedule.load_state_dict(state['schedule'])
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError | dist.DistError):
                 raise
             raise ValueError(
                 f'{path} is a checkpoint of another model ({first_line(error)}). Nothing was changed. Choose '
                 'another --output-dir, or start over beside it with --fresh.'
             ) from error
-        self.schedule.load_state_dict(state['schedule'])
 
 
 def unsharded(tensor: Tensor) -> Tensor:

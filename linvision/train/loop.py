@@ -11,6 +11,7 @@ Notable here:
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from linvision.train.folder import finished_run, run_folder
 from linvision.train.freed_memory import keep_freed_memory
 from linvision.train.learner import Learner
 from linvision.train.memory import memory_advice, peak_memory_gib
-from linvision.train.metrics import run_metrics, write_results
+from linvision.train.metrics import run_metrics, write_metrics, write_model
 from linvision.train.model import count_tokens, resolved
 from linvision.train.optimizer import CLOCK_UPDATES
 from linvision.train.parallel import Processes, processes
@@ -111,12 +112,7 @@ class TrainingRun:
         found = read_state(path) if path else {}
         if folder and found:
             check_same_run(folder, self.identity, found['recipe'])
-            if 'progress' not in found:
-                raise ValueError(
-                    f'{path} is of an earlier version of linvision, whose images came in another order. Finish the run '
-                    'with that version, or start over beside it with --fresh.'
-                )
-            self.progress = Progress(**found['progress'])
+            self.progress = Progress.of(found, path)
             self.last_log, self.saved_step = (self.progress.step, self.progress.minutes), self.progress.step
         torch.manual_seed(recipe.run.seed)
         self.finite = FiniteCheck(joined.device, self.progress.step)
@@ -156,7 +152,8 @@ class TrainingRun:
         self.learner.start(precision)
         if found:
             self.learner.restore(found['learner'], path)
-            set_random_states(found['random'])
+            with suppress(LookupError, TypeError, ValueError, RuntimeError):  # nothing in training depends on them
+                set_random_states(found['random'])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -334,24 +331,29 @@ class TrainingRun:
         self.saved_step = self.progress.step
 
     def finish(self) -> dict[str, Any]:
-        """Scores, pictures, the exported model and `metrics.json`."""
+        """The exported model, scores and `metrics.json`; then what may fail, since nothing depends on it: pictures."""
         recipe, joined, scores, size = self.recipe, self.processes, {}, self.data.stages[-1][0]
         if self.img_size != size:  # the last stage was too short for a step
             self.progress.stage = len(self.data.stages) - 1
             self.learner.set_size(size)
+        objective, step = self.learner.objective, self.progress.step
         sets = (('val', self.data.validation), ('test', self.data.test))
         scored = {split: batches for split, batches in sets if batches is not None}
+        with self.learner.whole_model() as model:
+            if joined.main and self.folder:
+                write_model(self.folder, objective.exported(model), self.data)
         for split, batches in scored.items():
             scores[split] = self.score(batches, size)
-            self.board.scores(split, self.progress.step, scores[split])
-        with self.learner.whole_model() as model:
+            self.board.scores(split, step, scores[split])
+        with self.learner.whole_model() as model:  # again, since a whole copy of a sharded model beside it may not fit
             metrics = run_metrics(recipe, self.progress, self.data, self.learner, joined, model, scores)
             if joined.main and self.folder:
-                write_results(self.folder, metrics, self.learner.objective.exported(model), self.data)
+                write_metrics(self.folder, metrics)
             for split, batches in scored.items():
-                drawings, classes = self.learner.objective.pictures(), self.data.train_set.classes
-                self.board.pictures(split, drawings, model, batches, size, classes, self.progress.step)
-        self.board.hparams(recipe, metrics, self.progress.step)
+                self.board.pictures(
+                    split, objective.pictures(), model, batches, size, self.data.train_set.classes, step
+                )
+        self.board.hparams(recipe, metrics, step)
         self.processes.wait()
         return metrics
 

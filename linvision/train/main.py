@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
+from linvision.data.loader_batches import SIGNALS
 from linvision.extras import needed
 from linvision.guard import guarded
 from linvision.train.loop import train
@@ -14,23 +16,27 @@ from linvision.train.recipe import Recipe
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM, noted: the run ends after its step, with a checkpoint, or after its scores.
+    """Signals that ask a run to end, noted: it ends after its step, with a checkpoint, or after its scores.
 
-    A second Ctrl-C ends it at once.
+    They are Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed (unless `nohup` has the run go on), and SIGUSR1 and
+    SIGUSR2, which clusters send before they take a machine away. A second Ctrl-C ends the run at once.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.number, self.process = 0, os.getpid()
+        for number in (signal.SIGINT, *SIGNALS):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        if os.getpid() != self.process:  # a worker at its very start, which leaves signals to the run's own process
+            return
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.number:
-            # print is not reentrant
-            os.write(2, b'noted: the run stops after its step, or its scores; Ctrl-C once more stops at once\n')
+            with suppress(OSError):  # the terminal may be gone; and print is not reentrant
+                os.write(2, b'noted: the run stops after its step, or its scores; Ctrl-C once more stops at once\n')
         self.number = number
 
     def __call__(self) -> bool:
@@ -48,12 +54,21 @@ def read_flags(recipe: Recipe, description: str | None = None, args: Sequence[st
         description: Text above the flags in `--help`.
         args: The flags; those of the command line by default.
     """
+    refuse_empty_paths(sys.argv[1:] if args is None else args)
     with needed('linvision train'):
         import tyro
     added = {name: recipe.fields()[name] for name in ('model_args', 'opt_args', 'dataset_args')}
     bare = recipe.replace(**{name: {} for name in added})  # tyro offers only the keys of a default
     found = tyro.cli(Recipe, default=bare, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
     return found.replace(**{name: {**added[name], **found.fields()[name]} for name in added})
+
+
+def refuse_empty_paths(words: Sequence[str]) -> None:
+    """Raise ValueError for a folder named '', as of a shell's variable that is not set: Python reads it as '.'."""
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition('=')
+        if name.replace('_', '-') in ('--output-dir', '--data-dir') and (value if equals else after) == '':
+            raise ValueError(f"{name} is empty: name a folder. The one that you are in is '.'.")
 
 
 def main(recipe: Recipe, description: str | None = None) -> None:
@@ -71,6 +86,7 @@ def main(recipe: Recipe, description: str | None = None) -> None:
             finished = train(recipe, interrupt)
         except KeyboardInterrupt:
             finished = {}
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would meet workers that are being ended
             print('stopped at once; the same command goes on from the last checkpoint', file=sys.stderr)
         if interrupt() and not finished:
             sys.exit(128 + interrupt.number)

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +77,37 @@ def run_metrics(
     return metrics
 
 
-def write_results(folder: Path, metrics: dict[str, Any], model: nn.Module, data: TrainingData) -> None:
-    """Export a model to `model/`, then write `metrics.json`, which marks the run as finished.
+def write_model(folder: Path, model: nn.Module, data: TrainingData) -> None:
+    """Export a model to `model/`: before it is scored, since a test image may be missing, damaged or too large.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    try:
+    with writing(f'The model cannot be written to {folder}/model'):
         export_model(model, folder / 'model', data.train_set, data.data_config())
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write `metrics.json`, which marks the run as finished.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with writing(f'The score cannot be written to {folder}/metrics.json'):
         part = folder / 'metrics.json.part'
         part.write_text(json.dumps(metrics, indent=2) + '\n')
         os.replace(part, folder / 'metrics.json')
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Say what could not be written, and what to do."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f'The model cannot be written to {folder} ({error}). Its checkpoint is there: make room, and the same '
-            'command scores and writes it again.'
+            f'{what} ({error}). The checkpoint is there: make room, or move away what is in the way, and the same '
+            'command writes the model, scores it and writes the score.'
         ) from error
 
 

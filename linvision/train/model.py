@@ -18,8 +18,7 @@ from linvision.models.local_conv import LocalPath
 from linvision.models.projection import Projection
 from linvision.nearest import nearest
 from linvision.train import masked_pixels
-from linvision.train.checkpoint import first_line
-from linvision.train.pretrained import check_source, check_weights_file, source_of
+from linvision.train.pretrained import check_source, check_weights_file, load_source
 from linvision.train.recipe import Recipe
 
 
@@ -95,12 +94,8 @@ def resolved(recipe: Recipe) -> Recipe:
             raise ValueError('The recipe names no model: say --init, for that of the weights there, or --model.')
         return with_span_of_first_stage(recipe)
     check_source(recipe.init)
-    try:
-        with torch.device('meta'):
-            # Any: timm's factory sets pretrained_cfg, no class declares it
-            source: Any = timm.create_model(source_of(recipe.init), pretrained=False)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f'No model in {recipe.init!r}: {first_line(error)}') from error
+    with torch.device('meta'):
+        source = load_source(recipe.init, f'No model in {recipe.init!r}', weights=False)
     grid = next((module.grid for module in source.modules() if isinstance(module, LocalPath)), None)
     if not recipe.model:
         kept = {k: v for k, v in get_model_args(source).items() if k not in ('img_size', 'in_chans', 'num_classes')}

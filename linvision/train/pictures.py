@@ -7,7 +7,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from linvision.analysis.attention_map import attention_maps
+from linvision.analysis.figure_text import literal
 from linvision.data import Batches
+from linvision.extras import needed
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.padding import padded_pixels
 from linvision.train.masked_pixels import mask_for
@@ -74,8 +76,8 @@ def reconstructions(
 
 def draw(pictures: list[tuple[Tensor, str]], columns: int = 8) -> 'Figure':
     """Pictures of (C, h, w), each stretched to its own range, with their titles."""
-    from matplotlib.figure import Figure
-
+    with needed('A picture of a run'):
+        from matplotlib.figure import Figure
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(1.6 * columns, 2.0 * rows), layout='constrained')
     axes: Any = figure.subplots(rows, columns, squeeze=False)
@@ -85,5 +87,5 @@ def draw(pictures: list[tuple[Tensor, str]], columns: int = 8) -> 'Figure':
         image = image.float().cpu()
         image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-9)
         axis.imshow((image.permute(1, 2, 0) if len(image) == 3 else image[0]).numpy(), cmap='gray')
-        axis.set_title(title, fontsize=7)
+        axis.set_title(literal(title), fontsize=7)
     return figure

@@ -1,15 +1,24 @@
 """Weights to start from, and teachers: in a folder that a run exported, on a hub, or among timm's own."""
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from linvision.models.resize import checkpoint_filter_fn
-from linvision.train.checkpoint import first_line
+from linvision.nearest import nearest
+from linvision.train.checkpoint import as_dict, first_line
+
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+CROP_MODES = ('center', 'border', 'squash')
+LARGEST = 2**16  # pixels of a side
 
 
 def is_source(name: str) -> bool:
@@ -54,6 +63,110 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
+def check_folder(folder: Path) -> None:
+    """Raise where a folder holds no whole model, without reading its weights.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: A file is damaged; the message names it.
+    """
+    folder = model_folder(folder)
+    config, weights = folder / 'config.json', folder / 'model.safetensors'
+    try:
+        found = json.loads(config.read_text())
+        if not isinstance(found, dict) or not isinstance(found.get('architecture'), str):
+            raise ValueError('it names no architecture')
+        check_reading(as_dict(found.get('pretrained_cfg', found)))  # timm mends some of it, but others read it too
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{config} is damaged ({first_line(error)}).') from error
+    try:
+        if weights.is_file():
+            with safe_open(weights, 'pt'):  # looks at the header and the length
+                pass
+    except SafetensorError as error:
+        raise ValueError(f'{weights} is damaged ({first_line(error)}).') from error
+
+
+def load_source(name: str, what: str, weights: bool = True, **arguments: Any) -> Any:
+    """timm's model of a source: the one way to load what may come from a stranger, in whatever state.
+
+    Args:
+        name: As for `source_of`.
+        what: The beginning of an error.
+        weights: Load them too.
+        arguments: Of `timm.create_model`.
+
+    Raises:
+        FileNotFoundError: A folder lacks the files of a model.
+        ValueError: The model cannot be made of what is there, or would not know how to read images.
+    """
+    source = source_of(name)
+    try:
+        if source.startswith('local-dir:'):
+            check_folder(Path(source.removeprefix('local-dir:')))
+        model: Any = timm.create_model(source, pretrained=weights, **arguments)
+        config = model.pretrained_cfg
+        check_reading(config)
+        check_names(config.get('label_names'), model.num_classes)
+        if 'in_chans' not in arguments:
+            check_channels(config, getattr(model, 'in_chans', 3))
+    except Exception as error:  # timm, json, torch and safetensors have many words for a damaged file
+        raise ValueError(f'{what}: {reason_of(error)}') from error
+    return model
+
+
+def reason_of(error: Exception) -> str:
+    """A line for what timm, torch and others say in many, some of which advise to load a pickle all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
+    line = next((line for line in lines if 'GLOBAL' in line), lines[0])
+    if line.endswith(':') and len(lines) > 1:
+        line += f' {lines[1]}'
+    line = ' '.join(each for each in re.split(r'(?<=\.) ', line) if 'weights_only=False' not in each)
+    known = isinstance(error, ValueError | OSError | RuntimeError) and line
+    return line[:300] if known else f'{type(error).__name__}: {line[:300]}'
+
+
+def check_reading(config: dict[str, Any]) -> None:
+    """Raise ValueError where a model's config does not say how images are read."""
+    size, crop = config.get('input_size'), config.get('crop_pct')
+    if size is not None and not (are_numbers(size, 3) and all(isinstance(n, int) and 0 < n <= LARGEST for n in size)):
+        raise ValueError(f'input_size must be three whole numbers, channels, height and width, got {size!r:.80}.')
+    if crop is not None and not (are_numbers([crop], 1) and 0.1 <= crop <= min((size or (3, 224, 224))[1:])):
+        raise ValueError(f'crop_pct must be a number, 0.1 at least and at most the image size, got {crop!r:.80}.')
+    for name, words in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
+        if (value := config.get(name)) is not None and value not in words:
+            raise ValueError(nearest(name, str(value)[:80], words))
+    for name in ('mean', 'std'):
+        value = config.get(name)
+        if value is not None and not (are_numbers(value) and (name == 'mean' or min(value) > 0)):
+            above = ', above 0,' if name == 'std' else ''
+            raise ValueError(f'{name} must be a list of numbers{above} one for each channel, got {value!r:.80}.')
+
+
+def are_numbers(values: Any, count: int = 0) -> bool:
+    """Whether it is a list of finite numbers (0: of one at least)."""
+    if not isinstance(values, list | tuple) or not values or count not in (0, len(values)):
+        return False
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in values)
+
+
+def check_names(names: Any, num_classes: int) -> None:
+    """Raise ValueError where the names of the classes are no names, or not as many as the classes."""
+    if names is None or not num_classes:  # a backbone may keep the names of what it was trained on
+        return
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'label_names must be a list of names, got {names!r:.80}.')
+    if len(names) not in (0, num_classes):
+        raise ValueError(f'label_names must be one for each of {num_classes} classes, got {len(names)}.')
+
+
+def check_channels(config: dict[str, Any], in_chans: int) -> None:
+    """Raise ValueError where mean and deviation are of other channels than the model's."""
+    for name in ('mean', 'std'):
+        if (value := config.get(name)) is not None and len(value) != in_chans:
+            raise ValueError(f'{name} must be one number for each of {in_chans} channels, got {list(value)!r:.80}.')
+
+
 def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] = ()) -> None:
     """Give a model the weights of another; sizes and K are changed as in any checkpoint.
 
@@ -67,12 +180,8 @@ def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] 
         ValueError: The other is of another kind or width.
     """
     check_source(name)
-    try:
-        in_chans = model.patch_embed.proj.in_channels
-        # Any: timm's factory sets pretrained_cfg, no class declares it
-        other: Any = timm.create_model(source_of(name), pretrained=True, in_chans=in_chans)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f'No weights to start from in {name!r}: {first_line(error)}') from error
+    in_chans = model.patch_embed.proj.in_channels
+    other = load_source(name, f'No weights to start from in {name!r}', in_chans=in_chans)
     kind = {'embed_dim': None, 'has_class_token': None, 'num_reg_tokens': None, 'token_norm': False}
     theirs, ours = ({k: getattr(m, k, default) for k, default in kind.items()} for m in (other, model))
     if theirs != ours:
@@ -115,10 +224,8 @@ def load_teacher(
         ValueError: The teacher tells other things apart, or cannot be loaded.
     """
     in_chans = student.patch_embed.proj.in_channels
-    try:
-        teacher: Any = timm.create_model(source_of(name), pretrained=True, img_size=img_size, in_chans=in_chans)
-    except RuntimeError as error:
-        raise ValueError(f'No teacher can be loaded from {name!r}: {first_line(error)}') from error
+    wanted = {'img_size': img_size, 'in_chans': in_chans}
+    teacher = load_source(name, f'No teacher can be loaded from {name!r}', **wanted)
     known = tuple(teacher.pretrained_cfg.get('label_names') or classes)
     renamed = bool(classes) and known != tuple(classes)
     if renamed or teacher.num_classes != student.num_classes:

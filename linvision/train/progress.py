@@ -1,6 +1,8 @@
 """How far a run is."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -28,6 +30,21 @@ class Progress:
     best_step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     bad_images: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: dict[str, Any], path: Path | None) -> Self:
+        """That of a checkpoint's state.
+
+        Raises:
+            ValueError: The checkpoint is of another version.
+        """
+        kept = state.get('progress')
+        if isinstance(kept, dict) and set(kept) == {each.name for each in fields(cls)}:
+            return cls(**kept)
+        raise ValueError(
+            f'{path} is of another version of linvision, whose images came in another order. Finish the run with that '
+            'version, or start over beside it with --fresh.'
+        )
 
 
 def stage_at(stages: tuple[tuple[int, float], ...], fraction: float) -> int:

@@ -157,6 +157,8 @@ class Recipe:
         _check_known('way to compile', run.compile, COMPILE)
         _check_known('way to be parallel', run.parallel, PARALLEL)
         self.check_numbers()
+        if not str(run.output_dir):
+            raise ValueError("output_dir is empty: name a folder. The one that you are in is '.'.")
         if self.task == 'masked_pixels' and (self.augment.mixes or optim.teacher):
             raise ValueError('masked_pixels looks at no labels: there is no Mixup, CutMix or teacher for it.')
         if self.augment.mixes and data.batch_size % 2:

@@ -133,7 +133,7 @@ class Run:
     keep_checkpoints: int = 2
     """How many checkpoints to keep, besides the best on the validation slice."""
     fresh: bool = False
-    """Start over; what the output folder holds moves into a folder `earlier_1` within it."""
+    """Start over; what a run has left in the output folder moves into a folder `earlier_1` within it."""
     dry_run: bool = False
     """Print the plan (model, tokens, memory, steps), take one step, and write nothing."""
     device: str = 'auto'

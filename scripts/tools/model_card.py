@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import tyro
 
-from linvision.data.recorded import recorded_data
+from linvision.data.recorded import read_metrics, recorded_data
 from linvision.guard import guarded
+from linvision.train.pretrained import check_folder
 from scripts import ROOT
 from scripts.tools.plain_cnn import train_cnn
 from scripts.tools.softmax_regression import softmax_regression
@@ -125,7 +126,8 @@ def main(
     """
     torch.set_num_threads(threads)
     folder = ROOT / 'linvision' / 'weights' / name
-    config, metrics = (json.loads((folder / file).read_text()) for file in ('config.json', 'metrics.json'))
+    check_folder(folder)
+    config, metrics = json.loads((folder / 'config.json').read_text()), read_metrics(folder / 'metrics.json')
     dataset, data_dir, _ = recorded_data(folder, metrics, dataset, data_dir)
     others = baselines(folder, dataset, data_dir, minutes)
     (folder / 'README.md').write_text(card(name, config, metrics, others))

@@ -20,9 +20,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linvision.analysis.attention_map import attention_maps
+from linvision.analysis.figure_text import literal
 from linvision.cli.pretrained import load_model
 from linvision.data import Batches, ImageSet, create_batches, create_dataset, in_memory
-from linvision.data.recorded import recorded_data
+from linvision.data.recorded import read_metrics, recorded_data
 from linvision.guard import end, guarded
 from linvision.train.checkpoint import check_same_images
 from linvision.train.data import fingerprint
@@ -31,6 +32,7 @@ from scripts.tools.softmax_regression import softmax_regression
 COLUMNS, ROWS, WRONG = 6, 4, 8  # the picture's grid, and how many of its images the model gets wrong
 POOL = 1000  # the picture's images are drawn from so many: the run has scored the whole set already
 SEED = 0
+NEEDED = ('model', 'crop_mode', 'on_bad_image', 'num_samples', 'num_parameters', 'train_minutes', 'tokens')
 POSITIVE, NEGATIVE = (0.95, 0.15, 0.1), (0.15, 0.4, 1.0)  # red and blue
 
 
@@ -83,13 +85,13 @@ def draw(path: Path, images: Tensor, maps: Tensor, captions: list[tuple[str, boo
     gap = torch.ones(len(images), images.shape[1], 1, 3)
     pairs = torch.cat([images, gap, overlay(images, maps)], dim=2)  # (n, H, 2·W + 1, 3)
     figure = Figure(figsize=(16.5, 8.6), layout='constrained')
-    figure.suptitle(title, fontsize=15)
+    figure.suptitle(literal(title), fontsize=15)
     axes = figure.subplots(ROWS, COLUMNS).ravel()
     for ax in axes:
         ax.set_axis_off()
     for ax, pair, (words, right) in zip(axes, pairs, captions, strict=False):
         ax.imshow(pair.numpy(), interpolation='nearest')
-        ax.set_title(words, fontsize=11, color='#1a6e34' if right else '#b3261e')
+        ax.set_title(literal(words), fontsize=11, color='#1a6e34' if right else '#b3261e')
     colours = LinearSegmentedColormap.from_list('signed', [NEGATIVE, (0.5, 0.5, 0.5), POSITIVE])
     bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), colours), ax=axes, location='bottom', aspect=70, shrink=0.6)
     bar.set_label(
@@ -135,7 +137,7 @@ def picture(run: Path, model: nn.Module, test_set: ImageSet, score: str) -> None
 def save_images(folder: Path, images: ImageSet, index: list[int]) -> None:
     """Write images as PNG files named by position and class, and remove those of an earlier report."""
     folder.mkdir(exist_ok=True)
-    for old in folder.glob('*.png'):
+    for old in folder.glob('[0-9][0-9][0-9][0-9][0-9]_*.png'):
         old.unlink()
     for i in index:
         name = images.classes[images.labels[i]].lower().replace('/', '-').replace(' ', '_')
@@ -171,13 +173,15 @@ def report(
     """
     if not (run / 'metrics.json').is_file():
         raise FileNotFoundError(f'{run} holds no finished run: metrics.json is missing. Train first.')
-    metrics = json.loads((run / 'metrics.json').read_text())
+    metrics = read_metrics(run / 'metrics.json')
     recipe = metrics['recipe']
-    if recipe['task'] != 'classify':
+    if recipe.get('task', 'classify') != 'classify':
         raise ValueError(f'The run in {run} learnt {recipe["task"]}, no classes: a report is of a classifier.')
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Give its command again without --no-test.')
     dataset, data_dir, arguments = recorded_data(run, metrics, dataset, data_dir, dataset_args)
+    if lacking := [name for name in NEEDED if name not in {**metrics, **recipe}]:
+        raise ValueError(f'{run}/metrics.json is none that a run wrote: it lacks {lacking[0]}.')
     model = load_model(run / 'model')
     train_set = create_dataset(dataset, data_dir, 'train', **arguments)
     check_same_images(run, fingerprint(train_set), metrics.get('images', {}))
