@@ -201,9 +201,10 @@ class LinformerVisionTransformer(VisionTransformer):
         Raises:
             ValueError: The image size is not a multiple of the patch size.
         """
-        sizes = self.patch_embed.img_size, self.patch_embed.patch_size
-        sizes = tuple(own if new is None else new for own, new in zip(sizes, (img_size, patch_size), strict=True))
-        check_sizes(*sizes)
+        check_sizes(
+            self.patch_embed.img_size if img_size is None else img_size,
+            self.patch_embed.patch_size if patch_size is None else patch_size,
+        )
         super().set_input_size(
             img_size=img_size and to_2tuple(img_size), patch_size=patch_size and to_2tuple(patch_size)
         )

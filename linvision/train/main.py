@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from types import FrameType
 
 from linvision.data.loader_batches import SIGNALS
@@ -65,7 +66,7 @@ def read_flags(recipe: Recipe, description: str | None = None, args: Sequence[st
 
 def refuse_empty_paths(words: Sequence[str]) -> None:
     """Raise ValueError for a folder named '', as of a shell's variable that is not set: Python reads it as '.'."""
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip_longest(words, words[1:]):
         name, equals, value = word.partition('=')
         if name.replace('_', '-') in ('--output-dir', '--data-dir') and (value if equals else after) == '':
             raise ValueError(f"{name} is empty: name a folder. The one that you are in is '.'.")
