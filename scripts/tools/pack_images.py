@@ -40,7 +40,7 @@ def pack(folder: Path, output: Path) -> None:
 
 def open_packed(path: Path, split: str) -> ImageSet:
     """A split of such a file, decoded."""
-    with np.load(path) as held:
+    with np.load(path, allow_pickle=False) as held:
         packed = {name: held[name] for name in held}
     first = 0 if split == 'train' else int(packed['counts'][0])
     index = slice(first, first + int(packed['counts'][SPLITS.index(split)]))
