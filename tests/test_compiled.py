@@ -63,21 +63,6 @@ def test_the_same_graphs_serve_all_blocks_batches_and_chunks(arguments):
 
 
 @pytest.mark.slow
-def test_evaluation_and_another_image_size_have_each_a_graph_and_no_more():
-    compiled, plain = models(chunk_size=0)
-    counts = []
-    for size in (16, 24, 32, 40):
-        for model in (compiled, plain):
-            model.set_input_size((size, size))
-        images = torch.randn(2, 1, size, size)
-        torch.testing.assert_close(step(compiled, images), step(plain, images), rtol=1e-4, atol=1e-5)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
-        counts.append(graphs())
-    assert counts == [2, 4, 4, 4]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('chunk_size', [0, 80])
 def test_drop_path_and_autocast_compile(chunk_size):
     compiled, plain = models('aot_eager', chunk_size=chunk_size, drop_path_rate=0.2)

@@ -52,6 +52,7 @@ def test_packed_images_are_those_of_the_folder(packed):
     assert len(open_packed(packed / 'packed.npz', 'train')) == 60 and images.note == 'JPEG copy'
 
 
+@pytest.mark.slow
 def test_figures_come_as_lines_the_longest_sequences_first_with_equal_tokens_a_step(report):
     gpu_report.speed(report)
     rows = lines(report.folder, 'speed')

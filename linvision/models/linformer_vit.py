@@ -254,8 +254,8 @@ class LinformerVisionTransformer(VisionTransformer):
     def set_compile(self, backend: str) -> None:
         """Let blocks run compiled: 'inductor', or another backend of `torch.compile`; '' for not.
 
-        One graph serves all blocks, one all chunks of streamed ones (`compiled.py`): for training and for inference,
-        for batches of one image and for all others, each at the first image size and at all further ones.
+        The same graphs serve all blocks, and all chunks of streamed ones (`compiled.py`), whatever the batch; training,
+        inference, a batch of one image and another image size have their own.
         """
         # dynamo asks every tensor whether it has a gradient, and PyTorch warns of the question
         warnings.filterwarnings('ignore', 'The .grad attribute of a Tensor that is not a leaf')

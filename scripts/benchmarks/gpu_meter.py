@@ -72,7 +72,7 @@ class Meter:
     def kernels(self, function: Callable[[], Any], most: int = 8) -> dict[str, Any]:
         """Which attention ran, by PyTorch's own record; how many kernels; and those that took longest, in ms."""
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.cuda]
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns
             self.timed(function)
         events = profiler.events() or []
         attention = Counter(e.name for e in events if '_scaled_dot_product_' in e.name)
