@@ -121,7 +121,7 @@ def test_intermediate_layers_and_pruning():
 
 
 @pytest.mark.parametrize('sharing', SHARING)
-@pytest.mark.parametrize('kind', ['separable', 'linear', 'mean_pool'])
+@pytest.mark.parametrize('kind', ['separable', 'linear', 'mean_pool', 'dynamic'])
 def test_pruned_models_keep_the_projections_of_their_layers_alone(kind, sharing):
     arguments = dict(projection=kind, sharing=sharing, proj_len=4 if sharing == 'layerwise' else (4, 64, 100))
     model, images = create(**arguments), batch()

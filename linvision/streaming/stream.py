@@ -237,45 +237,54 @@ class TokenChunks:
             dx += got[0]
         else:
             dx[:, : self.P] += got[-1]
+            totals = [r.detach() for r in rows]
             for own, _, _ in row_chunks(self.grid, self.chunk_size):
                 x = self.rows(self.x, own).requires_grad_()
                 total = self.rows(dx, own)
-                total += backward(self.reduce_rows(x, projection, own), got[:-1], [x])[0]
+                # a part's share of the whole: the gradient is right, the value counts the part twice
+                shares = self.merge(totals, self.reduce_rows(x, projection, own))
+                total += backward(shares, got[:-1], [x])[0]
         return [dx, *(sums.get(id(t)) for t in inputs)]
 
     # ------------------------------------------------------------------------------------- keys and values from chunks
 
     def reduce(self, projection: list[Tensor]) -> list[Tensor]:
-        """[E x], or [E x, F x], as sums over the chunks: (B, K, D) each."""
+        """What all chunks give for [E x], or [E x, F x]: (B, K, C) each."""
         total: list[Tensor] = []
         for own, _, _ in row_chunks(self.grid, self.chunk_size):
             parts = self.reduce_rows(self.rows(self.x, own), projection, own)
-            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+            total = self.merge(total, parts) if total else parts
         return total
 
+    def merge(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        """What two parts of the tokens give together."""
+        return [self.block.attn.kind.merge(*pair) for pair in zip(a, b, strict=True)]
+
     def reduce_rows(self, x: Tensor, projection: list[Tensor], own: slice) -> list[Tensor]:
-        """What neighbouring rows of the token grid, x of (B, rows, width, D), add to E x and F x."""
+        """What neighbouring rows of the token grid, x of (B, rows, width, D), give for E x and F x."""
         attention = self.block.attn
         n = len(projection) // attention.matrices
         x = self.block.norm1(x).flatten(1, 2)
+        inside = []
         if self.valid is not None:
-            x = x.masked_fill(~self.rows(self.valid, own).flatten(1, 2).unsqueeze(-1), 0.0)
+            inside = [self.rows(self.valid, own).flatten(1, 2)]  # (B, n)
+            x = x.masked_fill(~inside[0].unsqueeze(-1), 0.0)
         parts = []
         for i in range(attention.matrices):
-            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], own.start, own.stop)
-            y = attention.reduce(x, factors, (own.stop - own.start, self.grid[1]), attention.rows)
+            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], own.start, own.stop) + inside
+            y = attention.kind.partial(x, factors, (own.stop - own.start, self.grid[1]), attention.rows)
             parts.append(y.to(torch.promote_types(y.dtype, torch.float32)))  # a sum of many
         return parts
 
     def key_value(self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]) -> KeysValues:
-        """Keys, values and mask from [E x] or [E x, F x] and the prefix tokens."""
+        """Keys, values and mask from what all chunks give for [E x] or [E x, F x], and the prefix tokens."""
         attention, prefix = self.block.attn, self.block.norm1(prefix)
-        rows = [r.to(prefix.dtype) for r in rows]
+        rows = [attention.kind.finish(r).to(prefix.dtype) for r in rows]
         weights = attention.split_weights(prefix)
         return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, weights)
 
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
-        """Keys, values and mask for kinds that are no sums over tokens, from the whole sequence."""
+        """Keys, values and mask for kinds that take no parts, from the whole sequence."""
         attention, h = self.block.attn, self.block.norm1(x)
         return attention.key_value(h, projection, self.grid, self.valid, attention.split_weights(h))
 
