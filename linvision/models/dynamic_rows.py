@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLACE_SCALE = 256.0  # what keys are multiplied and queries divided by: a narrow prior stays within fp16
+
+def place_scale() -> float:
+    """What places are multiplied and queries divided by, so that a narrow prior stays within fp16; for TorchScript."""
+    return 256.0
 
 
 def axis_places(n: int, like: Tensor) -> Tensor:
@@ -27,8 +30,8 @@ def place_queries(prior: Tensor, rows: tuple[int, int], like: Tensor) -> Tensor:
     down = down / rows[0] + axis_places(rows[0], prior).repeat_interleave(rows[1])
     across = across / rows[1] + axis_places(rows[1], prior).repeat(rows[0])
     # σ of a uniform cell is 1 / (√12 n); the floor keeps a narrow prior finite
-    sharp_down = 12 * rows[0] ** 2 / PLACE_SCALE * torch.exp(-2 * log_down.clamp(min=-3.0))
-    sharp_across = 12 * rows[1] ** 2 / PLACE_SCALE * torch.exp(-2 * log_across.clamp(min=-3.0))
+    sharp_down = 12 * rows[0] ** 2 / place_scale() * torch.exp(-2 * log_down.clamp(min=-3.0))
+    sharp_across = 12 * rows[1] ** 2 / place_scale() * torch.exp(-2 * log_across.clamp(min=-3.0))
     query = torch.stack([-0.5 * sharp_down, sharp_down * down, -0.5 * sharp_across, sharp_across * across], dim=-1)
     high, low = halves(query, like)
     return query if low is None else torch.cat([high, high, low, low], dim=-1)
@@ -42,7 +45,7 @@ def places(grid: tuple[int, int], like: Tensor) -> Tensor:
     """
     y = axis_places(grid[0], like).unsqueeze(1).expand(grid)
     x = axis_places(grid[1], like).unsqueeze(0).expand(grid)
-    place = PLACE_SCALE * torch.stack([y.square(), y, x.square(), x], dim=-1)
+    place = place_scale() * torch.stack([y.square(), y, x.square(), x], dim=-1)
     high, low = halves(place, like)
     return place if low is None else torch.cat([high, low, high, low], dim=-1)
 
