@@ -81,11 +81,13 @@ def weighted_means(x: Tensor, query: Tensor, place: Tensor, inside: Tensor | Non
 
 def logits(x: Tensor, factors: list[Tensor]) -> Tensor:
     """What `weighted_means` takes the softmax of, in fp32 at least: (..., N, D) -> (..., K, N)."""
-    query, place, D = factors[0], factors[1].flatten(0, 1), x.shape[-1]
-    exact = torch.promote_types(x.dtype, torch.float32)
+    query, place = factors[0].expand(x.shape[:-2] + (-1, -1)), factors[1].flatten(0, 1)  # (..., K, D + C), (N, C)
     with torch.autocast(x.device.type, enabled=False):
-        scores = (query[..., :D].expand(x.shape[:-2] + (-1, -1)) @ x.mT).to(exact)
-        scores += query[..., D:].to(exact) @ place.to(exact).mT
+        if x.element_size() > 2:
+            scores = query @ torch.cat([x, place.expand(x.shape[:-1] + (-1,))], dim=-1).mT
+        else:  # the sum of both parts would be rounded to 16 bits
+            scores = (query[..., : x.shape[-1]] @ x.mT).float()
+            scores += factors[0][..., x.shape[-1] :].float() @ place.float().mT
     if len(factors) > 2:
         inside = factors[2].reshape(len(x), *[1] * (x.ndim - 2), -1)  # (B, ..., 1, N)
         scores = scores.masked_fill_(~inside, float('-inf'))

@@ -1,8 +1,8 @@
 """Streamed blocks: no N×K and no N×4D array is ever whole in memory.
 
 Once the K rows of keys and values of a block are known, the rest of the block acts on each token alone (the local path
-needs a few rows of neighbours). So a block is two loops over chunks of tokens that stay in cache: E x, summed over the
-chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
+needs a few rows of neighbours). So a block is two loops over chunks of tokens that stay in cache: E x, from
+what each chunk gives; then attention, MLP and residuals, chunk by chunk. Notable here:
 
 - `stream` runs inside the block's `forward`: FSDP2 gathers the block's parameters there.
 - Without gradients the result goes to a buffer of the model's, never to the caller's tensor.
@@ -164,14 +164,14 @@ class TokenChunks:
         self.chunk_size = chunk_size // len(x)
         self.scales = scales
         attention = block.attn
-        self.sums = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
+        self.by_parts = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
 
     # ------------------------------------------------------------------------------------------------- the two passes
 
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
-            if self.sums:
+            if self.by_parts:
                 key, value, mask = self.key_value(self.reduce(projection), self.x[:, : self.P], projection)
             else:
                 key, value, mask = self.key_value_of_all(self.x, projection)
@@ -211,7 +211,7 @@ class TokenChunks:
             return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
 
         # keys and values, from leaves
-        if self.sums:
+        if self.by_parts:
             with torch.no_grad():
                 rows = self.reduce(projection)
             sources = [r.requires_grad_() for r in (*rows, self.x[:, : self.P].clone())]
@@ -233,7 +233,7 @@ class TokenChunks:
 
         # back through keys and values to the tokens
         got = backward(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
-        if not self.sums:
+        if not self.by_parts:
             dx += got[0]
         else:
             dx[:, : self.P] += got[-1]
