@@ -181,6 +181,7 @@ class Recipe:
         if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
             for name in optim.opt_args:
                 _check_known('name in opt_args', name, set(arguments) - {'params', 'lr', 'weight_decay'})
+        check(optim.opt_args, {name: _form_of(argument) for name, argument in arguments.items()})
 
     def check_numbers(self) -> None:
         """Raise ValueError for a number that is out of its range."""
@@ -213,6 +214,20 @@ class Recipe:
             )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f'mask_ratio must lie between 0 and 1, got {self.mask_ratio}.')
+
+
+def _form_of(argument: inspect.Parameter) -> Rule:
+    """What an optimizer's argument must be, by its default: optimizers look at it in their first step, or never."""
+    default = argument.default
+    if isinstance(default, tuple):
+        n = len(default)
+        words = f'{n} numbers, as {default}, which a recipe can say and a flag cannot'
+        return Rule(words, lambda x: isinstance(x, tuple | list) and len(x) == n and all(map(is_number, x)))
+    if isinstance(default, bool):
+        return FLAG
+    if isinstance(default, int | float):  # torch's SGD has a whole 0 where any number may be
+        return KINDS[int if argument.annotation in (int, 'int') else float]
+    return Rule('anything', lambda x: True)
 
 
 def _check_known(what: str, name: str, names: Any) -> None:
