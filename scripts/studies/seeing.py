@@ -22,6 +22,7 @@ import linvision  # noqa: F401  # its models, for timm
 from linvision.analysis import difference_between_images, projection_matrices, tokens_of_images
 from linvision.data.batches import in_memory
 from linvision.data.datasets import create_dataset, part
+from linvision.guard import guarded
 from scripts.studies.tables import RESULTS
 
 BATCH = 32
@@ -76,4 +77,5 @@ def main(data_dir: Path = Path('data'), steps: int = 400, output: Path = RESULTS
 
 
 if __name__ == '__main__':
-    tyro.cli(main)
+    with guarded():
+        tyro.cli(main)
