@@ -5,6 +5,7 @@ import timm
 import torch
 from runs import small
 
+from linvision.models.projection_kinds import PROJECTIONS
 from linvision.train import Recipe, train
 from linvision.train.plan import multiply_adds
 
@@ -15,7 +16,7 @@ EDGES = [
     dict(pos_embed='none', projection='none', dynamic_img_size=True),
     dict(pos_embed='learn', dynamic_img_size=True, class_token=True, global_pool='map'),
     dict(pos_embed='none', projection='conv', token_norm=True),
-    dict(pos_embed='learn', projection='mean_pool', sharing='key_value', local_size=3),
+    *[dict(pos_embed='learn', projection=kind, sharing='key_value', class_token=True) for kind in PROJECTIONS],
 ]
 
 
