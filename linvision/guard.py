@@ -2,10 +2,12 @@
 
 What the user can mend ends in one sentence, `error: …`, and exit code 2, as a wrong flag does; `LINVISION_TRACEBACK=1`
 shows where it was raised. Everything else is a fault of ours: it keeps its traceback, and says where to report it.
+Ctrl-C ends what has no handler of its own, as training has, in one sentence and exit code 130.
 """
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +23,17 @@ MENDED = {
     'Unknown model argument': '',
     'DataLoader worker': 'Often it is memory: try fewer --workers, or more shared memory (docker run --shm-size).',
     'out of memory': 'Try a smaller batch, or more --accumulate.',
+    "can't allocate memory": 'Choose smaller sizes, or fewer images at a time.',
+    'size calculation overflowed': 'Choose smaller sizes: no memory holds these.',
 }
 
 
 class Mistake(SystemExit):
     """The end of the program for something that the user can mend; its text is the sentence that was printed."""
 
-    def __init__(self, words: str) -> None:
+    def __init__(self, words: str, code: int = 2) -> None:
         super().__init__(words)
-        self.code = 2
+        self.code = code
 
 
 def end(words: str) -> NoReturn:
@@ -56,7 +60,7 @@ def guarded() -> Iterator[None]:
     """End the program in a sentence where the user can mend what went wrong.
 
     Raises:
-        Mistake: It is such a mistake.
+        Mistake: It is such a mistake, or Ctrl-C.
         Exception: A fault of ours, as it was raised, with a note.
     """
     escape_what_cannot_be_shown()
@@ -65,6 +69,11 @@ def guarded() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet what ends with the program
+        words = 'stopped by Ctrl-C'
+        print(words, file=sys.stderr)
+        raise Mistake(words, 128 + signal.SIGINT) from stop
     except Exception as error:
         words, advice = str(error) or type(error).__name__, ''
         mistake = isinstance(error, MISTAKES)

@@ -30,8 +30,18 @@ def is_number(x: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     return math.isfinite(value) and low <= value <= high
 
 
-POSITIVE = Rule('a positive integer', partial(is_whole, low=1))
-COUNT = Rule('an integer of at least 0', partial(is_whole, low=0))
+SIDE = 2**16  # pixels: an image of such sides has 4 thousand million of them
+MANY = 2**20  # of what is counted: a square matrix of such a side has 4 TiB in fp32, more than memories hold
+DEEP = 10_000  # layers: each is some modules of torch's, which take memory and time without any weight
+
+
+def positive(most: int) -> Rule:
+    """The rule of whole numbers from 1."""
+    return Rule(f'a positive integer of at most {most:,}', partial(is_whole, low=1, high=most))
+
+
+POSITIVE = positive(MANY)
+COUNT = Rule(f'an integer of at least 0 and at most {MANY:,}', partial(is_whole, low=0, high=MANY))
 RATE = Rule('a number from 0 to 1', partial(is_number, low=0, high=1))
 FLAG = Rule('True or False', lambda x: isinstance(x, bool))
 

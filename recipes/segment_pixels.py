@@ -18,6 +18,7 @@ An example of your own loop around a backbone, in one file; the other recipes sh
 
 import json
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,8 @@ from linvision.train.parallel import choose_device
 ITEM = 28  # pixels of an item's side
 VISIBLE = 25  # of 255: darker pixels of an item are not its own
 WARMUP = 0.05
+# what torch and json raise for a file that is cut, or that no run wrote
+DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -196,10 +199,13 @@ def train(model: nn.Module, items: Images, settings: Settings, device: torch.dev
     optimizer = create_optimizer(model, settings)
     file, at = settings.output_dir / 'checkpoint.pt', {'step': 0, 'seconds': 0.0}
     if file.is_file():
-        saved = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        at = saved['at']
+        try:
+            saved = torch.load(file, map_location=device, weights_only=True)
+            model.load_state_dict(saved['model'])
+            optimizer.load_state_dict(saved['optimizer'])
+            at = {'step': int(saved['at']['step']), 'seconds': float(saved['at']['seconds'])}
+        except DAMAGE as error:
+            end(f'{file} is damaged ({type(error).__name__}). Move it away, and the same command starts over.')
         print(f'goes on from step {at["step"]}, {at["seconds"] / 60:.1f} minutes', flush=True)
     model.train()
     saved_at, began = at['seconds'], time.perf_counter() - at['seconds']
@@ -272,6 +278,14 @@ def draw(model: nn.Module, items: Images, settings: Settings, device: torch.devi
     figure.savefig(path, dpi=110)
 
 
+def read(file: Path) -> dict[str, Any]:
+    """What a run wrote as JSON."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (*DAMAGE, RecursionError) as error:
+        end(f'{file} is damaged ({type(error).__name__}). Move it away, or choose another --output-dir.')
+
+
 def main(settings: Settings) -> dict[str, Any]:
     """Train, score and draw; the contents of `metrics.json`."""
     if settings.threads:
@@ -281,11 +295,11 @@ def main(settings: Settings) -> dict[str, Any]:
     folder, device = settings.output_dir, choose_device(settings.device)
     own = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / 'settings.json').is_file() and json.loads((folder / 'settings.json').read_text()) != own:
+    if (folder / 'settings.json').is_file() and read(folder / 'settings.json') != own:
         end(f'{folder} holds a run with other settings: choose another --output-dir.')
     if (folder / 'metrics.json').is_file():
         print(f'{folder} holds this run, finished')
-        return json.loads((folder / 'metrics.json').read_text())
+        return read(folder / 'metrics.json')
     (folder / 'settings.json').write_text(json.dumps(own, indent=2) + '\n')
     items, test_items = (create_dataset('fashion_mnist', settings.data_dir, split) for split in ('train', 'test'))
     if settings.validation:

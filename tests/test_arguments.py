@@ -9,7 +9,7 @@ import torch
 from linvision.models.checks import CHOICES, LAYERS, RULES
 
 NAN, INF = math.nan, math.inf
-SIZE = 'must be a positive integer, or two of them'
+SIZE = 'must be a positive integer of at most 65,536, or two of them'
 ILLEGAL = [
     ('img_size', (8, 8, 8), SIZE),
     ('img_size', (8,), SIZE),
@@ -20,7 +20,7 @@ ILLEGAL = [
     ('patch_size', '1', SIZE),
     ('local_grid', (1, 2, 3), 'must be 0, or a positive integer'),
     ('local_grid', -4, 'must be 0, or a positive integer'),
-    ('num_heads', 0, 'must be a positive integer, got 0'),
+    ('num_heads', 0, 'must be a positive integer of at most 1,048,576, got 0'),
     ('num_heads', 2.0, 'must be a positive integer'),
     ('embed_dim', 0, 'must be a positive integer'),
     ('embed_dim', -64, 'must be a positive integer'),
@@ -31,7 +31,7 @@ ILLEGAL = [
     ('class_token', 2, 'must be True or False, got 2'),
     ('qkv_bias', 'yes', 'must be True or False'),
     ('fc_norm', 'yes', 'must be True, False or None'),
-    ('mlp_ratio', 0.001, 'must give some hidden channels'),
+    ('mlp_ratio', 0.01, 'must give some hidden channels'),
     ('mlp_ratio', 0, 'must be a finite number above 0'),
     ('mlp_ratio', INF, 'must be a finite number above 0'),
     ('drop_path_rate', 2, 'must be a number from 0 to below 1'),
@@ -68,6 +68,45 @@ def test_an_illegal_argument_is_refused_by_name(name, value, words):
     with pytest.raises(ValueError) as error:
         timm.create_model('test_linformer_vit', **{name: value})
     assert name in str(error.value) and words in str(error.value)
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    'name', ['depth', 'img_size', 'patch_size', 'embed_dim', 'num_heads', 'in_chans', 'num_classes', 'reg_tokens',
+             'proj_len', 'local_grid', 'mlp_ratio'],
+)  # fmt: skip
+@pytest.mark.parametrize('value', [10**9, HUGE])
+def test_absurd_sizes_are_refused_by_name_and_bound(name, value):
+    bounds = {'depth': '10,000', 'img_size': '65,536', 'patch_size': '65,536', 'local_grid': '65,536'}
+    with pytest.raises(ValueError, match=rf'{name} .*at most {bounds.get(name, "1,048,576")}.*, got {value}'):
+        timm.create_model('test_linformer_vit', **{name: value})
+
+
+TOO_LARGE = [
+    (dict(embed_dim=2**20, num_heads=2**14), 'depth 3, embed_dim 1048576'),
+    (dict(depth=10_000, embed_dim=65_536), 'depth 10000, embed_dim 65536'),
+    (dict(img_size=65_536, patch_size=1, proj_len=64), 'img_size 65536, patch_size 1, proj_len'),
+    (dict(img_size=65_536, patch_size=1, projection='conv'), 'img_size 65536, patch_size 1. '),
+    (dict(proj_len=2**20, img_size=1024, patch_size=1), 'proj_len 1048576'),
+    (dict(num_classes=2**20, embed_dim=2**14), 'embed_dim 16384, num_classes 1048576'),
+    (dict(patch_size=2**15, img_size=2**15, in_chans=2**10), 'patch_size 32768, in_chans 1024'),
+    (dict(local_size=2**15 + 1), 'local_size 32769'),
+]
+
+
+@pytest.mark.parametrize('sizes, words', TOO_LARGE, ids=lambda v: str(v)[:40])
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(sizes, words, monkeypatch):
+    monkeypatch.setattr('linvision.models.checks.installed_gib', lambda: 8.0)
+    with pytest.raises(ValueError, match='the machine has 8.0 GiB of memory') as refused:
+        timm.create_model('test_linformer_vit', **{'pos_embed': 'learn', 'projection': 'linear', **sizes})
+    assert words in str(refused.value)
+
+
+def test_a_model_without_memory_may_have_any_size():
+    with torch.device('meta'):
+        assert timm.create_model('test_linformer_vit', img_size=65_536, patch_size=1, depth=1).num_classes
 
 
 def test_rules_are_for_arguments_that_there_are_and_hold_for_their_defaults():
@@ -110,7 +149,7 @@ def test_features_of_a_model_that_is_less_deep_than_its_name():
 
 def test_what_is_changed_later_is_checked_too():
     model = timm.create_model('test_linformer_vit')
-    with pytest.raises(ValueError, match='num_classes must be an integer of at least 0, got -1'):
+    with pytest.raises(ValueError, match='num_classes must be an integer of at least 0 .*, got -1'):
         model.reset_classifier(-1)
     with pytest.raises(ValueError, match='Unknown global_pool'):
         model.reset_classifier(3, 'averag')

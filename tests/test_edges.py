@@ -3,8 +3,9 @@
 import pytest
 import timm
 import torch
+from runs import small
 
-from linvision.train import Recipe
+from linvision.train import Recipe, train
 from linvision.train.plan import multiply_adds
 
 EDGES = [
@@ -14,6 +15,7 @@ EDGES = [
     dict(pos_embed='none', projection='none', dynamic_img_size=True),
     dict(pos_embed='learn', dynamic_img_size=True, class_token=True, global_pool='map'),
     dict(pos_embed='none', projection='conv', token_norm=True),
+    dict(pos_embed='learn', projection='mean_pool', sharing='key_value', local_size=3),
 ]
 
 
@@ -69,6 +71,12 @@ def test_the_plan_counts_what_a_learned_pool_multiplies():
     with torch.device('meta'):
         mean, learned = create(), create(class_token=True, global_pool='map')
     assert multiply_adds(learned) > multiply_adds(mean)
+
+
+def test_a_dry_run_takes_what_a_run_takes(tmp_path):
+    recipe = small(tmp_path / 'run', model_args={'global_pool': 'map'}, stages=(), max_steps=1, test=False)
+    assert train(recipe.replace(dry_run=True)) == {}
+    assert train(recipe) == {}  # stopped after a step
 
 
 def test_a_recipe_takes_a_name_with_a_tag_that_has_no_weights():

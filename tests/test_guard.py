@@ -3,11 +3,14 @@
 import io
 import logging
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from linvision.cli.main import main
 from linvision.guard import ISSUES, Mistake, guarded
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,7 @@ SCRIPTS = [path for path in sorted(ROOT.glob('scripts/**/*.py')) if "__name__ ==
         (FileNotFoundError(), 'error: FileNotFoundError'),  # timm raises it without a word
         (MemoryError('no room'), 'error: no room'),
         (TypeError("f() got an unexpected keyword argument 'betaz'"), "error: .* unexpected keyword argument 'betaz'"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'error: .* Choose smaller sizes'),
         (RuntimeError('DataLoader worker (pid 7) exited'), 'error: DataLoader worker .* try fewer --workers'),
     ],
 )
@@ -29,6 +33,22 @@ def test_a_mistake_is_a_sentence(error, words, capsys):
         raise error
     said = capsys.readouterr().err
     assert end.value.code == 2 and said == f'{end.value}\n'
+
+
+@pytest.mark.parametrize('words', [['models'], ['predict', 'x.png', '--model', 'x'], ['train', '--list']])
+def test_ctrl_c_ends_a_command_in_a_sentence_and_130(words, monkeypatch, capsys):
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr('tyro.cli', pressed)
+    monkeypatch.setattr('linvision.cli.train.main', pressed)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert end.value.code == 130 and capsys.readouterr().err == 'stopped by Ctrl-C\n'
 
 
 @pytest.mark.parametrize(
@@ -59,6 +79,7 @@ def test_what_the_terminal_cannot_show_is_escaped_and_all_is_printed(encoding, m
         logger = logging.getLogger('test_guard')
         logger.addHandler(logging.StreamHandler(err))
         logger.warning(names[0])
+        list(tqdm([1], names[0]))
     printed = out.buffer.getvalue().decode(encoding).splitlines()
     assert len(printed) == 3 and printed[2] == 'lost\\udcff.png'
     assert printed[0] == names[0] if encoding == 'utf-8' else printed[0] == '\\u732b.png'

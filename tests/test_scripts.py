@@ -67,6 +67,15 @@ def test_report_compares_both_scores_and_leaves_a_picture(finished_run):
     assert all(f'{100 * row["top1"]:.2f} %' in table for row in rows.values())
 
 
+def test_a_picture_that_fails_costs_no_report(finished_run, monkeypatch, caplog):
+    (finished_run / 'report.json').unlink(missing_ok=True)
+    monkeypatch.setattr(report, 'choose', lambda right: 1 / 0)
+    rows = report.report(finished_run)
+    assert rows == json.loads((finished_run / 'report.json').read_text())
+    (record,) = caplog.records
+    assert 'no picture (ZeroDivisionError: division by zero)' in record.getMessage()
+
+
 def test_report_leaves_the_images_of_its_picture_only(finished_run):
     stale = finished_run / 'images' / '99999_stale.png'
     stale.parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 
 import segment_pixels
 from linvision.data import ImageSet
+from linvision.guard import Mistake
 from scripts.studies import segmentation
 from segment_pixels import Settings, UNet, intersection_over_union, network, scene, scenes
 
@@ -106,6 +107,23 @@ def test_training_goes_on_from_its_checkpoint(items, tmp_path):
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'at': at}, tmp_path / 'checkpoint.pt')
     found = segment_pixels.train(UNet(11), items, settings, device)
     assert found['scenes_seen'] > 1234 * 8 and found['train_minutes'] >= 0.05
+
+
+@pytest.mark.parametrize('content', ['', '{', '[1]', 'null', '\xff', '[' * 10_000], ids=range(6))
+@pytest.mark.parametrize('name', ['settings.json', 'metrics.json', 'checkpoint.pt'])
+def test_a_damaged_file_of_a_run_is_a_sentence(name, content, items, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_pixels, 'create_dataset', lambda *_: items)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Mistake, match=f'{name} is damaged .*Move it away'):
+        segment_pixels.main(Settings('unet', canvas=32, output_dir=tmp_path, device='cpu'))
+
+
+@pytest.mark.parametrize('saved', [[], {}, 5, {'model': {}, 'optimizer': {}, 'at': {}}], ids=str)
+def test_a_checkpoint_that_no_run_wrote_is_a_sentence(saved, items, tmp_path):
+    torch.save(saved, tmp_path / 'checkpoint.pt')
+    settings = Settings('unet', canvas=32, output_dir=tmp_path, device='cpu')
+    with pytest.raises(Mistake, match='checkpoint.pt is damaged'):
+        segment_pixels.train(UNet(11), items, settings, torch.device('cpu'))
 
 
 def test_networks_are_compared_with_what_validation_chose(tmp_path, monkeypatch):

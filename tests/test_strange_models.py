@@ -64,8 +64,10 @@ ODD = [
     ({'model_args': {'embed_dim': -1}}, '.'),
     ({'model_args': {'embed_dim': 'x'}}, '.'),
     ({'model_args': {'no_such_argument': 1}}, 'no_such_argument'),
-    ({'model_args': [1]}, '.'),
-    ({'pretrained_cfg': 5}, '.'),
+    ({'model_args': [1]}, 'model_args must be names with their values, got .1.'),
+    ({'model_args': {'img_size': []}}, 'img_size must be a positive integer'),
+    ({'model_args': {'in_chans': '3'}}, "in_chans must be a positive integer .* got '3'"),
+    ({'pretrained_cfg': 5}, 'pretrained_cfg must be names with their values, got 5'),
     ({'num_classes': 'ten'}, '.'),
 ]
 
@@ -106,6 +108,23 @@ def test_damaged_files_of_a_model_are_named_by_every_command(file, content, mode
         with pytest.raises(ValueError, match=f'/odd/{file} is damaged') as refused:
             load(str(folder))
         assert '\n' not in str(refused.value), name
+
+
+def test_weights_in_a_file_that_is_not_there_are_missed_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere.pt does not exist: a file with weights was expected'):
+        load_vit('vit_tiny_patch16_224', str(tmp_path / 'nowhere.pt'), 0)
+
+
+@pytest.mark.parametrize('kind', [AssertionError, KeyError, ZeroDivisionError])
+def test_a_fault_of_ours_is_no_damaged_model(kind, model_folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise kind('ours')
+
+    monkeypatch.setattr(timm, 'create_model', fail)
+    with pytest.raises(kind, match='ours'):
+        load_model(model_folder)
+    with pytest.raises(ValueError, match='cannot be loaded: .*ours'):  # a hub's config, which nobody has looked at
+        load_model('hf-hub:nobody/nothing')
 
 
 def test_what_timms_own_models_say_of_images_is_accepted():

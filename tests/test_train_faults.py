@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -109,7 +110,10 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
     'change, message',
     [
         ({'threads': -1}, 'threads must be at least 0 and at most 1,024, got -1'),
-        ({'stages': ((0, 0.5), (16, 0.5))}, r'image sizes of the stages must be at least 1, got \[0, 16\]'),
+        (
+            {'stages': ((0, 0.5), (16, 0.5))},
+            r'sizes of the stages must be at least 1 and at most 65,536, got \[0, 16\]',
+        ),
         ({'model': 'resnet18'}, r'resnet18 .* its image size cannot be set.*linformer_vit_'),
         ({'model': 'swin_tiny_patch4_window7_224'}, 'swin_tiny.* no plain vision transformer, and has no blocks'),
         (
@@ -117,11 +121,19 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
             'naflexvit_base.* no plain vision transformer, and has no patch_embed',
         ),
         ({'model_args': {'checkpoint_path': 'nowhere.pt'}}, 'nowhere.pt does not exist: a file with weights'),
-        ({'stages': ((8, 0.5), (16, float('nan')))}, r'shares of the stages must be positive.*nan'),
+        ({'stages': ((8, 0.5), (16, math.nan))}, r'shares of the stages must be positive.*nan'),
+        ({'stages': ((8, math.nan), (16, math.nan))}, r'shares of the stages must be positive.*nan'),
         ({'epochs': float('inf')}, 'epochs must be a finite number.*got inf'),
-        ({'lr': float('inf')}, 'lr must be a finite number'),
+        *[({'lr': float('inf'), 'dry_run': dry}, 'lr must be a finite number') for dry in (False, True)],
         ({'lr': 1e300}, r'lr must be a finite number of at most 1e\+38 in size, got 1e\+300'),
         ({'cutmix': float('inf')}, 'cutmix must be a finite number'),
+        ({'stages': ((10**9, 1.0),)}, r'stages must be at least 1 and at most 65,536, got \[1000000000\]'),
+        ({'img_size': 10**9}, 'img_size must be at least 0 and at most 65,536, got 1000000000'),
+        (
+            {'dataset_args': {'img_size': 10**9}},
+            'img_size must be a positive integer of at most 65,536',
+        ),
+        ({'model_args': {'depth': 10**30}}, 'depth must be a positive integer of at most 10,000, got 10'),
         ({'seed': 2**64}, 'seed must be at least 0 and at most 9,223,372,036,854,775,807, got 18446744073709551616'),
         ({'threads': 100_000}, 'threads must be at least 0 and at most 1,024, got 100000'),
         ({'batch_size': 1.5}, 'batch_size must be a whole number'),
@@ -129,8 +141,8 @@ def test_scores_of_a_diverged_last_step_are_not_reported_as_a_result(recipe, mon
         ({'crop_mode': 'centre'}, "Unknown crop_mode 'centre'. Nearest: center"),
         ({'chunk_size': -1}, "chunk_size must be 'auto'.*got -1"),
         ({'opt_args': {'eps': float('nan')}}, 'eps must be a finite number'),
-        ({'dataset_args': {'num_classes': 0}}, 'num_classes must be a positive integer, got 0'),
-        ({'model_args': {'num_heads': 0}}, 'num_heads must be a positive integer, got 0'),
+        ({'dataset_args': {'num_classes': 0}}, 'num_classes must be a positive integer .*got 0'),
+        ({'model_args': {'num_heads': 0}}, 'num_heads must be a positive integer .*got 0'),
         ({'opt': 'muon', 'opt_args': {'nestrov': True}}, "'nestrov'. Nearest: nesterov"),
         ({'precision': 'fp8'}, "Unknown precision 'fp8'. Nearest: fp32, fp16, auto, bf16"),
     ],

@@ -29,7 +29,7 @@ from linvision.data.image_set import ImageSet
 from linvision.data.pathfinder import Pathfinder, pathfinder
 from linvision.data.timm_sets import PREFIXES, TimmImages, TimmStream, open_timm_set
 from linvision.nearest import nearest
-from linvision.rules import COUNT, FLAG, POSITIVE, at_least, check
+from linvision.rules import FLAG, POSITIVE, SIDE, at_least, check, positive
 
 SPLITS = ('train', 'test', 'all')
 ALIASES = {'val': 'test', 'valid': 'test', 'validation': 'test'}
@@ -42,10 +42,10 @@ PLACES = {  # of what is fetched, below its root
 }
 # arguments of sets; those of timm's that are not here are timm's to check
 RULES = {
-    'img_size': POSITIVE,
+    'img_size': positive(SIDE),
     'in_chans': POSITIVE,
     'num_classes': POSITIVE,
-    'num_images': COUNT,
+    'num_images': at_least(0, 10**9),
     'contour_length': POSITIVE,
     'seed': at_least(0, 2**63 - 1),
     'markers': FLAG,

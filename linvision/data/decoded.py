@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from linvision.data.folders import ImageFiles, none_readable
 from linvision.data.image_set import ImageSet
 from linvision.data.loader_batches import ignore_signals, leaving
+from linvision.installed_memory import installed_gib
 
 PLACE = '.decoded'  # hidden, so that it is no class of an image folder
 FORMAT = 1  # of what is kept, and of how an image is read
@@ -66,7 +67,7 @@ def decoded(
     """
     names, shape = files.names, (files.in_chans, img_size, img_size)
     gib = len(files) * math.prod(shape) / 2**30
-    if gib > SHARE * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:
+    if gib > SHARE * installed_gib():
         _logger.warning(f'{len(files):,} images of {folder} are {gib:.1f} GiB, and not held in memory')
         return files
     digest = fingerprint(files, names, img_size)

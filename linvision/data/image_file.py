@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SUFFIXES = (*IMG_EXTENSIONS, '.gif')
 MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
+LONG = 16  # times its height, or its width: more of an image is not resized to have all but its middle cut off
 DETAIL = 4  # so that a crop of a sixteenth of the image is not yet enlarged
 # what PIL raises for a damaged file, or for damaged EXIF data in it
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error, Image.DecompressionBombError)
@@ -80,6 +81,16 @@ def is_grey(mode: str) -> bool:
     return mode in ('1', 'L', 'LA') or mode.startswith('I')
 
 
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of a long, thin image, `LONG` times as long as it is wide; any other image as it is.
+
+    Where the middle square of an image is wanted, the whole would else be enlarged until its shorter side has the size.
+    """
+    most = LONG * min(image.size)
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+
+
 def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...], size: int) -> Image.Image:
     """An image for training as timm's crop modes have it in evaluation; what is square stays as it is.
 
@@ -88,14 +99,14 @@ def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...], size: int
 
     Args:
         image: The image.
-        crop_mode: 'center' (nothing is done: the middle square is cut out later), 'border' (filled up to a square) or
+        crop_mode: 'center' (the middle square is cut out later: see `middle`), 'border' (filled up to a square) or
             'squash' (stretched to one).
         fill: Colour of the border.
         size: Size of the images that are trained on.
     """
     longest = max(image.size)
     if crop_mode == 'center' or min(image.size) == longest:
-        return image
+        return middle(image)
     side = min(longest, DETAIL * size)
     if crop_mode == 'squash':
         return image.resize((side, side), Image.Resampling.BICUBIC)

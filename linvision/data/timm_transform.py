@@ -7,9 +7,11 @@ from typing import Any
 from timm.data import create_transform
 from timm.data.transforms import ResizeKeepRatio
 
+from linvision.data.image_file import middle
+
 
 def timm_transform(**config: Any) -> Callable[[Any], Any]:
-    """`timm.data.create_transform`, under which no side of a long, thin image shrinks to nothing.
+    """`timm.data.create_transform`, under which no long, thin image shrinks to nothing or grows to gigabytes.
 
     Args:
         config: As `timm.data.resolve_model_data_config` gives it, or other arguments of `create_transform`.
@@ -18,6 +20,8 @@ def timm_transform(**config: Any) -> Callable[[Any], Any]:
     for step in transform.transforms:
         if isinstance(step, ResizeKeepRatio):
             step.get_params = pixels  # type: ignore[method-assign]  # a method of one object, not of timm's class
+    if (config.get('crop_mode') or 'center') == 'center':
+        transform.transforms.insert(0, middle)
     return transform
 
 

@@ -157,7 +157,11 @@ class LinformerAttention(nn.Module):
                     'change the weight of attn.qkv by torch.nn.utils.parametrize.'
                 )
         D = x.shape[-1]
-        query, key_value = in_compute_dtype(self.qkv.weight).split([D, 2 * D])
+        weight = in_compute_dtype(self.qkv.weight)
+        plain = True
+        if not torch.jit.is_scripting():
+            plain = type(weight) in (Tensor, nn.Parameter)  # others, as torchao's int8, have slices, and no split
+        query, key_value = weight.split([D, 2 * D]) if plain else [weight[:D], weight[D:]]
         if self.qkv.bias is None:
             return [query, key_value]
         query_bias, key_value_bias = in_compute_dtype(self.qkv.bias).split([D, 2 * D])

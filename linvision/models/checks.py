@@ -1,7 +1,8 @@
 """What a model refuses: arguments, image sizes, images and masks that it cannot honour."""
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,15 +11,18 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from linvision.installed_memory import installed_gib
 from linvision.models.block import MLPS
 from linvision.models.position import POSITIONS
+from linvision.models.projection_kinds import PROJECTIONS
 from linvision.nearest import nearest
-from linvision.rules import COUNT, FLAG, POSITIVE, RATE, Rule, check, is_number, is_whole
+from linvision.rules import COUNT, DEEP, FLAG, MANY, POSITIVE, RATE, SIDE, Rule, check, is_number, is_whole, positive
 
 
 def is_size(x: Any) -> bool:
     """Whether it is an image or patch size."""
-    return is_whole(x, 1) or isinstance(x, tuple | list) and len(x) == 2 and all(is_whole(side, 1) for side in x)
+    sides = x if isinstance(x, tuple | list) and len(x) == 2 else [x]
+    return all(is_whole(side, 1, SIDE) for side in sides)
 
 
 def is_device(x: Any) -> bool:
@@ -30,7 +34,7 @@ def is_device(x: Any) -> bool:
 
 
 DROPPED = Rule('a number from 0 to below 1', lambda x: is_number(x, 0, 1) and x < 1)
-SIZE = Rule('a positive integer, or two of them (height, width)', is_size)
+SIZE = Rule(f'{positive(SIDE).words}, or two of them (height, width)', is_size)
 
 RULES = {
     'img_size': SIZE,
@@ -38,12 +42,14 @@ RULES = {
     'in_chans': POSITIVE,
     'num_classes': COUNT,
     'embed_dim': POSITIVE,
-    'depth': POSITIVE,
+    'depth': positive(DEEP),
     'num_heads': POSITIVE,
     'reg_tokens': COUNT,
-    'local_size': Rule('0 or an odd side', lambda x: is_whole(x, 0) and (x == 0 or x % 2 == 1)),
-    'local_grid': Rule(f'0, or {SIZE.words}', lambda x: is_whole(x, 0) or is_size(x)),
-    'mlp_ratio': Rule('a finite number above 0', lambda x: is_number(x, 0) and x > 0),
+    'local_size': Rule(
+        f'0 or an odd side of at most {SIDE:,}', lambda x: is_whole(x, 0, SIDE) and (x == 0 or x % 2 == 1)
+    ),
+    'local_grid': Rule(f'0, or {SIZE.words}', lambda x: is_whole(x, 0, 0) or is_size(x)),
+    'mlp_ratio': Rule(f'a finite number above 0 and at most {MANY:,}', lambda x: is_number(x, 0, MANY) and x > 0),
     'norm_eps': Rule('a finite number of at least 0', partial(is_number, low=0)),
     'init_values': Rule('a finite number, or None', lambda x: x is None or is_number(x)),
     'fc_norm': Rule('True, False or None', lambda x: x is None or isinstance(x, bool)),
@@ -125,6 +131,37 @@ def check_arguments(model: type[VisionTransformer], values: dict[str, Any]) -> N
         raise ValueError(
             f'mlp_ratio must give {"an even number of" if step == 2 else "some"} hidden channels, got {mlp_ratio} of '
             f'embed_dim {embed_dim}: {hidden}.'
+        )
+
+
+def check_memory(values: Mapping[str, Any], rows: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError for a model on the CPU whose weights alone the machine's memory cannot hold.
+
+    Args:
+        values: All arguments, each of them legal.
+        rows: The K rows of every layer, as `projected_rows` gives them.
+    """
+    device = values['device'] or torch.get_default_device()
+    if torch.device(device).type != 'cpu':  # 'meta' takes none, and of its own memory a GPU says it
+        return
+    width, depth, patch = values['embed_dim'], values['depth'], to_2tuple(values['patch_size'])
+    height, wide = (s // p for s, p in zip(to_2tuple(values['img_size']), patch, strict=True))
+    kind, each = values['projection'], set(rows) if values['sharing'] == 'layerwise' else rows
+    shapes = [] if kind == 'none' else [s for k in each for s in PROJECTIONS[kind].shapes((height, wide), k, 1)]
+    entries = {  # at least: what is small beside these is not counted
+        ('depth', 'embed_dim'): depth * width * (4 * width + int(width * values.get('mlp_ratio', 4.0))),
+        ('depth', 'local_size'): depth * width * values['local_size'] ** 2,
+        ('img_size', 'patch_size', 'proj_len'): sum(map(math.prod, shapes)),
+        ('img_size', 'patch_size'): height * wide * width if values['pos_embed'] == 'learn' else 0,
+        ('patch_size', 'in_chans'): patch[0] * patch[1] * width * values.get('in_chans', 3),
+        ('embed_dim', 'num_classes'): width * values.get('num_classes', 1000),
+    }
+    gib = sum(entries.values()) * (values['dtype'] or torch.get_default_dtype()).itemsize / 2**30
+    if gib > installed_gib():
+        most = ', '.join(f'{name} {values[name]}' for name in max(entries, key=lambda k: entries[k]) if name in values)
+        raise ValueError(
+            f'The weights of this model take {gib:,.0f} GiB, but the machine has {installed_gib():.1f} GiB of memory: '
+            f'most of them come of {most}. Choose less.'
         )
 
 

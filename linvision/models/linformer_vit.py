@@ -29,6 +29,7 @@ from linvision.models.checks import (
     check_arguments,
     check_image,
     check_indices,
+    check_memory,
     check_pool_token,
     check_sizes,
     check_values,
@@ -39,7 +40,7 @@ from linvision.models.padding import check_padding, check_pool, masked_pool, pad
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
-from linvision.rules import COUNT
+from linvision.rules import is_whole
 from linvision.streaming.chunks import choose_chunk_sizes
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class LinformerVisionTransformer(VisionTransformer):
         given = {name: value for name, value in locals().items() if name not in ('self', 'kwargs', '__class__')}
         check_arguments(type(self), {**given, **kwargs})
         rows = projected_rows(projection, sharing, proj_len, depth)
+        check_memory({**given, **kwargs}, rows)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
         local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
@@ -245,7 +247,7 @@ class LinformerVisionTransformer(VisionTransformer):
         Raises:
             ValueError: Anything else, or a number for a model whose blocks only run whole.
         """
-        if chunk_size != 'auto' and not COUNT.holds(chunk_size):
+        if chunk_size != 'auto' and not is_whole(chunk_size, 0):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
         if chunk_size not in ('auto', 0) and self.runs_whole:
             raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from linvision.models.projection_kinds import PROJECTIONS
 from linvision.nearest import nearest
+from linvision.rules import MANY, Rule, is_whole
 
 SHARING = {'none': 2, 'headwise': 2, 'key_value': 1, 'layerwise': 1}  # matrices per layer: E and F, or E = F
+LENGTH = Rule(f'a whole number of at least 1 and at most {MANY:,}', lambda k: is_whole(k, 1, MANY))
 
 
 def row_grid(proj_len: int) -> tuple[int, int]:
@@ -51,8 +53,8 @@ def projected_rows(kind: str, sharing: str, proj_len: int | Sequence[int], depth
     if sharing not in list(SHARING):  # a list: it may be no text, and have no hash
         raise ValueError(nearest('sharing', sharing, SHARING))
     lengths = list(proj_len) if isinstance(proj_len, Sequence) else [proj_len] * depth
-    if not lengths or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in lengths):
-        raise ValueError(f'proj_len is the number of projected rows K, a whole number of at least 1, got {proj_len!r}.')
+    if not lengths or not all(LENGTH.holds(k) for k in lengths):
+        raise ValueError(f'proj_len is the number of projected rows K, {LENGTH.words}, got {proj_len!r}.')
     if len(lengths) != depth:
         raise ValueError(f'proj_len gives {len(lengths)} lengths for {depth} layers; give one number, or one a layer.')
     if sharing == 'layerwise' and len(set(lengths)) > 1:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from linvision.models.checks import SIZE
 from linvision.models.resize import checkpoint_filter_fn
 from linvision.nearest import nearest
+from linvision.rules import POSITIVE, SIDE, check
 from linvision.train.checkpoint import as_dict, first_line
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+# what timm, json, torch and safetensors raise for a damaged or strange file; all else is a fault of ours
+REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ImportError, pickle.UnpicklingError, SafetensorError)
 CROP_MODES = ('center', 'border', 'squash')
-LARGEST = 2**16  # pixels of a side
 
 
 def is_source(name: str) -> bool:
@@ -76,6 +80,11 @@ def check_folder(folder: Path) -> None:
         found = json.loads(config.read_text())
         if not isinstance(found, dict) or not isinstance(found.get('architecture'), str):
             raise ValueError('it names no architecture')
+        for part in ('pretrained_cfg', 'model_args'):
+            if not isinstance(found.get(part, {}), dict):
+                raise ValueError(f'{part} must be names with their values, got {found[part]!r:.80}')
+        given = {name: value for name, value in found.get('model_args', {}).items() if value is not None}
+        check(given, {'img_size': SIZE, 'in_chans': POSITIVE})  # by which timm changes what it says of images
         check_reading(as_dict(found.get('pretrained_cfg', found)))  # timm mends some of it, but others read it too
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{config} is damaged ({first_line(error)}).') from error
@@ -110,7 +119,10 @@ def load_source(name: str, what: str, weights: bool = True, **arguments: Any) ->
         check_names(config.get('label_names'), model.num_classes)
         if 'in_chans' not in arguments:
             check_channels(config, getattr(model, 'in_chans', 3))
-    except Exception as error:  # timm, json, torch and safetensors have many words for a damaged file
+    except Exception as error:
+        looked_at = source.startswith('local-dir:') or timm.is_model(source)  # on a hub timm is the first to look
+        if looked_at and not isinstance(error, REFUSALS):
+            raise
         raise ValueError(f'{what}: {reason_of(error)}') from error
     return model
 
@@ -129,7 +141,7 @@ def reason_of(error: Exception) -> str:
 def check_reading(config: dict[str, Any]) -> None:
     """Raise ValueError where a model's config does not say how images are read."""
     size, crop = config.get('input_size'), config.get('crop_pct')
-    if size is not None and not (are_numbers(size, 3) and all(isinstance(n, int) and 0 < n <= LARGEST for n in size)):
+    if size is not None and not (are_numbers(size, 3) and all(isinstance(n, int) and 0 < n <= SIDE for n in size)):
         raise ValueError(f'input_size must be three whole numbers, channels, height and width, got {size!r:.80}.')
     if crop is not None and not (are_numbers([crop], 1) and 0.1 <= crop <= min((size or (3, 224, 224))[1:])):
         raise ValueError(f'crop_pct must be a number, 0.1 at least and at most the image size, got {crop!r:.80}.')

@@ -18,7 +18,7 @@ from timm.optim import get_optimizer_class, list_optimizers
 
 from linvision.data.datasets import check_name
 from linvision.nearest import nearest
-from linvision.rules import FLAG, Rule, at_least, check, is_number, is_whole
+from linvision.rules import FLAG, SIDE, Rule, at_least, check, is_number, is_whole
 from linvision.train.parallel import PARALLEL
 from linvision.train.settings import Augment, Data, Optim, Run
 
@@ -33,7 +33,7 @@ SEEDS = at_least(0, 2**63 - 1)
 RULES = {
     'threads': at_least(0, 1024),  # OpenMP aborts the process where the system has no more
     'workers': at_least(0, 1024),
-    'img_size': at_least(0),
+    'img_size': at_least(0, SIDE),
     'batch_size': at_least(1),
     'accumulate': at_least(1),
     'keep_checkpoints': at_least(1),
@@ -168,8 +168,8 @@ class Recipe:
         if optim.teacher and len(data.stages) > 1:
             raise ValueError(f'With a teacher there is one image size; got {len(data.stages)} stages.')
         sizes, shares = [size for size, _ in data.stages], [share for _, share in data.stages]
-        if not all(is_whole(size, 1, MOST) for size in sizes):
-            raise ValueError(f'The image sizes of the stages must be at least 1, got {sizes}.')
+        if not all(is_whole(size, 1, SIDE) for size in sizes):
+            raise ValueError(f'The image sizes of the stages must be at least 1 and at most {SIDE:,}, got {sizes}.')
         if data.img_size and data.stages:
             raise ValueError(
                 f'img_size is for runs without stages, but there are {list(data.stages)}: say --stages '

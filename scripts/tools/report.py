@@ -10,6 +10,7 @@ softmax regression, whose penalty is chosen on a fifth of the training images. W
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ COLUMNS, ROWS, WRONG = 6, 4, 8  # the picture's grid, and how many of its images
 POOL = 1000  # the picture's images are drawn from so many: the run has scored the whole set already
 SEED = 0
 NEEDED = ('model', 'crop_mode', 'on_bad_image', 'num_samples', 'num_parameters', 'train_minutes', 'tokens')
+_logger = logging.getLogger(__name__)
 POSITIVE, NEGATIVE = (0.95, 0.15, 0.1), (0.15, 0.4, 1.0)  # red and blue
 
 
@@ -190,8 +192,6 @@ def report(
         raise ValueError(f'{data_dir} has {len(found):,} test images, and {known:,} when {run} was scored.')
     reading = {'crop_mode': recipe['crop_mode'], 'on_bad_image': recipe['on_bad_image']}
     test_set = in_memory(found, model.patch_embed.img_size[0], **reading)
-    score = f'it is right on {100 * metrics["top1"]:.2f} % of all {metrics["num_samples"]:,}'
-    picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
     files = dataset == 'image_folder'
     baseline, shrink = ('16×16 pixels', {'img_size': 16, 'l2': 'auto'}) if files else ('raw pixels', {})
     reading |= {'dataset_args': arguments, **shrink}
@@ -206,6 +206,11 @@ def report(
         f'softmax regression, {baseline}': softmax_regression(dataset, data_dir, **reading),
     }
     (run / 'report.json').write_text(json.dumps(rows, indent=2) + '\n')
+    score = f'it is right on {100 * metrics["top1"]:.2f} % of all {metrics["num_samples"]:,}'
+    try:
+        picture(run, model, test_set.subset(torch.arange(min(POOL, len(test_set)))), score)
+    except Exception as error:  # whatever it is, the report is there
+        _logger.warning(f'no picture ({type(error).__name__}: {error}); {run}/report.json is written all the same')
     return rows
 
 
