@@ -84,9 +84,13 @@ def main(words: Sequence[str]) -> None:
     if name.startswith('-'):
         raise ValueError(f'The recipe comes first, then its flags: linvision train RECIPE {name} …')
     file = find_recipe(name)
+    import tyro  # noqa: F401  (before torch, which takes seconds: it may be missing)
+
+    import linvision.models.registry  # noqa: F401  (see linvision_command.py)
+
     # recipes import each other by bare names, in worker processes too, which inherit the path
     sys.path[:0] = [str(folder) for folder in (file.parent, recipe_folder()) if str(folder) not in sys.path]
-    sys.argv = [str(file), *flags]
+    sys.argv = [f'linvision train {Path(name).name}', *flags]  # the program's name in --help
     if file.parent == recipe_folder():  # which runs itself, segment_pixels with a loop of its own
         runpy.run_path(str(file), run_name='__main__')
         return
