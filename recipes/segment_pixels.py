@@ -303,6 +303,11 @@ def main(settings: Settings) -> dict[str, Any]:
     return metrics
 
 
-if __name__ == '__main__':
+def command() -> None:
+    """Train by the command line's flags."""
     with guarded():
         main(tyro.cli(Settings, description=__doc__))
+
+
+if __name__ == '__main__':
+    command()

@@ -91,10 +91,11 @@ def main(words: Sequence[str]) -> None:
     # recipes import each other by bare names, in worker processes too, which inherit the path
     sys.path[:0] = [str(folder) for folder in (file.parent, recipe_folder()) if str(folder) not in sys.path]
     sys.argv = [f'linvision train {Path(name).name}', *flags]  # the program's name in --help
-    if file.parent == recipe_folder():  # which runs itself, segment_pixels with a loop of its own
-        runpy.run_path(str(file), run_name='__main__')
+    ours = file.parent == recipe_folder()
+    found = vars(importlib.import_module(file.stem)) if ours else runpy.run_path(str(file))
+    if ours and 'RECIPE' not in found:  # segment_pixels has a loop of its own
+        found['command']()
         return
-    found = runpy.run_path(str(file))
     if 'RECIPE' not in found:
         raise ValueError(f'{file} defines no RECIPE; expected RECIPE = Recipe(…) or OTHER.replace(…) in it.')
     from linvision.train import main as train_by_command_line
