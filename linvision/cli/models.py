@@ -68,7 +68,7 @@ def facts(name: str, multiply_adds: bool = False) -> dict[str, Any]:
         from linvision.train.plan import multiply_adds as multiply_adds_of
 
         with torch.device('meta'):
-            full = timm.create_model(name, **shape, projection='none', weight_init='skip')
+            full: Any = timm.create_model(name, **shape, projection='none', weight_init='skip')
         found |= {'multiply_adds': multiply_adds_of(model), 'full_attention': multiply_adds_of(full)}
     if '.' in name:
         found |= score(model.pretrained_cfg['file'])
