@@ -61,7 +61,8 @@ def from_vit(
             pretrained weights, `local-dir:` and `hf-hub:` included. For a file of weights, give
             `timm.create_model(name, checkpoint_path=file)`.
         proj_len: K, or one K a layer where `sharing` allows.
-        projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool', or 'none' for full attention.
+        projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool', 'dynamic' (which starts as soft cells), or
+            'none' for full attention.
         sharing: 'layerwise', 'key_value', 'headwise' or 'none'.
         kwargs: Other arguments of `LinformerVisionTransformer` that the original has no say in: `img_size`,
             `local_size` (starts at zero), `row_norm`, `chunk_size`, drop rates.

@@ -18,6 +18,7 @@ MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError, MissingPackage
 # of other kinds those whose words say that a user can mend them, and how
 MENDED = {
     'unexpected keyword argument': '',  # a name in --dataset-args or --opt-args
+    'Unknown model argument': '',
     'DataLoader worker': 'Often it is memory: try fewer --workers, or more shared memory (docker run --shm-size).',
     'out of memory': 'Try a smaller batch, or more --accumulate.',
 }

@@ -121,7 +121,7 @@ def test_intermediate_layers_and_pruning():
 
 
 @pytest.mark.parametrize('sharing', SHARING)
-@pytest.mark.parametrize('kind', ['separable', 'linear', 'mean_pool'])
+@pytest.mark.parametrize('kind', ['separable', 'linear', 'mean_pool', 'dynamic'])
 def test_pruned_models_keep_the_projections_of_their_layers_alone(kind, sharing):
     arguments = dict(projection=kind, sharing=sharing, proj_len=4 if sharing == 'layerwise' else (4, 64, 100))
     model, images = create(**arguments), batch()
@@ -233,7 +233,7 @@ def test_nothing_overflows_at_65536_tokens(dtype, training):
     assert all(w.grad.any() for w in model.projection.weights)
 
 
-@pytest.mark.parametrize('kind', ['linear', 'conv', 'mean_pool', 'max_pool'])
+@pytest.mark.parametrize('kind', ['linear', 'conv', 'mean_pool', 'max_pool', 'dynamic'])
 @pytest.mark.parametrize('dtype', [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16])
 def test_other_projections_do_not_overflow_at_65536_tokens(kind, dtype):
     model = create(img_size=256, depth=1, embed_dim=16, proj_len=64, projection=kind).to(dtype)
@@ -259,7 +259,10 @@ def test_moving_average_follows_the_model():
     assert not torch.equal(ema.module(batch()), model(batch()))
 
 
-WAYS = list(itertools.product(['fsdp', 'ddp'], [False, True], [0, 16]))  # gradient checkpointing, chunk size
+WAYS = [
+    *itertools.product(['fsdp', 'ddp'], [False, True], [0, 16], ['separable']),  # gradient checkpointing, chunk size
+    *itertools.product(['fsdp', 'ddp'], [False], [0, 16], ['dynamic']),
+]
 
 
 def shard(rank: int, port: int, folder: str) -> None:
@@ -271,8 +274,8 @@ def shard(rank: int, port: int, folder: str) -> None:
     dist.init_process_group('gloo', rank=rank, world_size=2)
     try:
         mesh = dist.device_mesh.init_device_mesh('cpu', (2,))
-        for i, (parallel, checkpointing, chunk_size) in enumerate(WAYS):
-            model = create().train()
+        for i, (parallel, checkpointing, chunk_size, kind) in enumerate(WAYS):
+            model = create(projection=kind).train()
             model.set_grad_checkpointing(checkpointing)
             model.set_chunk_size(chunk_size)
             step = model
@@ -303,10 +306,10 @@ def sharded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('way', range(len(WAYS)), ids=[f'{p}-checkpointing={c}-chunk={s}' for p, c, s in WAYS])
+@pytest.mark.parametrize('way', range(len(WAYS)), ids=[f'{k}-{p}-checkpointing={c}-chunk={s}' for p, c, s, k in WAYS])
 def test_two_processes_give_the_gradients_of_one(way, sharded):
     found = torch.load(sharded / f'gradients_{way}.pt', weights_only=True)
-    model = create().train()
+    model = create(projection=WAYS[way][-1]).train()
     model(batch(4)).square().mean().backward()
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():

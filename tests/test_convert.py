@@ -94,7 +94,10 @@ def attention_of_converted(model, x):
     return [(x, b.attn(x, own, model.patch_embed.grid_size)) for b, own in zip(model.blocks, tensors, strict=True)]
 
 
-@pytest.mark.parametrize(('kind', 'sharing'), [('linear', 'layerwise'), ('separable', 'key_value'), ('conv', 'none')])
+@pytest.mark.parametrize(
+    ('kind', 'sharing'),
+    [('linear', 'layerwise'), ('separable', 'key_value'), ('conv', 'none'), ('dynamic', 'layerwise')],
+)
 def test_fitting_brings_outputs_nearer_and_changes_nothing_but_the_projection(kind, sharing):
     original = vit()
     converted = from_vit(original, 4, kind, sharing)

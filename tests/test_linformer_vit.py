@@ -85,7 +85,7 @@ def test_paper_model_adds_only_its_matrices_to_a_plain_vit(sharing, matrices):
 # Ways of running it
 
 
-@pytest.mark.parametrize('kind', ['linear', 'separable', 'none'])
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'dynamic', 'none'])
 @pytest.mark.parametrize('sharing', SHARING)
 def test_fused_attention_equals_attention_written_out(kind, sharing):
     fused = create(projection=kind, sharing=sharing, class_token=True)
@@ -98,11 +98,15 @@ def test_fused_attention_equals_attention_written_out(kind, sharing):
 
 @pytest.mark.filterwarnings('ignore:`torch.jit')  # timm's models promise TorchScript; torch announces its end
 @pytest.mark.parametrize(
-    'sharing, fused', slow_but([('layerwise', True), ('none', False)], itertools.product(SHARING, [True, False]))
+    'kind, sharing, fused',
+    slow_but(
+        [('separable', 'layerwise', True), ('separable', 'none', False), ('dynamic', 'none', True)],
+        itertools.product(['separable', 'dynamic'], SHARING, [True, False]),
+    ),
 )
-def test_torchscript_gives_the_same_logits(sharing, fused, tmp_path):
+def test_torchscript_gives_the_same_logits(kind, sharing, fused, tmp_path):
     set_fused_attn(fused)
-    model = create(sharing=sharing, class_token=True, token_norm=not fused, head_norm=not fused)
+    model = create(projection=kind, sharing=sharing, class_token=True, token_norm=not fused, head_norm=not fused)
     torch.jit.script(model).save(str(tmp_path / 'model.pt'))
     torch.testing.assert_close(torch.jit.load(str(tmp_path / 'model.pt'))(images := batch()), model(images))
 
@@ -112,6 +116,7 @@ def test_torchscript_gives_the_same_logits(sharing, fused, tmp_path):
     [
         dict(),
         pytest.param(dict(projection='linear', sharing='none', class_token=True), marks=pytest.mark.slow),
+        dict(projection='dynamic', class_token=True),
         pytest.param(dict(token_norm=True, head_norm=True), marks=pytest.mark.slow),
     ],
 )
@@ -231,7 +236,7 @@ def test_features_only_works_as_registered(name):
         assert torch.equal(image.permute(0, 2, 3, 1).flatten(1, 2), output)
 
 
-@pytest.mark.parametrize('kind', ['linear', 'separable'])
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'dynamic'])
 @pytest.mark.parametrize('sharing', SHARING)
 def test_gradient_checkpointing_gives_the_same_gradients(kind, sharing):
     model, images = create(projection=kind, sharing=sharing, class_token=True).train(), batch()
@@ -244,7 +249,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, sharing):
     assert len(calls) == 2  # once more in the backward pass
 
 
-@pytest.mark.parametrize('kind', ['linear', 'separable'])
+@pytest.mark.parametrize('kind', ['linear', 'separable', 'dynamic'])
 @pytest.mark.parametrize(
     'sharing, K',
     [(sharing, K) for sharing in SHARING for K in (6, 64, 100)]
@@ -279,9 +284,11 @@ def test_model_with_k_not_below_n_grows_into_one_that_uses_its_projection(caplog
 # Optimizers
 
 
-@pytest.mark.parametrize('pos_embed', ['separable', 'conv', 'learn'])
-def test_projections_and_positions_are_spared_decay_and_muon(pos_embed):
-    model = create(pos_embed=pos_embed, sharing='headwise', class_token=True)
+@pytest.mark.parametrize(
+    'kind, pos_embed', [('separable', 'separable'), ('separable', 'conv'), ('separable', 'learn'), ('dynamic', 'conv')]
+)
+def test_projections_and_positions_are_spared_decay_and_muon(kind, pos_embed):
+    model = create(projection=kind, pos_embed=pos_embed, sharing='headwise', class_token=True)
     special = {n for n, _ in model.named_parameters() if n.startswith(('projection.', 'position.', 'pos_embed'))}
     assert len(special) == 12 + {'separable': 2, 'conv': 1, 'learn': 1}[pos_embed]
     assert special <= model.no_weight_decay()

@@ -14,7 +14,7 @@ from linvision.models.projection_kinds import PROJECTIONS
 GRID = (4, 6)  # not square, so that a swapped axis shows
 DEPTH, HEADS, DIM = 3, 2, 8
 LENGTHS = [6, 8, 4]  # one K a layer
-LEARNED = ['linear', 'separable', 'conv']
+LEARNED = ['linear', 'separable', 'conv', 'dynamic']
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
 
@@ -34,6 +34,15 @@ def reference(kind: str, weights: list[torch.Tensor], x: torch.Tensor, rows: tup
         return torch.einsum('khw,bdhw->bkd', weights[0], image)
     if kind == 'separable':
         return torch.kron(*weights) @ x
+    if kind == 'dynamic':
+        place = [(torch.arange(n, dtype=x.dtype) + 0.5) / n for n in GRID]
+        prior = []
+        for axis, (p, n) in enumerate(zip(place, rows, strict=True)):
+            middle = ((torch.arange(n, dtype=x.dtype) + 0.5) / n).unsqueeze(1 - axis)
+            centre, sigma = middle + weights[1][axis] / n, weights[1][2 + axis].exp() / n / math.sqrt(12)
+            prior.append(((p.view(-1, 1, 1) - centre) / sigma).square() / -2)  # (h or w, K_h, K_w)
+        scores = prior[0].unsqueeze(1) + prior[1].unsqueeze(0) + torch.einsum('dkl,bdhw->bhwkl', weights[0], image)
+        return scores.flatten(1, 2).flatten(2).softmax(1).mT @ x
     if kind == 'conv':
         out = F.conv2d(F.pad(image, padding), weights[0], stride=cell, groups=image.shape[1])
     elif kind == 'mean_pool':
@@ -52,7 +61,7 @@ def test_every_layer_gets_its_own_matrices_and_their_row_sums(kind, sharing):
         x = x.transpose(1, 2).flatten(2)  # (B, N, D)
     tensors = projection(x, GRID)
     assert len(tensors) == DEPTH
-    n = {'linear': 1, 'separable': 2, 'conv': 1}.get(kind, 0)  # parameters of a matrix
+    n = {'linear': 1, 'separable': 2, 'conv': 1, 'dynamic': 2}.get(kind, 0)  # parameters of a matrix
     for layer in range(DEPTH):
         first = 0 if sharing == 'layerwise' else layer
         rows = projection.row_grids[first]
@@ -69,8 +78,9 @@ def test_every_layer_gets_its_own_matrices_and_their_row_sums(kind, sharing):
                     own, xs, out = [w[h] for w in weights], x[:, h], reduced[:, h]
                     s = sums[h] if kind in ('linear', 'separable') else sums
                 torch.testing.assert_close(out, reference(kind, own, xs, rows), **EXACT)
-                # the biases of what is no matrix over tokens are added whole
-                total = reference(kind, own, ones, rows)[0, :, 0] if kind != 'conv' else torch.ones_like(s)
+                # the biases of what is no fixed matrix over tokens are added whole
+                whole = kind in ('conv', 'dynamic')
+                total = torch.ones_like(s) if whole else reference(kind, own, ones, rows)[0, :, 0]
                 torch.testing.assert_close(s, total, **EXACT)
 
 
@@ -96,6 +106,8 @@ def test_number_of_parameters_follows_the_closed_formula(sharing):
     cells = {4: 2 * 3, 6: 2 * 2, 8: 2 * 2}  # 4 × 6 tokens by 2 × 2, 2 × 3 and 2 × 4 rows, rounded up
     width = DIM // HEADS if sharing == 'none' else DIM
     assert conv == copies * sum(width * cells[K] for K in lengths)
+    dynamic = sum(p.numel() for p in build('dynamic', sharing).parameters())
+    assert dynamic == copies * sum((width + 4) * K for K in lengths)
     assert not list(build('mean_pool', sharing).parameters()) + list(build('max_pool', sharing).parameters())
 
 

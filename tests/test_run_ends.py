@@ -17,6 +17,8 @@ from linvision.data import create_dataset, in_memory, loader_batches
 from linvision.train import events as tensorboard
 from linvision.train import train
 
+pytestmark = pytest.mark.usefixtures('with_pictures')
+
 
 @pytest.fixture
 def recipe(small_recipe):

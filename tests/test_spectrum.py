@@ -83,22 +83,25 @@ def test_products_by_chunks_find_the_largest_singular_values(monkeypatch):
     torch.testing.assert_close(found.energy, whole.energy[..., :12], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize('kind', ['linear', 'dynamic'])
 @pytest.mark.parametrize('sharing', ['layerwise', 'headwise', 'none'])
-def test_a_projection_keeps_what_its_matrix_does_and_never_more_than_the_best(sharing):
+def test_a_projection_keeps_what_its_matrix_does_and_never_more_than_the_best(kind, sharing):
     model, images = vit(), torch.randn(2, 3, 32, 32)
-    converted = from_vit(model, 16, sharing=sharing)
+    converted = from_vit(model, 16, kind, sharing)
     for parameter in converted.projection.parameters():
         torch.nn.init.normal_(parameter, 1 / 16, 0.05)
     full = from_vit(model, projection='none')
     for exact in (1000, 10):
         spectrum = attention_spectrum(full, [images], 16, own_projection(converted), exact=exact)
         for layer, P in enumerate(matrices(model, images)):
-            E, F = (m.detach().double() for m in projection_matrices(converted, layer))
             seen = []
             hook = model.blocks[layer].attn.register_forward_hook(lambda _, x, y, seen=seen: seen.append(x[0]))
             with torch.no_grad():
                 model.forward_features(images)
             hook.remove()
+            E, F = (m.detach().double() for m in projection_matrices(converted, layer, seen[0]))
+            if kind == 'dynamic' and sharing != 'none':
+                E, F = E.unsqueeze(1), F.unsqueeze(1)  # (B, 1, K, N)
             q, k, _ = model.blocks[layer].attn.qkv(seen[0][:, 1:]).detach().double().chunk(3, -1)
             q, k = (y.unflatten(-1, (3, 16)).transpose(1, 2) for y in (q, k))
             made = (q @ (E @ k).transpose(-1, -2) / 4).softmax(-1) @ F

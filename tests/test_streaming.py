@@ -87,8 +87,9 @@ def test_a_dilated_local_path_finds_its_neighbours_in_other_chunks(local_grid):
         torch.testing.assert_close(gradients(model, batch()), exact)
 
 
-def test_gradients_are_those_of_finite_differences():
-    model = create(class_token=True, sharing='key_value', chunk_size=14, depth=2)
+@pytest.mark.parametrize('kind', ['separable', 'dynamic'])
+def test_gradients_are_those_of_finite_differences(kind):
+    model = create(projection=kind, class_token=True, sharing='key_value', chunk_size=14, depth=2)
 
     def function(images, *weights):
         state = dict(zip((n for n, _ in model.named_parameters()), weights, strict=True))

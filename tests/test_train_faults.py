@@ -188,6 +188,7 @@ def test_a_signal_ends_a_command_with_a_checkpoint(number, tmp_path):
 def handlers():
     """What handles signals is put back."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` has pytest ignore
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

@@ -4,6 +4,9 @@ Attention runs over K projected rows, not over tokens. A picture needs it back o
 which (signed) weight each token enters row k, so that the attention a over the rows, lifted by Eᵀ a, says with which
 weight each token enters the output. It is signed and does not sum to one: not a probability over tokens. Where rows are
 normalised (`row_norm`), it is the weight before that norm.
+
+With `projection='dynamic'` each image has its own E, a function of the block's tokens: it is written out, K×N, here and
+nowhere else.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from linvision.models.linformer_vit import LinformerVisionTransformer
-from linvision.models.projection_kinds import Conv, MaxPool, MeanPool
+from linvision.models.projection_kinds import Conv, Dynamic, MaxPool, MeanPool
 
 
 @torch.no_grad()
@@ -47,35 +50,51 @@ def attention_maps(
     if not -len(model.blocks) <= block < len(model.blocks):
         raise IndexError(f'block must be one of the {len(model.blocks)} there are, got {block}.')
     attention: Any = model.blocks[block].attn
-    P, captured = model.num_prefix_tokens, []
+    P, captured, tokens = model.num_prefix_tokens, [], []
 
     def capture(module: nn.Module, args: tuple[Tensor, ...], weights: Tensor) -> None:  # (B, H, P + N, P + K)
         rows = weights if query is None else weights[:, :, P + query[0] * grid[1] + query[1], None]
         captured.append(rows[..., P:].mean(dim=2))  # (B, H, K)
 
-    hook = attention.attn_drop.register_forward_hook(capture)
+    hooks = [attention.attn_drop.register_forward_hook(capture)]
+    hooks.append(attention.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0])))
     fused, training = attention.fused_attn, model.training
     attention.fused_attn = False
     try:
         model.eval()(images)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         attention.fused_attn = fused
         model.train(training)
     (maps,) = captured
-    if not attention.is_full(grid):
+    if attention.kind is Dynamic and not attention.is_full(grid):
+        _, E = matrices_of_tokens(model, block, tokens[0], grid)
+        maps = (maps.unsqueeze(-2) @ (E if E.ndim == 4 else E.unsqueeze(1))).squeeze(-2)  # (B, H, N)
+    elif not attention.is_full(grid):
         reduce, _, factors = projections(model, block, grid)
         maps = lift(maps.movedim(0, -1), reduce, factors, grid, attention.rows).movedim(-1, 0)  # (B, H, N)
     maps = maps.unflatten(-1, grid)
     return maps if per_head else maps.mean(dim=1)
 
 
-def projection_matrices(model: LinformerVisionTransformer, block: int) -> tuple[Tensor, Tensor]:
+def projection_matrices(
+    model: LinformerVisionTransformer, block: int, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The matrices that project a block's keys and values, written out: (K, N) each, (H, K, N) with one for each head.
 
     `conv` and `max_pool` have no such matrices; the mean of each cell stands in for them.
+
+    Args:
+        model: The model.
+        block: Which block.
+        tokens: What the block's attention reads, (B, P + N, D), from `tokens_of_images`: `dynamic` has its own matrices
+            for each image, (B, K, N) or (B, H, K, N). Without tokens they are those of its prior alone.
     """
-    rows, grid = model.blocks[block].attn.rows, model.patch_embed.grid_size
+    attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
+    rows = attention.rows
+    if attention.kind is Dynamic:
+        return matrices_of_tokens(model, block, tokens, grid)
     reduce, *both = projections(model, block, grid)
     matrices = []
     for factors in both:
@@ -84,6 +103,43 @@ def projection_matrices(model: LinformerVisionTransformer, block: int) -> tuple[
         identity = torch.eye(K, device=column.device, dtype=column.dtype).expand(*column.shape[:-2], K, K)
         matrices.append(lift(identity, reduce, factors, grid, rows).mT)
     return matrices[0], matrices[1]
+
+
+def matrices_of_tokens(
+    model: LinformerVisionTransformer, block: int, tokens: Tensor | None, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`projection_matrices` of a `dynamic` block, on any token grid."""
+    attention, (_, E, F) = model.blocks[block].attn, projections(model, block, grid)
+    if tokens is None:
+        return Dynamic.matrix(None, E), Dynamic.matrix(None, F)
+    key = value = tokens[:, model.num_prefix_tokens :]
+    if attention.per_head:
+        key, value = attention.heads_key_value(key, attention.split_weights(key))
+    return Dynamic.matrix(key, E), Dynamic.matrix(value, F)
+
+
+@torch.no_grad()
+def tokens_of_images(model: LinformerVisionTransformer, images: Tensor, block: int) -> Tensor:
+    """What a block's attention reads of some images, (B, P + N, D), in eval mode."""
+    seen: list[Tensor] = []
+    attention, training = model.blocks[block].attn, model.training
+    hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model.eval().forward_features(images)
+    finally:
+        hook.remove()
+        model.train(training)
+    return seen[0]
+
+
+def difference_between_images(E: Tensor) -> float:
+    """How far apart the rows of E are from image to image: 0 where all images have the same, 1 where none overlap.
+
+    The mean over pairs of images and over rows of half the sum of |E − E'| (total variation): with E of (B, …, K, N), B
+    at least 2.
+    """
+    pairs = torch.combinations(torch.arange(len(E)))
+    return torch.stack([(E[a] - E[b]).abs().sum(-1).mean() / 2 for a, b in pairs]).mean().item()
 
 
 @torch.inference_mode(False)  # what `lift` differentiates must be no inference tensor

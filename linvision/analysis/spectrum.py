@@ -24,7 +24,7 @@ from linvision.analysis.attention_map import projection_matrices
 from linvision.models.attention import LinformerAttention
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.projection import row_grid
-from linvision.models.projection_kinds import Linear
+from linvision.models.projection_kinds import Dynamic, Linear
 
 EXACT = 2048  # tokens up to which matrices are decomposed whole
 CHUNK_NUMBERS = 2**24  # of P that are in memory at a time
@@ -71,7 +71,7 @@ def attention_spectrum(
     model: VisionTransformer,
     batches: Iterable[Tensor],
     rank: int = 256,
-    projection: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    projection: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None,
     exact: int = EXACT,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Spectrum:
@@ -82,8 +82,8 @@ def attention_spectrum(
             are those that its queries and keys would give without it.
         batches: Images as the model reads them, (B, C, height, width).
         rank: Singular values of sequences longer than `exact`.
-        projection: Gives E and F of a layer, (K, N) or (H, K, N), to compare with: `own_projection(model)`, or
-            `pooling(model, K)`.
+        projection: Gives E and F of a layer and of the tokens of an image that it reads, (1, P + N, D): (K, N) or
+            (H, K, N), to compare with. `own_projection(model)`, or `pooling(model, K)`.
         exact: Tokens up to which whole matrices are decomposed.
         progress: Told after each layer of each image how many of these are done.
 
@@ -94,12 +94,12 @@ def attention_spectrum(
     total: dict[str, list[Tensor]] = {}
     count = tokens = done = 0
     for images in batches:
-        for layer, (query, key) in enumerate(queries_and_keys(model, layers, images)):
+        for layer, (query, key, x) in enumerate(queries_and_keys(model, layers, images)):
             tokens = query.shape[-2]
-            for q, k in zip(query, key, strict=True):  # (H, N, D/H)
+            for q, k, own in zip(query, key, x.split(1), strict=True):  # (H, N, D/H), and (1, P + N, D)
                 found = exact_shares(q, k) if tokens <= exact else randomised_shares(q, k, min(rank, tokens))
                 if projection is not None:
-                    found['projected'] = projected_share(q, k, *projection(layer))
+                    found['projected'] = projected_share(q, k, *projection(layer, own))
                 for name, value in found.items():
                     sums = total.setdefault(name, [])
                     if len(sums) == layer:
@@ -130,8 +130,13 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return layers
 
 
-def queries_and_keys(model: VisionTransformer, layers: list[Any], images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries (scaled) and keys of every layer, of the image's tokens alone, in fp32 at least: (B, H, N, D/H) each."""
+def queries_and_keys(
+    model: VisionTransformer, layers: list[Any], images: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries (scaled) and keys of every layer, of the image's tokens alone, in fp32 at least: (B, H, N, D/H) each.
+
+    Third is what they were made of, with the prefix tokens: (B, P + N, D).
+    """
     seen: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers]
     training = model.training
@@ -142,10 +147,10 @@ def queries_and_keys(model: VisionTransformer, layers: list[Any], images: Tensor
         for hook in hooks:
             hook.remove()
     for layer, x in zip(layers, seen, strict=True):
-        x = layer.qkv(x[:, model.num_prefix_tokens :]).unflatten(-1, (3, layer.num_heads, -1))  # (B, N, 3, H, D/H)
-        query, key, _ = x.permute(2, 0, 3, 1, 4)
+        both = layer.qkv(x[:, model.num_prefix_tokens :]).unflatten(-1, (3, layer.num_heads, -1))  # (B, N, 3, H, D/H)
+        query, key, _ = both.permute(2, 0, 3, 1, 4)
         dtype = torch.promote_types(x.dtype, torch.float32)  # there is no decomposition below
-        yield layer.q_norm(query).to(dtype) * layer.scale, layer.k_norm(key).to(dtype)
+        yield layer.q_norm(query).to(dtype) * layer.scale, layer.k_norm(key).to(dtype), x
 
 
 def double(x: Tensor) -> Tensor:
@@ -218,13 +223,18 @@ def projected_share(query: Tensor, key: Tensor, E: Tensor, values: Tensor) -> Te
     return 1 - torch.stack(parts).sum(0) / attention.square_norm()
 
 
-def own_projection(model: LinformerVisionTransformer) -> Callable[[int], tuple[Tensor, Tensor]]:
+def own_projection(model: LinformerVisionTransformer) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
     """E and F of a model's layers, as they are before any norm of the rows."""
-    return lambda layer: projection_matrices(model, layer)
+
+    def matrices(layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        E, F = projection_matrices(model, layer, tokens)
+        return (E[0], F[0]) if model.blocks[layer].attn.kind is Dynamic else (E, F)
+
+    return matrices
 
 
-def pooling(model: VisionTransformer, proj_len: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def pooling(model: VisionTransformer, proj_len: int) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
     """E = F that pools by area, as `convert.from_vit` starts with."""
     like = model.patch_embed.proj.weight
     E = Linear.pooling(model.patch_embed.grid_size, row_grid(proj_len), like)[0].flatten(-2)
-    return lambda layer: (E, E)
+    return lambda layer, tokens: (E, E)

@@ -49,7 +49,7 @@ def main(
         checkpoint: File with the weights, for a timm name.
         img_size: Image size, 0 for the model's own.
         proj_len: K, the number of projected rows; or one for each layer, where each has an E (`--sharing key_value`).
-        projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool' or 'none'.
+        projection: 'linear', 'separable', 'conv', 'mean_pool', 'max_pool', 'dynamic' or 'none'.
         sharing: 'layerwise', 'key_value', 'headwise' or 'none'.
         steps: Steps of fitting E, a batch each; 0 leaves it as pooling by area.
         lr: Learning rate of fitting.

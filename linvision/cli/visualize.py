@@ -24,7 +24,7 @@ import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from linvision.analysis.attention_map import attention_maps, projection_matrices
+from linvision.analysis.attention_map import attention_maps, projection_matrices, tokens_of_images
 from linvision.analysis.figure_text import literal
 from linvision.cli.images import find_images, short
 from linvision.cli.pretrained import load_vit
@@ -102,13 +102,13 @@ def attention_of_heads(
     return picture(f'Attention of block {which} by head, of all tokens and of the one in the middle: {SIGNED}', rows)
 
 
-def projection_rows(model: LinformerVisionTransformer, block: int, count: int = 64) -> Any:
-    """Rows of a block's E; None where attention is full."""
+def projection_rows(model: LinformerVisionTransformer, images: Tensor, block: int, count: int = 64) -> Any:
+    """Rows of a block's E, of the first image where each has its own; None where attention is full."""
     attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
     if model.projection is None or attention.is_full(grid):
         return None
-    _, matrix = projection_matrices(model, block)
-    matrix = matrix[0] if matrix.ndim == 3 else matrix  # of the first head
+    _, matrix = projection_matrices(model, block, tokens_of_images(model, images[:1], block))
+    matrix = matrix.reshape(-1, *matrix.shape[-2:])[0]  # of the first head
     rows = [(row.detach().unflatten(-1, grid), f'row {k}', True) for k, row in enumerate(matrix[:count])]
     title = (
         f'The first {len(rows)} of {len(matrix)} rows of E ({model.projection.extra_repr()}): with which weight each '
@@ -176,7 +176,7 @@ def main(
     figures: dict[str, Callable[[], Any]] = {
         'attention_blocks': lambda: attention_of_blocks(net, batch, names, looks),
         'attention_heads': lambda: attention_of_heads(net, batch, names, looks, block),
-        'projection': lambda: projection_rows(net, block),
+        'projection': lambda: projection_rows(net, batch, block),
         'positions': lambda: position_similarity(net),
     }
     output_dir.mkdir(parents=True, exist_ok=True)

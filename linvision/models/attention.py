@@ -190,14 +190,19 @@ class LinformerAttention(nn.Module):
             if self.matrices == 2:
                 rows.append(self.reduce_valid(tokens, projection[n:-1], grid, valid))
             return self.key_value_of_rows(rows, x[:, : self.num_prefix_tokens], projection, grid, valid, weights)
-        both = F.linear(x, weights[1], weights[3] if len(weights) > 2 else None)
-        key, value = both.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        key, value = self.heads_key_value(x, weights)
         if not full:  # every head has its own E: the paper's order, keys and values before the projection
             key, _, mask = self.project(key, projection[:n], grid, valid)
             value, _, _ = self.project(value, projection[n:], grid, valid)
         elif valid is not None:
             mask = valid.unsqueeze(1).unsqueeze(1)
         return self.k_norm(key), value, mask
+
+    def heads_key_value(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys (not yet normalised) and values of every token by head: (B, n, D) -> (B, H, n, D/H) each."""
+        both = F.linear(x, weights[1], weights[3] if len(weights) > 2 else None)
+        key, value = both.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
 
     def key_value_of_rows(
         self,
@@ -245,6 +250,7 @@ class LinformerAttention(nn.Module):
         if valid is not None:
             padded = ~valid[:, self.num_prefix_tokens :].unsqueeze(-1)  # (B, N, 1)
             x = x.masked_fill(padded.unsqueeze(1) if self.per_head else padded, self.padding)
+            factors = factors + [~padded.squeeze(-1)]
         return self.reduce(x, factors, grid, self.rows)
 
     def complete(

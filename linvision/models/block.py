@@ -148,11 +148,7 @@ class LinformerBlock(nn.Module):
         if not torch.jit.is_scripting():
             if chunk_size > 0:
                 return stream(self, x, projection, grid, valid, chunk_size, out)
-            if (
-                self.compiles
-                and isinstance(x, Tensor)
-                and not looked_into(*(m for m in self.modules() if m is not self))
-            ):
+            if runs_compiled(self, x):
                 scales = drop_path_scales(self, x)
                 for tensor in (x, valid, *scales):
                     open_sizes(tensor, 0)
@@ -163,6 +159,12 @@ class LinformerBlock(nn.Module):
         """Both residual branches, once attention has given its output for these tokens: (B, n, D) -> (B, n, D)."""
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def runs_compiled(block: LinformerBlock, x: Any) -> bool:
+    """Whether a whole block runs compiled: it is told to, and nothing looks into it."""
+    inner = (m for m in block.modules() if m is not block)
+    return bool(block.compiles) and isinstance(x, Tensor) and not looked_into(*inner)
 
 
 def whole(

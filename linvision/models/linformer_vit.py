@@ -57,7 +57,8 @@ class LinformerVisionTransformer(VisionTransformer):
         proj_len: K, the number of projected rows (the paper's k); a sequence gives one K a layer where `sharing`
             allows.
         projection: 'linear' (a learned K×N matrix), 'separable' (a learned matrix for each image axis), 'conv',
-            'mean_pool', 'max_pool' (over cells of the token grid) or 'none' (full attention).
+            'mean_pool', 'max_pool' (over cells of the token grid), 'dynamic' (weights that the tokens give) or 'none'
+            (full attention).
         sharing: 'layerwise' (one matrix for all layers), 'key_value' (one a layer), 'headwise' (E and F a layer) or
             'none' (E and F for each head of each layer).
         local_size: Side of the depth-wise convolution beside each attention, 0 for a plain Linformer.

@@ -117,9 +117,9 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """From N(0, 1/n) where a row sums n numbers: E X has the scale of X, at every N and K ('gain 1')."""
+        """From a normal distribution, as wide as the kind says."""
         for weight in self.weights:
-            nn.init.normal_(weight, std=math.prod(weight.shape[-self.kind.summed :]) ** -0.5)
+            nn.init.normal_(weight, std=self.kind.std(weight.shape))
 
     reset_parameters = init_weights  # all that timm calls where weight_init is 'skip' or 'reset'
 

@@ -1,5 +1,8 @@
 """How N tokens become K rows: the maps E of Linformer (arXiv 2006.04768, section 4), one class each.
 
+`dynamic` is not Linformer's: its E is a function of the tokens (arXiv 2107.02192, section 3.1). It departs from that
+paper by a prior of position for each row, which breaks the symmetry between rows and makes them cells at the start.
+
 A kind of projection is a class without state in `PROJECTIONS`; to add one, write a `Kind` and add it there.
 
 Symbols: N tokens on the token grid (height, width) = `grid`, K rows seen as a grid (K_h, K_w) = `rows`, D width.
@@ -7,10 +10,13 @@ Symbols: N tokens on the token grid (height, width) = `grid`, K rows seen as a g
 are smaller and the rows may be fewer than K.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linvision.models.dynamic_rows import logits, place_queries, places, weighted_means
 from linvision.models.resize import area_matrix, resize_rows
 
 
@@ -22,7 +28,8 @@ class Kind:
         sized: How many of them depend on N or K.
         pools: Each row is an average, so that a row without tokens is left out and others count their tokens.
         padding: What padded tokens are set to before `reduce`.
-        by_parts: E x is the sum of E x over parts of the sequence, whose factors `part` gives.
+        by_parts: E x can be had from parts of the sequence: `part` gives their factors, `partial` what each part gives,
+            `merge` joins two of these and `finish` makes E x of the whole.
         counts: Like `reduce`, for x of width 1: of ones, the row sums E 1 that scale the biases; of a mask, the part of
             each row that is not padding.
     """
@@ -37,6 +44,11 @@ class Kind:
         """Shapes of the parameters of one matrix."""
         return []
 
+    @classmethod
+    def std(cls, shape: tuple[int, ...]) -> float:
+        """Standard deviation that a parameter starts with: E x has the scale of x, at every N and K ('gain 1')."""
+        return float(math.prod(shape[-cls.summed :]) ** -0.5)
+
     @staticmethod
     def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
         """The tensors that travel to the blocks, from the parameters."""
@@ -44,7 +56,7 @@ class Kind:
 
     @staticmethod
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-        """E x, (..., N, D) -> (..., K, D)."""
+        """E x, (..., N, D) -> (..., K, D); where tokens are padding, a last factor says which are not, (B, N)."""
         raise NotImplementedError
 
     counts = reduce
@@ -53,6 +65,21 @@ class Kind:
     def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
         """The factors for the tokens of some rows of the token grid."""
         raise NotImplementedError
+
+    @classmethod
+    def partial(cls, x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """What a part of the sequence gives, (B, n, D) -> (B, K, C), with the factors of that part."""
+        return cls.reduce(x, factors, grid, rows)
+
+    @staticmethod
+    def merge(a: Tensor, b: Tensor) -> Tensor:
+        """What two parts give together; its gradient by `b` is right for the whole if `a` is the whole."""
+        return a + b
+
+    @staticmethod
+    def finish(total: Tensor) -> Tensor:
+        """E x from what all parts give, (B, K, C) -> (B, K, D)."""
+        return total
 
     @staticmethod
     def grid(weights: list[Tensor]) -> tuple[int, ...]:
@@ -210,7 +237,100 @@ class Conv(Kind):
         return [like.new_full((1, 1, *size), 1 / (size[0] * size[1]))]
 
 
-PROJECTIONS = {'linear': Linear, 'separable': Separable, 'conv': Conv, 'mean_pool': MeanPool, 'max_pool': MaxPool}
+class Dynamic(Kind):
+    """Each row is a mean over tokens, whose weights the tokens give: E = softmax over tokens of W xᵀ + prior.
+
+    The prior of row k for a token at p is −((p_y − c_y)² / σ_y² + (p_x − c_x)² / σ_x²) / 2, with p and c between 0 and
+    1. The parameters are W, (D, K_h, K_w), and the prior's, (4, K_h, K_w): how far c lies from the middle of the row's
+    cell, in cells, down and across, and the logarithms of σ over that of a cell. So nothing depends on N, and where
+    they are zero, rows are soft cells. The prior is linear in (y², y, x², x): it joins W and x as more channels, and
+    PyTorch's fused attention computes E x without E.
+    """
+
+    sized = 2
+    by_parts = True
+
+    @staticmethod
+    def shapes(grid: tuple[int, int], rows: tuple[int, int], dim: int) -> list[tuple[int, ...]]:
+        return [(dim, *rows), (4, *rows)]
+
+    @classmethod
+    def std(cls, shape: tuple[int, ...]) -> float:
+        """Near zero, so that E starts as soft cells."""
+        return float(0.1 * shape[-3] ** -0.5)
+
+    @staticmethod
+    def factors(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        content = weights[0].flatten(-2).transpose(-2, -1)  # (..., K, D)
+        return [torch.cat([content, place_queries(weights[1], rows, like)], dim=-1), places(grid, like)]
+
+    @staticmethod
+    def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        inside: Tensor | None = None
+        if len(factors) > 2:
+            inside = factors[2]
+        return weighted_means(x, factors[0], factors[1], inside)
+
+    @staticmethod
+    def counts(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """Ones: padding has no part in a row, whose sum is 1 whatever it attends to."""
+        return torch.ones_like(x[..., :1, :]).repeat_interleave(rows[0] * rows[1], dim=-2)
+
+    @staticmethod
+    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
+        return [factors[0], factors[1][start:stop]]
+
+    @classmethod
+    def partial(cls, x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """Sums of w x and of w = e^(logit − maximum), and the maximum: (B, n, D) -> (B, K, D + 2)."""
+        scores = logits(x, factors)
+        top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # all may be padding
+        # powers of 2: `exp` by MKL takes eight times as long where it underflows, as it does far from a row's cell
+        weights = scores.sub_(top).mul_(1 / math.log(2)).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        if x.dtype == weights.dtype:
+            return torch.cat([weights @ x, total, top], dim=-1)
+        # weights that sum to 1: in fp16 a sum over many tokens could overflow
+        means = (weights / total.clamp(min=torch.finfo(total.dtype).tiny)).to(x.dtype) @ x
+        return torch.cat([means * total, total, top], dim=-1)
+
+    @staticmethod
+    def merge(a: Tensor, b: Tensor) -> Tensor:
+        top = torch.maximum(a[..., -1:], b[..., -1:])
+        a, b = (t[..., :-1] * (t[..., -1:] - top).exp() for t in (a, b))
+        return torch.cat([a + b, top], dim=-1)
+
+    @staticmethod
+    def finish(total: Tensor) -> Tensor:
+        return total[..., :-2] / total[..., -2:-1]
+
+    @staticmethod
+    def matrix(x: Tensor | None, factors: list[Tensor]) -> Tensor:
+        """E written out for some tokens, (..., N, D) -> (..., K, N), or without tokens its prior: to look at."""
+        if x is None:
+            query, place = factors
+            x = query.new_zeros(*query.shape[:-2], place[..., 0].numel(), query.shape[-1] - place.shape[-1])
+        return logits(x, factors).softmax(-1)
+
+    @staticmethod
+    def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
+        """For other rows; the token grid changes nothing."""
+        return [resize_rows(resize_rows(w, rows[0]).mT, rows[1]).mT.contiguous() for w in weights]
+
+    @staticmethod
+    def pooling(grid: tuple[int, int], rows: tuple[int, int], like: Tensor) -> list[Tensor]:
+        """Soft cells, as wide as cells are: a mean of the cell and of what is near it."""
+        return [like.new_zeros(1), like.new_zeros(1)]
+
+
+PROJECTIONS = {
+    'linear': Linear,
+    'separable': Separable,
+    'conv': Conv,
+    'mean_pool': MeanPool,
+    'max_pool': MaxPool,
+    'dynamic': Dynamic,
+}
 
 
 def cell_size(grid: tuple[int, int], rows: tuple[int, int]) -> tuple[int, int]:
@@ -240,3 +360,9 @@ def cell_means(n: int, k: int, like: Tensor) -> Tensor:
     token = torch.arange(n, device=like.device)
     inside = torch.arange(-(-n // size), device=like.device).unsqueeze(1) == token // size
     return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True)
+
+
+# functions of another module, which a trace calls as they are
+torch.fx.wrap('place_queries')
+torch.fx.wrap('places')
+torch.fx.wrap('weighted_means')

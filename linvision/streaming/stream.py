@@ -1,8 +1,8 @@
 """Streamed blocks: no N×K and no N×4D array is ever whole in memory.
 
 Once the K rows of keys and values of a block are known, the rest of the block acts on each token alone (the local path
-needs a few rows of neighbours). So a block is two loops over chunks of tokens that stay in cache: E x, summed over the
-chunks; then attention, MLP and residuals, chunk by chunk. Notable here:
+needs a few rows of neighbours). So a block is two loops over chunks of tokens that stay in cache: E x, from
+what each chunk gives; then attention, MLP and residuals, chunk by chunk. Notable here:
 
 - `stream` runs inside the block's `forward`: FSDP2 gathers the block's parameters there.
 - Without gradients the result goes to a buffer of the model's, never to the caller's tensor.
@@ -190,14 +190,14 @@ class TokenChunks:
         self.chunk_size = chunk_size // len(x)
         self.scales = scales
         attention = block.attn
-        self.sums = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
+        self.by_parts = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
 
     # ------------------------------------------------------------------------------------------------- the two passes
 
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
-            if self.sums:
+            if self.by_parts:
                 key, value, mask = self.key_value(self.reduce(projection), self.x[:, : self.P], projection)
             else:
                 key, value, mask = self.key_value_of_all(self.x, projection)
@@ -237,7 +237,7 @@ class TokenChunks:
             return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
 
         # keys and values, from leaves
-        if self.sums:
+        if self.by_parts:
             with torch.no_grad():
                 rows = self.reduce(projection)
             sources = [r.requires_grad_() for r in (*rows, self.x[:, : self.P].clone())]
@@ -258,49 +258,58 @@ class TokenChunks:
 
         # back through keys and values to the tokens
         got = backward(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
-        if not self.sums:
+        if not self.by_parts:
             dx += got[0]
         else:
             dx[:, : self.P] += got[-1]
+            totals = [r.detach() for r in rows]
             for own, _, _ in row_chunks(self.grid, self.chunk_size):
                 x = self.rows(self.x, own).requires_grad_()
                 total = self.rows(dx, own)
-                total += backward(self.reduce_rows(x, projection, own), got[:-1], [x])[0]
+                # a part's share of the whole: the gradient is right, the value counts the part twice
+                shares = self.merge(totals, self.reduce_rows(x, projection, own))
+                total += backward(shares, got[:-1], [x])[0]
         return [dx, *(sums.get(id(t)) for t in inputs)]
 
     # ------------------------------------------------------------------------------------- keys and values from chunks
 
     def reduce(self, projection: list[Tensor]) -> list[Tensor]:
-        """[E x], or [E x, F x], as sums over the chunks: (B, K, D) each."""
+        """What all chunks give for [E x], or [E x, F x]: (B, K, C) each."""
         total: list[Tensor] = []
         for own, _, _ in row_chunks(self.grid, self.chunk_size):
             parts = self.reduce_rows(self.rows(self.x, own), projection, own)
-            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+            total = self.merge(total, parts) if total else parts
         return total
 
+    def merge(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        """What two parts of the tokens give together."""
+        return [self.block.attn.kind.merge(*pair) for pair in zip(a, b, strict=True)]
+
     def reduce_rows(self, x: Tensor, projection: list[Tensor], own: slice) -> list[Tensor]:
-        """What neighbouring rows of the token grid, x of (B, rows, width, D), add to E x and F x."""
+        """What neighbouring rows of the token grid, x of (B, rows, width, D), give for E x and F x."""
         attention = self.block.attn
         n = len(projection) // attention.matrices
         x = self.block.norm1(x).flatten(1, 2)
+        inside = []
         if self.valid is not None:
-            x = x.masked_fill(~self.rows(self.valid, own).flatten(1, 2).unsqueeze(-1), 0.0)
+            inside = [self.rows(self.valid, own).flatten(1, 2)]  # (B, n)
+            x = x.masked_fill(~inside[0].unsqueeze(-1), 0.0)
         parts = []
         for i in range(attention.matrices):
-            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], own.start, own.stop)
-            y = attention.reduce(x, factors, (own.stop - own.start, self.grid[1]), attention.rows)
+            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], own.start, own.stop) + inside
+            y = attention.kind.partial(x, factors, (own.stop - own.start, self.grid[1]), attention.rows)
             parts.append(y.to(torch.promote_types(y.dtype, torch.float32)))  # a sum of many
         return parts
 
     def key_value(self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]) -> KeysValues:
-        """Keys, values and mask from [E x] or [E x, F x] and the prefix tokens."""
+        """Keys, values and mask from what all chunks give for [E x] or [E x, F x], and the prefix tokens."""
         attention, prefix = self.block.attn, self.block.norm1(prefix)
-        rows = [r.to(prefix.dtype) for r in rows]
+        rows = [attention.kind.finish(r).to(prefix.dtype) for r in rows]
         weights = attention.split_weights(prefix)
         return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, weights)
 
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
-        """Keys, values and mask for kinds that are no sums over tokens, from the whole sequence."""
+        """Keys, values and mask for kinds that take no parts, from the whole sequence."""
         attention, h = self.block.attn, self.block.norm1(x)
         return attention.key_value(h, projection, self.grid, self.valid, attention.split_weights(h))
 

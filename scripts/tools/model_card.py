@@ -35,11 +35,11 @@ LIMITS = {
 }
 
 
-def baselines(folder: Path, dataset: str, data_dir: Path, minutes: float) -> dict[str, Any]:
+def baselines(folder: Path, dataset: str, data_dir: Path, minutes: float, shift: int = 0) -> dict[str, Any]:
     """Scores of softmax regression and of the plain CNN on the same data, trained unless they are kept."""
     kept = folder / 'baselines.json'
     if not kept.is_file():
-        cnn = train_cnn(dataset, data_dir, minutes)
+        cnn = train_cnn(dataset, data_dir, minutes, shift=shift)
         softmax = softmax_regression(dataset, data_dir)
         softmax['train_minutes'] = softmax.pop('train_seconds') / 60
         kept.write_text(json.dumps({'plain CNN': cnn, 'softmax regression': softmax}, indent=2) + '\n')
@@ -129,7 +129,7 @@ def main(
     check_folder(folder)
     config, metrics = json.loads((folder / 'config.json').read_text()), read_metrics(folder / 'metrics.json')
     dataset, data_dir, _ = recorded_data(folder, metrics, dataset, data_dir)
-    others = baselines(folder, dataset, data_dir, minutes)
+    others = baselines(folder, dataset, data_dir, minutes, metrics['recipe']['shift'])
     (folder / 'README.md').write_text(card(name, config, metrics, others))
 
 

@@ -3,7 +3,7 @@
     python -m scripts.tools.plain_cnn --minutes 20 --threads 1
 
 Five 3×3 convolutions with batch norm and ReLU, two poolings, a mean over the image; AdamW, one cycle of the learning
-rate, flips, on the data of `recipes/fashion_mnist_pixels.py`. Scores all test images; prints JSON.
+rate, flips and shifts, on a small image set. Scores all test images; prints JSON.
 """
 
 import json
@@ -36,7 +36,13 @@ def plain_cnn(in_chans: int, num_classes: int) -> nn.Sequential:
 
 
 def train_cnn(
-    dataset: str, data_dir: Path, minutes: float, val_fraction: float = 0.0, lr: float = LR, seed: int = 0
+    dataset: str,
+    data_dir: Path,
+    minutes: float,
+    val_fraction: float = 0.0,
+    lr: float = LR,
+    seed: int = 0,
+    shift: int = 0,
 ) -> dict[str, Any]:
     """Train for some minutes, then score.
 
@@ -47,6 +53,7 @@ def train_cnn(
         val_fraction: Share of the training set that is kept apart and scored instead of the test set (0: none).
         lr: Highest learning rate.
         seed: Seed of weights, order and augmentation.
+        shift: Largest random shift, in pixels.
 
     Returns:
         Scores, `images_seen`, `train_minutes`, `num_parameters`.
@@ -55,7 +62,7 @@ def train_cnn(
     train_set, val_set = split_validation(create_dataset(dataset, data_dir, 'train'), val_fraction, seed)
     test_set = val_set if val_fraction else create_dataset(dataset, data_dir, 'test')
     statistics, device = train_set.statistics(), torch.device('cpu')
-    batches = create_batches(train_set, BATCH_SIZE, *statistics, device, Augmentation('kornia', hflip=0.5))
+    batches = create_batches(train_set, BATCH_SIZE, *statistics, device, Augmentation('torch', hflip=0.5, shift=shift))
     model = plain_cnn(train_set.in_chans, len(train_set.classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     start, steps, progress = time.perf_counter(), 0, 0.0
@@ -75,6 +82,7 @@ def train_cnn(
         'num_parameters': sum(p.numel() for p in model.parameters()),
         'lr': lr,
         'seed': seed,
+        'shift': shift,
         **machine(device),
     }
 
@@ -87,6 +95,7 @@ def main(
     lr: float = LR,
     seed: int = 0,
     threads: int = 0,
+    shift: int = 0,
 ) -> None:
     """Train and score the network.
 
@@ -98,10 +107,11 @@ def main(
         lr: Highest learning rate.
         seed: Seed of weights, order and augmentation.
         threads: CPU threads (0: torch's choice).
+        shift: Largest random shift, in pixels.
     """
     if threads:
         torch.set_num_threads(threads)
-    print(json.dumps(train_cnn(dataset, data_dir, minutes, val_fraction, lr, seed), indent=2))
+    print(json.dumps(train_cnn(dataset, data_dir, minutes, val_fraction, lr, seed, shift), indent=2))
 
 
 if __name__ == '__main__':
