@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PACKED = ['linvision', 'linvision_command.py', 'recipes', 'pyproject.toml', 'README.md', 'LICENSE']
+PACKED = ['linvision', 'recipes', 'pyproject.toml', 'README.md', 'LICENSE']
 MODEL = 'linformer_vit_pico_patch1_32.fashion_mnist'
 
 pytestmark = pytest.mark.slow

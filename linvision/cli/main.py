@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
             return
         import tyro  # before torch, which takes seconds: it may be missing
 
-        importlib.import_module('linvision.models.registry')  # see linvision_command.py
+        importlib.import_module('linvision.models.registry')  # see program.py
         module = importlib.import_module(f'linvision.cli.{name}')
         tyro.cli(module.main, prog=f'linvision {name}', description=module.__doc__, args=rest)
 

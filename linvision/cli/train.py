@@ -86,7 +86,7 @@ def main(words: Sequence[str]) -> None:
     file = find_recipe(name)
     import tyro  # noqa: F401  (before torch, which takes seconds: it may be missing)
 
-    import linvision.models.registry  # noqa: F401  (see linvision_command.py)
+    import linvision.models.registry  # noqa: F401  (see program.py)
 
     # recipes import each other by bare names, in worker processes too, which inherit the path
     sys.path[:0] = [str(folder) for folder in (file.parent, recipe_folder()) if str(folder) not in sys.path]

@@ -110,7 +110,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """Build a variant through timm; `kwargs` override the variant's defaults, and those of the weights that it names."""
+    """Build a variant through timm; `kwargs` override the defaults of the variant and of the weights that it names."""
     tag = kwargs.get('pretrained_cfg')
     config = WEIGHTS / f'{variant}.{tag}' / 'config.json'
     if isinstance(tag, str) and tag and config.is_file():

@@ -1,5 +1,6 @@
-"""The program `linvision`, beside the package, whose import brings torch and timm: seconds that `--help` need not take.
+"""The program `linvision`. The wheel has it as the module `linvision_command`, beside the package.
 
+The package's import brings torch and timm: seconds that `--help` need not take.
 In this program's own process the package registers its models where a command needs them (`linvision/cli/main.py`), and
 not when it is imported.
 """
