@@ -6,11 +6,15 @@ are first used, so that this import costs little more than timm's.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from linvision.models import registry as registry
-from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.version import __version__
+
+# the program `linvision` registers them itself, for `--help` needs no torch
+if TYPE_CHECKING or not getattr(sys.modules.get('linvision_command'), 'registers_later', False):
+    from linvision.models import registry as registry
+    from linvision.models.linformer_vit import LinformerVisionTransformer
 
 if TYPE_CHECKING:
     from linvision import analysis as analysis
@@ -21,14 +25,15 @@ if TYPE_CHECKING:
 __all__ = ['LinformerVisionTransformer', '__version__', 'create_dataset']
 
 LAZY_MODULES = ('analysis', 'convert', 'data')
+LAZY_NAMES = {'create_dataset': 'linvision.data', 'LinformerVisionTransformer': 'linvision.models.linformer_vit'}
 
 
 def __getattr__(name: str) -> Any:
     """Import a module or function of the package where it is first asked for (PEP 562)."""
     if name in LAZY_MODULES:
         return importlib.import_module(f'linvision.{name}')
-    if name == 'create_dataset':
-        return importlib.import_module('linvision.data').create_dataset
+    if name in LAZY_NAMES:
+        return getattr(importlib.import_module(LAZY_NAMES[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -1,6 +1,6 @@
 """CIFAR-100, pixel by pixel: 1,024 tokens.
 
-    python recipes/cifar100_pixels.py --output-dir outputs/cifar100_pixels --data-dir data
+    linvision train cifar100_pixels --output-dir outputs/cifar100_pixels --data-dir data
 
 Result: not yet run. To compare with: 85.1 % of a pixel ViT-T (ViT-T/2: 83.6 %; arXiv 2406.09415). `cifar10_pixels` on
 other classes.

@@ -1,6 +1,6 @@
 """CIFAR-10 in patches of 2×2 pixels: 256 tokens, what four times fewer tokens cost or gain.
 
-    python recipes/cifar10_patch2.py --output-dir outputs/cifar10_patch2 --data-dir data
+    linvision train cifar10_patch2 --output-dir outputs/cifar10_patch2 --data-dir data
 
 Result: not yet run. `cifar10_pixels` with another model; all at 32×32.
 """

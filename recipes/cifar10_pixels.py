@@ -1,7 +1,7 @@
 """CIFAR-10, pixel by pixel: 1,024 tokens.
 
-    python recipes/cifar10_pixels.py --output-dir outputs/cifar10_pixels --data-dir data
-    torchrun --nproc-per-node 8 recipes/cifar10_pixels.py --output-dir outputs/cifar10_pixels --data-dir data
+    linvision train cifar10_pixels --output-dir outputs/cifar10_pixels --data-dir data
+    torchrun --nproc-per-node 8 -m linvision train cifar10_pixels --output-dir outputs/cifar10_pixels --data-dir data
 
 Result: not yet run. To compare with: 96.5 % of CCT-7/3x1 after 300 epochs (SHI-Labs/Compact-Transformers).
 

@@ -1,6 +1,6 @@
 """CIFAR-10, pixel by pixel, for a laptop: 1,024 tokens, and a model of 0.2 M parameters.
 
-    python recipes/cifar10_pixels_pico.py --output-dir outputs/cifar10_pixels_pico --data-dir data
+    linvision train cifar10_pixels_pico --output-dir outputs/cifar10_pixels_pico --data-dir data
 
 Result: not yet run. To compare with: 89.2 % of CCT-2/3x2 with 0.28 M parameters after 200 epochs
 (SHI-Labs/Compact-Transformers).

@@ -1,7 +1,7 @@
 """A plain ViT's conversion learns from the ViT itself: classes and the teacher's logits, on the teacher's own data.
 
     linvision convert outputs/vit --dataset fashion_mnist --proj-len 64 --output-dir outputs/converted
-    python recipes/distill_from_vit.py --init outputs/converted --teacher outputs/vit --output-dir outputs/distilled
+    linvision train distill_from_vit --init outputs/converted --teacher outputs/vit --output-dir outputs/distilled
 
 Teacher and student share every weight at the start but E, and the head where the classes are the data's own; so a short
 run with a small learning rate is enough to mend what the projection has cost (timm's logit distillation).

@@ -1,6 +1,6 @@
 """Fashion-MNIST, pixel by pixel: 28×28 images on a 32×32 canvas, 1,024 tokens.
 
-    python recipes/fashion_mnist_pixels.py --output-dir outputs/fashion_mnist_pixels --data-dir data
+    linvision train fashion_mnist_pixels --output-dir outputs/fashion_mnist_pixels --data-dir data
 
 Result: 93.39 % on all 10,000 test images, one seed (24 epochs, 1,440,000 images, `--threads 1 --precision bf16`: 152
 minutes on one thread of a Zen 5 with other jobs beside it, torch 2.14.1, 2026-11-24; metrics beside the weights in the

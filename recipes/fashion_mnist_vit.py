@@ -1,6 +1,6 @@
 """A plain ViT on Fashion-MNIST, with patches of 2 pixels: 256 tokens and full attention, to convert and to learn from.
 
-    python recipes/fashion_mnist_vit.py --output-dir outputs/vit --data-dir data
+    linvision train fashion_mnist_vit --output-dir outputs/vit --data-dir data
 
 timm's `VisionTransformer`, as wide and as deep as the pico models, with learned positions and the mean of all tokens
 for a head: nothing in it is linvision's. Trained as the pixels are, coarse to fine, 64 tokens first, in batches of 64.

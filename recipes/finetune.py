@@ -1,14 +1,15 @@
 """A pretrained backbone on a dataset of your own: the whole model, its last blocks, or a linear probe.
 
-    python recipes/finetune.py --data-dir MY_IMAGES --output-dir outputs/finetuned
-    python recipes/finetune.py --init outputs/masked_pixels --data-dir MY_IMAGES
-    python recipes/finetune.py --init hf-hub:OWNER/MODEL --img-size 64 --data-dir MY_IMAGES
-    python recipes/finetune.py --freeze -1 --lr 0.01 --data-dir MY_IMAGES
+    linvision train finetune --data-dir MY_IMAGES --output-dir outputs/finetuned
+    linvision train finetune --init outputs/masked_pixels --data-dir MY_IMAGES
+    linvision train finetune --init hf-hub:OWNER/MODEL --img-size 64 --data-dir MY_IMAGES
+    linvision train finetune --freeze -1 --lr 0.01 --data-dir MY_IMAGES
 
 `--init` is a tag of timm's (here the package's own), `hf-hub:OWNER/MODEL`, or the folder of a run or of any ViT.
-Channels, classes and image size may differ: the first layer is summed or repeated, the head is new, positions and
-projection are resized. `--freeze 2` leaves the first two blocks and what stands before them as they are, `--freeze -1`
-trains the head alone. `--layer-decay` slows the layers the more, the nearer they are to the image.
+Channels, classes and image size may differ: the first layer is summed or repeated, positions and projection are
+resized. The head is kept where the classes are the same, else new; the log says which. `--freeze 2` leaves the first
+two blocks and what stands before them as they are, `--freeze -1` trains the head alone. `--layer-decay` slows the
+layers the more, the nearer they are to the image.
 
 Result: 1,440 handwritten digits at 16×16 pixels, 98.5 ± 0.4 % of 355 test images after five epochs, the same model from
 scratch 59.7 ± 11.6 % (`--lr 0.01`, five seeds; `python -m scripts.studies.run transfer --precision bf16`). Not yet

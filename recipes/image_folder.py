@@ -1,6 +1,6 @@
 """A folder of your own images: classes, channels and sizes are found out.
 
-    python recipes/image_folder.py --data-dir MY_IMAGES --output-dir outputs/my_images
+    linvision train image_folder --data-dir MY_IMAGES --output-dir outputs/my_images
     linvision predict --model outputs/my_images SOME_IMAGE
 
 `MY_IMAGES/train/CLASS/IMAGE` and `MY_IMAGES/val/CLASS/IMAGE`, or `MY_IMAGES/CLASS/IMAGE`, of which every fifth is then

@@ -1,6 +1,6 @@
 """ImageNet-1k in patches of 16×16 pixels: ViT-S/16's size, 196 tokens, K = 64.
 
-    torchrun --nproc-per-node 8 recipes/imagenet_patch16.py --data-dir /data/imagenet
+    torchrun --nproc-per-node 8 -m linvision train imagenet_patch16 --data-dir /data/imagenet
 
 from `train/` and `val/` folders, or from shards:
 

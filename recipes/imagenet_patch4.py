@@ -1,6 +1,6 @@
 """ImageNet-1k in patches of 4×4 pixels: 3,136 tokens.
 
-    torchrun --nproc-per-node 8 recipes/imagenet_patch4.py --data-dir /data/imagenet
+    torchrun --nproc-per-node 8 -m linvision train imagenet_patch4 --data-dir /data/imagenet
 
 Result: not yet run. `imagenet_patch16` with sixteen times the tokens; coarse to fine, three quarters of the steps on
 112×112 images (784 tokens).

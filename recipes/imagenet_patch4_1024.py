@@ -1,6 +1,6 @@
 """ImageNet-1k at 1024×1024 in patches of 4×4 pixels: 65,536 tokens, from the weights of `imagenet_patch4`.
 
-    torchrun --nproc-per-node 8 recipes/imagenet_patch4_1024.py --data-dir /data/imagenet \\
+    torchrun --nproc-per-node 8 -m linvision train imagenet_patch4_1024 --data-dir /data/imagenet \\
       --init outputs/imagenet_patch4_base/model --output-dir outputs/imagenet_patch4_1024
 
 Result: not yet run. `--init` takes a base model, as `recipes/imagenet_patch4.py --model linformer_vit_base_patch4_224`

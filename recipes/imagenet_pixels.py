@@ -1,6 +1,6 @@
 """ImageNet-1k, pixel by pixel: 50,176 tokens, coarse to fine from 112×112 (12,544 tokens) to 224×224.
 
-    torchrun --nproc-per-node 8 recipes/imagenet_pixels.py --data-dir /data/imagenet
+    torchrun --nproc-per-node 8 -m linvision train imagenet_pixels --data-dir /data/imagenet
 
 Result: not yet run. To compare with: 84.6 % of Adventurer-B at 50,176 tokens (wangf3014/Patch_Scaling).
 """

@@ -1,6 +1,6 @@
 """Imagenette in patches of 4×4 pixels: 224×224 images, 3,136 tokens.
 
-    python recipes/imagenette_patch4.py --output-dir outputs/imagenette_patch4 --data-dir data
+    linvision train imagenette_patch4 --output-dir outputs/imagenette_patch4 --data-dir data
 
 Result: not yet run.
 

@@ -1,7 +1,7 @@
 """Self-pretraining by masked pixels, on any dataset: its backbone starts any recipe with the same model (`--init`).
 
-    python recipes/masked_pixels.py --output-dir outputs/masked_pixels --data-dir data
-    python recipes/fashion_mnist_pixels.py --init outputs/masked_pixels --data-dir data
+    linvision train masked_pixels --output-dir outputs/masked_pixels --data-dir data
+    linvision train fashion_mnist_pixels --init outputs/masked_pixels --data-dir data
 
 Half of each image is hidden in squares of 4×4 pixels; the loss is the squared error of the hidden, normalised pixels
 (SimMIM, arXiv 2111.09886, on the task's own images, arXiv 2310.02980). Labels are not looked at.

@@ -1,11 +1,11 @@
 """Pathfinder at 128×128 pixels, 16,384 tokens, from the weights of half the size.
 
-    python recipes/pathfinder_16k.py --init outputs/pathfinder_4k --output-dir outputs/pathfinder_16k
+    linvision train pathfinder_16k --init outputs/pathfinder_4k --output-dir outputs/pathfinder_16k
 
 Projection and positions are resized to the larger grid; `--init ''` starts from scratch. Or with masked pixels first:
 
-    python recipes/pathfinder_16k.py --init '' --task masked_pixels --output-dir outputs/pathfinder_16k_pixels
-    python recipes/pathfinder_16k.py --init outputs/pathfinder_16k_pixels
+    linvision train pathfinder_16k --init '' --task masked_pixels --output-dir outputs/pathfinder_16k_pixels
+    linvision train pathfinder_16k --init outputs/pathfinder_16k_pixels
 
 LRA's Path-X, where its models fail; attention without self-pretraining has 61.4
 (FlashAttention, arXiv 2205.14135).

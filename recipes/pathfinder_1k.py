@@ -1,12 +1,12 @@
 """Pathfinder at 32×32 pixels, 1,024 tokens: do two markers lie on one dashed path?
 
-    python recipes/pathfinder_1k.py --output-dir outputs/pathfinder_1k
+    linvision train pathfinder_1k --output-dir outputs/pathfinder_1k
 
 With self-pretraining by masked pixels on the same images (arXiv 2310.02980), which is what made plain attention work
 here, first:
 
-    python recipes/pathfinder_1k.py --task masked_pixels --output-dir outputs/pathfinder_1k_pixels
-    python recipes/pathfinder_1k.py --init outputs/pathfinder_1k_pixels --output-dir outputs/pathfinder_1k
+    linvision train pathfinder_1k --task masked_pixels --output-dir outputs/pathfinder_1k_pixels
+    linvision train pathfinder_1k --init outputs/pathfinder_1k_pixels --output-dir outputs/pathfinder_1k
 
 Images are made on the spot (`linvision/data/pathfinder.py`), some 200 a second on one core, and kept in `--data-dir`
 (0.2 GB) for the epochs after the first. Paths have 14 dashes; `--dataset-args contour_length 6` is easier. Scores are

@@ -1,6 +1,6 @@
 """Pathfinder at 32×32 pixels, 1,024 tokens, for one CPU core: paths of 6 dashes, and a model of 58,000 parameters.
 
-    python recipes/pathfinder_1k_pico.py --output-dir outputs/pathfinder_1k_pico
+    linvision train pathfinder_1k_pico --output-dir outputs/pathfinder_1k_pico
 
 Each channel is normalised over the tokens of an image (`token_norm`), and the mean of the tokens over the images of a
 batch (`head_norm`); docs/pathfinder.md says what the model does without. Coarse to fine: most of the time on images of

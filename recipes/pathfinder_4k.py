@@ -1,11 +1,11 @@
 """Pathfinder at 64×64 pixels, 4,096 tokens, from the weights of half the size.
 
-    python recipes/pathfinder_4k.py --init outputs/pathfinder_1k --output-dir outputs/pathfinder_4k
+    linvision train pathfinder_4k --init outputs/pathfinder_1k --output-dir outputs/pathfinder_4k
 
 Projection and positions are resized to the larger grid; `--init ''` starts from scratch. Or with masked pixels first:
 
-    python recipes/pathfinder_4k.py --init '' --task masked_pixels --output-dir outputs/pathfinder_4k_pixels
-    python recipes/pathfinder_4k.py --init outputs/pathfinder_4k_pixels
+    linvision train pathfinder_4k --init '' --task masked_pixels --output-dir outputs/pathfinder_4k_pixels
+    linvision train pathfinder_4k --init outputs/pathfinder_4k_pixels
 
 There is no figure of LRA for this size.
 

@@ -1,11 +1,11 @@
 """Pathfinder at 256×256 pixels, 65,536 tokens, from the weights of half the size.
 
-    python recipes/pathfinder_65k.py --init outputs/pathfinder_16k --output-dir outputs/pathfinder_65k
+    linvision train pathfinder_65k --init outputs/pathfinder_16k --output-dir outputs/pathfinder_65k
 
 Projection and positions are resized to the larger grid; `--init ''` starts from scratch. Or with masked pixels first:
 
-    python recipes/pathfinder_65k.py --init '' --task masked_pixels --output-dir outputs/pathfinder_65k_pixels
-    python recipes/pathfinder_65k.py --init outputs/pathfinder_65k_pixels
+    linvision train pathfinder_65k --init '' --task masked_pixels --output-dir outputs/pathfinder_65k_pixels
+    linvision train pathfinder_65k --init outputs/pathfinder_65k_pixels
 
 Path-256: block-sparse attention without self-pretraining has 63.1
 (FlashAttention, arXiv 2205.14135).

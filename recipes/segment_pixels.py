@@ -1,7 +1,7 @@
 """A class for every pixel: the shipped backbone's features at full resolution, on scenes of overlapping clothes.
 
-    python recipes/segment_pixels.py --output-dir outputs/segment_pixels --data-dir data
-    python recipes/segment_pixels.py --network unet --output-dir outputs/segment_unet
+    linvision train segment_pixels --output-dir outputs/segment_pixels --data-dir data
+    linvision train segment_pixels --network unet --output-dir outputs/segment_unet
 
 A scene is a 64×64 canvas (4,096 tokens, one a pixel) with two to five Fashion-MNIST items, each from half to its whole
 size, one over the other; scenes for training are made of training items, those for the score of test items, and scene i
@@ -317,6 +317,11 @@ def main(settings: Settings) -> dict[str, Any]:
     return metrics
 
 
-if __name__ == '__main__':
+def command() -> None:
+    """Train by the command line's flags."""
     with guarded():
         main(tyro.cli(Settings, description=__doc__))
+
+
+if __name__ == '__main__':
+    command()

@@ -1,6 +1,6 @@
 """Tiny ImageNet, 200 classes, in patches of 2×2 pixels: 64×64 images, 1,024 tokens, a model of 0.2 M parameters.
 
-    python recipes/tiny_imagenet_pico.py --output-dir outputs/tiny_imagenet_pico --data-dir data
+    linvision train tiny_imagenet_pico --output-dir outputs/tiny_imagenet_pico --data-dir data
 
 Result: not yet run. It is scored on the 10,000 validation images; a slice of the training set is there to choose on.
 

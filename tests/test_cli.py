@@ -85,6 +85,31 @@ def test_the_catalogue_is_the_first_line_of_every_recipe(capsys):
     assert '  cifar100_pixels        CIFAR-100, pixel by pixel: 1,024 tokens.' in lines
 
 
+PROGRAM = """
+import sys
+sys.path.append('linvision/cli')
+import program
+sys.modules['linvision_command'] = program  # as the wheel has it, beside the package
+sys.argv[1:] = {}
+program.main()
+print('torch' in sys.modules)
+"""
+
+
+@pytest.mark.parametrize('words', [['--version'], ['train', '--list']])
+def test_the_program_answers_without_torch(words):
+    code = PROGRAM.format(words)
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) > 1 and done.stdout.endswith('\nFalse\n')
+
+
+@pytest.mark.slow
+def test_the_program_registers_the_models_where_a_command_needs_them():
+    code = PROGRAM.format(['models', 'test*']) + 'import linvision; print(linvision.LinformerVisionTransformer)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 'test_linformer_vit' in done.stdout and 'LinformerVisionTransformer' in done.stdout
+
+
 def test_an_unknown_recipe_lists_the_nearest():
     with pytest.raises(SystemExit, match="error: Unknown recipe 'cifar10_pixel'. Nearest: cifar10_pixels"):
         main(['train', 'cifar10_pixel'])
@@ -99,7 +124,7 @@ def test_a_recipe_shows_its_page_and_its_flags(capsys):
         with pytest.raises(SystemExit) as end:
             main(['train', name, '--help'])
         shown = capsys.readouterr().out
-        assert end.value.code == 0 and flag in shown and f'recipes/{name}.py' in shown
+        assert end.value.code == 0 and flag in shown and f'usage: linvision train {name} ' in shown
 
 
 def test_a_recipe_that_changes_another_trains_by_its_name(tmp_path):
@@ -126,8 +151,9 @@ def test_recipes_are_found_in_an_installed_package_too(tmp_path, monkeypatch):
 
 def test_the_wheel_is_told_of_the_command_and_the_recipes():
     settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-    assert settings['project']['scripts'] == {'linvision': 'linvision.cli.main:main'}
-    assert settings['tool']['hatch']['build']['targets']['wheel']['force-include'] == {'recipes': 'linvision/recipes'}
+    assert settings['project']['scripts'] == {'linvision': 'linvision_command:main'}
+    brought = settings['tool']['hatch']['build']['targets']['wheel']['force-include']
+    assert brought == {'recipes': 'linvision/recipes', 'linvision/cli/program.py': 'linvision_command.py'}
 
 
 def test_links_of_the_readme_lead_somewhere_on_pypi():

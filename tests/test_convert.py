@@ -289,14 +289,6 @@ def test_the_command_takes_timms_own_folders_a_k_for_each_layer_and_leaves_out_b
     assert [block.attn.rows[0] * block.attn.rows[1] for block in loaded.blocks] == list(lengths)
 
 
-def test_fitting_says_how_far_it_is(capsys):
-    seen = list(convert.counted(iter([1, 2, 3]), 4, seconds=-1.0))
-    assert seen == [1, 2, 3] and capsys.readouterr().err.splitlines() == [
-        'fitting: step 1 of 4, 0.0 min left',
-        'fitting: step 2 of 4, 0.0 min left',
-    ]
-
-
 def test_the_command_refuses_unknown_models_and_other_channels(vit_folder, tmp_path):
     with pytest.raises(ValueError, match="'vit_nowhere' is neither a folder nor a name"):
         convert.main('vit_nowhere', tmp_path)

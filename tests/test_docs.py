@@ -143,14 +143,19 @@ def test_pathfinder(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_readme(tmp_path):
-    """Its Python runs as it stands, from 65,536 tokens to a converted ViT."""
+def test_readme(tmp_path, monkeypatch, capsys):
+    """Its Python runs as it stands, from 65,536 tokens to a converted ViT, and classifies as the command does."""
     names: dict = {}
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient('L').resize((40, 30)).save('my_photo.jpg')
     for kind, code in BLOCK.findall((ROOT / 'README.md').read_text()):
         if kind == 'python':
             exec(compile(code, 'README.md', 'exec'), names)
     assert names['logits'].shape == (1, 10) and names['maps'][0].shape == (1, 64, 256, 256)
     assert names['long'].patch_embed.num_patches == 1024
+    said = capsys.readouterr().out
+    main(['predict', '--model', 'linformer_vit_pico_patch1_32.fashion_mnist', 'my_photo.jpg', '--topk', '1'])
+    assert said.strip() and said.strip() in capsys.readouterr().out
 
 
 def test_readme_is_read_in_two_minutes():

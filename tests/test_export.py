@@ -1,6 +1,7 @@
 """What is exported computes what the model does, for any number of images; what does not is removed."""
 
 import itertools
+import json
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 from runs import slow_but
 
 from linvision.cli import export
+from linvision.cli.pretrained import load_model
 from linvision.convert import from_vit
 
 
@@ -36,6 +38,28 @@ def test_an_exported_file_gives_the_models_outputs_on_other_images_and_batches(s
     assert report['input'] == ['batch', *images.shape[1:]] and report['largest_relative_difference'] < 1e-4
 
 
+@pytest.mark.parametrize('suffix', export.FORMATS)
+@pytest.mark.filterwarnings('ignore')  # as above
+def test_a_file_says_how_images_are_read_and_what_the_classes_are(suffix, tmp_path, model_folder, caplog):
+    if suffix == '.onnx':
+        pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
+    file = tmp_path / f'model{suffix}'
+    report = export.export(load_model(model_folder), file)
+    if suffix == '.onnx':
+        import onnxruntime
+
+        found = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+        found = {name: json.loads(value) for name, value in found.items()}
+        assert 'constant folding' not in caplog.text
+    else:
+        files = {'images.json': ''}
+        torch.export.load(file, extra_files=files)
+        found = json.loads(files['images.json'])
+    assert found['classes'] == [f'bar {i}' for i in range(10)] and found['input'] == ['batch', 1, 16, 16]
+    assert {'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'} < set(found)
+    assert all(found[name] == json.loads(json.dumps(report[name])) for name in found)
+
+
 def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
     model = timm.create_model('test_linformer_vit')
     for spoil, words in (
@@ -43,7 +67,7 @@ def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
         (lambda outputs: outputs[:, :2], r'gave \(\d+, 2\) outputs'),
     ):
         form = (
-            lambda model, images, file: file.write_bytes(b'a model'),
+            lambda model, images, file, facts: file.write_bytes(b'a model'),
             lambda file, spoil=spoil: lambda images: spoil(model(images)),
         )
         monkeypatch.setitem(export.FORMATS, '.pt2', form)
@@ -53,7 +77,7 @@ def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_there_stays_where_the_new_one_is_wrong(tmp_path, monkeypatch):
-    def broken(model, images, file):
+    def broken(model, images, file, facts):
         file.write_bytes(b'half')
         raise ImportError('no onnxscript')
 

@@ -66,6 +66,13 @@ def test_a_head_comes_along_only_with_the_norm_before_it(tmp_path):
         assert different == (set() if head_norm else {'head.weight', 'head.bias'})
 
 
+@pytest.mark.parametrize('classes, words', [(True, 'kept: its classes are the same'), (False, 'new')])
+def test_the_log_says_whether_the_head_is_kept(model_folder, tmp_path, classes, words, capsys):
+    task = 'classify' if classes else 'masked_pixels'  # of the same set, or of pixels
+    finetuned(model_folder, tmp_path / 'run', epochs=0.2, task=task)
+    assert f'weights from {model_folder}; the head is {words}' in capsys.readouterr().out.splitlines()
+
+
 def test_convolutions_of_a_larger_model_span_as_much_of_the_image_as_those_of_its_weights():
     source = 'linformer_vit_pico_patch1_32.fashion_mnist'
     recipe = resolved(Recipe(model='linformer_vit_pico_patch1_64', init=source, model_args={'proj_len': 64}))

@@ -365,18 +365,24 @@ def test_wrong_arguments_are_named(kwargs, error, message):
         timm.create_model('test_linformer_vit', **{**CREATE, **kwargs})
 
 
-@pytest.mark.parametrize('shape', [(2, 3, 8, 9), (2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize('shape', [(2, 3, 8, 9), (2, 3, 16, 16), (2, 1, 8, 9), (3, 8, 8)])
 def test_wrong_images_are_refused_with_both_shapes(shape):
     message = rf'Expected images of shape \(B, 3, 8, 8\), got \[{", ".join(map(str, shape))}\].*set_input_size'
     with pytest.raises(ValueError, match=message):
         create()(torch.randn(shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize('shape', [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 8, 1)])
+@pytest.mark.parametrize('shape', [(3, 8, 8), (2, 3, 8, 9), (2, 3, 8, 8, 1)])
 def test_wrong_images_of_a_model_of_any_size_are_refused_with_their_shape(shape):
     message = rf'shape \(B, 3, height, width\).*got \[{", ".join(map(str, shape))}\]'
     with pytest.raises(ValueError, match=message):
-        create(dynamic_img_size=True)(torch.randn(shape, dtype=torch.float64))
+        create(dynamic_img_size=True, patch_size=2, img_size=8)(torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_images_of_other_channels_alone_are_told_of_channels_alone(dynamic):
+    with pytest.raises(ValueError, match='^Expected 3 channels, got 1: convert the images, or .* in_chans=1.$'):
+        create(dynamic_img_size=dynamic)(torch.randn(2, 1, 8, 8, dtype=torch.float64))
 
 
 def test_dropped_patches_are_run_whole_and_refused_with_a_mask():

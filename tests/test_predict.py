@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_json_and_table_hold_every_image(model_folder, tmp_path, capsys):
     for path, line, result in zip(paths, lines, results, strict=True):
         assert line.startswith(str(path))
         assert all(c['name'] in line for c in result['classes'])
+
+
+def test_a_picture_shows_the_images_with_their_classes(model_folder, tmp_path, monkeypatch):
+    paths = save(create_dataset('fake', tmp_path, 'test'), tmp_path / 'a $^$ folder', 7)
+    drawn = []
+    figure_of = predict.picture
+    monkeypatch.setattr(predict, 'picture', lambda *a: drawn.append(figure_of(*a)) or drawn[0])
+    run('--model', model_folder, *paths, '--picture', tmp_path / 'new' / 'picture.png')
+    with Image.open(tmp_path / 'new' / 'picture.png') as image:
+        assert image.width > 900 and image.height > 300  # six in a row
+    titles = [axis.get_title() for axis in drawn[0].axes if axis.images]
+    assert len(titles) == 7 and all(re.search(r'→ bar \d \d+ %$', title) for title in titles)
+    with pytest.raises(SystemExit, match="must end in .png, .* got 'picture.gif'"):
+        run('--model', model_folder, *paths, '--picture', tmp_path / 'picture.gif')
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_help_shows_the_flags_and_the_command(recipe, capsys):
         run(recipe, '--help')
     assert error.value.code == 0
     shown = capsys.readouterr().out
-    assert '--stages' in shown and '--output-dir' in shown and f'recipes/{recipe.name}' in shown
+    assert '--stages' in shown and '--output-dir' in shown and f'linvision train {recipe.stem}' in shown
 
 
 def test_an_unknown_flag_lists_the_nearest(capsys):

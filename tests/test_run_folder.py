@@ -268,6 +268,28 @@ def test_fresh_moves_no_folder_of_a_runs_name_in_which_no_run_wrote(tmp_path):
     assert set(os.listdir(tmp_path)) == {'checkpoints', 'model', 'tensorboard', 'metrics.json'}
 
 
+def test_a_run_without_its_data_leaves_nothing_behind(small_recipe, tmp_path):
+    missing = small_recipe.replace(dataset='image_folder', data_dir=tmp_path / 'nowhere')
+    with pytest.raises(FileNotFoundError):
+        train(missing)
+    assert os.listdir(tmp_path) == []
+    missing.run.output_dir.mkdir()  # one's own folder stays
+    with pytest.raises(FileNotFoundError):
+        train(missing)
+    assert os.listdir(tmp_path) == ['run'] and os.listdir(tmp_path / 'run') == []
+
+
+def test_epochs_switch_minutes_off_and_both_are_refused(small_recipe):
+    by_the_clock = small_recipe.replace(max_minutes=15)
+    for words in (['--epochs', '2'], ['--epochs=2'], ['--max-minutes', '0', '--epochs', '2']):
+        run = read_flags(by_the_clock, args=words).run
+        assert (run.epochs, run.max_minutes) == (2, 0)
+    assert read_flags(by_the_clock, args=['--max_minutes', '3']).run.max_minutes == 3
+    assert read_flags(by_the_clock, args=['--model-args', 'epochs', '3']).run.max_minutes == 15
+    with pytest.raises(ValueError, match='--epochs 2 and --max-minutes 3 both say .*: give one'):
+        read_flags(small_recipe, args=['--epochs', '2', '--max_minutes', '3'])
+
+
 @pytest.mark.parametrize(
     'words', [('--output-dir', ''), ('--output-dir=',), ('--output_dir', '', '--fresh'), ('--data-dir', '')]
 )

@@ -116,7 +116,7 @@ def test_what_the_user_names_takes_nothing_from_a_folder_that_asks_for_a_set_of_
 
 def test_a_run_goes_on_by_its_own_recipe_and_not_by_the_folders(model_folder, tmp_path, marker):
     folder = plant(tmp_path / 'f', model_folder, dataset='wds/x', data_dir=f'pipe:touch {marker} #')
-    with pytest.raises(ValueError, match='holds a run of another recipe'):
+    with pytest.raises(ValueError, match='holds a run of other settings'):
         train(small(folder))
 
 

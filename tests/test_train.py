@@ -14,6 +14,7 @@ from timm.optim.muon import zeropower_via_newtonschulz
 from linvision.data import create_batches, create_dataset
 from linvision.data.preparation import Preparation
 from linvision.train import Recipe, train
+from linvision.train.board import Board
 from linvision.train.checkpoint import newest_checkpoint, read_state
 from linvision.train.evaluate import evaluate
 from linvision.train.optimizer import create_optimizer, create_schedule, step_in_stacks
@@ -173,10 +174,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe
     assert {p.name for p in (recipe.run.output_dir / 'checkpoints').iterdir()} == kept
 
 
-def test_another_recipe_in_the_folder_is_refused(recipe):
+def test_other_settings_in_the_folder_are_refused(recipe):
     train(recipe.replace(max_steps=1))
-    with pytest.raises(ValueError, match=r'lr: 0.01 there, 0.02 now'):
+    words = r'of other settings \(lr: 0.01 there, 0.02 now\).*To train it further: --init .*/run --output-dir OTHER'
+    with pytest.raises(ValueError, match=words):
         train(recipe.replace(lr=0.02))
+
+
+def test_the_last_line_of_a_run_says_where_its_model_is_and_what_to_do_with_it(recipe, capsys):
+    folder = recipe.run.output_dir
+    train(recipe.replace(epochs=0.25, stages=()))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f'model: {folder}/model; linvision predict --model {folder} IMAGE'
+
+
+@pytest.mark.parametrize('speed, words', [(0.44, ' 0.4 images/s'), (9.96, ' 10 images/s'), (123.4, ' 123 images/s')])
+def test_slow_training_has_a_digit_more(recipe, speed, words, tmp_path, capsys):
+    board = Board(tmp_path / 'board', recipe, 0)
+    scalars = {'train/loss': 1.0, 'train/lr': 0.1, 'speed/images_per_s': speed, 'speed/waiting_for_data': 0.0}
+    board.log(1, 0.5, scalars, 1.0)
+    board.close()
+    assert words in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):

@@ -1,5 +1,8 @@
 """Pictures of a model: the lifted attention is what the block computes with, and the files are there."""
 
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -127,6 +130,14 @@ def test_pictures_are_written_and_logged(tmp_path):
         assert high - low > 100
     log = EventAccumulator(str(tmp_path / 'out'), size_guidance={'images': 0}).Reload()
     assert set(log.Tags()['images']) == names
+
+
+def test_titles_name_the_image_and_its_likeliest_class():
+    net = model_of(img_size=16, num_classes=3)
+    net.pretrained_cfg['label_names'] = ('ship', 'airplane', 'frog')
+    titles = visualize.titles(net, torch.randn(1, 3, 16, 16), [Path('data/ship/0003.png')])
+    assert re.fullmatch(r'ship/0003\n→ (ship|airplane|frog) \d+ %', titles[0])
+    assert visualize.titles(model_of(num_classes=0), torch.randn(1, 3, 8, 12), [Path('a.png')]) == ['a']
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):

@@ -73,6 +73,7 @@ def attention_spectrum(
     rank: int = 256,
     projection: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None,
     exact: int = EXACT,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Spectrum:
     """Singular values of the attention of every layer and head, mean over images.
 
@@ -84,13 +85,14 @@ def attention_spectrum(
         projection: Gives E and F of a layer and of the tokens of an image that it reads, (1, P + N, D): (K, N) or
             (H, K, N), to compare with. `own_projection(model)`, or `pooling(model, K)`.
         exact: Tokens up to which whole matrices are decomposed.
+        progress: Told after each layer of each image how many of these are done.
 
     Raises:
         ValueError: The model's attention is of another kind, or there are no images.
     """
     layers = attention_layers(model)
     total: dict[str, list[Tensor]] = {}
-    count = tokens = 0
+    count = tokens = done = 0
     for images in batches:
         for layer, (query, key, x) in enumerate(queries_and_keys(model, layers, images)):
             tokens = query.shape[-2]
@@ -103,6 +105,8 @@ def attention_spectrum(
                     if len(sums) == layer:
                         sums.append(torch.zeros_like(value))
                     sums[layer] += value
+                done += 1
+                progress(done)
         count += len(images)
     if not count:
         raise ValueError('There are no images to look at: batches is empty.')

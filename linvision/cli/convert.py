@@ -11,32 +11,17 @@ predict` and `evaluate` and a recipe's `--init` read, and `conversion.json`, whi
 
 import json
 import logging
-import sys
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from timm.models import save_for_hf
-from torch import Tensor
 
 from linvision.cli.images import ImagesOf
 from linvision.cli.pretrained import load_vit
 from linvision.convert import agreement, fit_projection, from_vit
+from linvision.meter import counted
 from linvision.train.parallel import choose_device
-
-
-def counted(batches: Iterable[Tensor], steps: int, seconds: float = 10.0) -> Iterator[Tensor]:
-    """The batches; on the way it is said, every so many seconds, how many were asked for and how long it will take."""
-    start = said = time.perf_counter()
-    for step, images in enumerate(batches):
-        now = time.perf_counter()
-        if step and now - said > seconds:
-            said = now
-            left = (now - start) / step * (steps - step) / 60
-            print(f'fitting: step {step} of {steps}, {left:.1f} min left', file=sys.stderr, flush=True)
-        yield images
 
 
 def main(
@@ -89,7 +74,7 @@ def main(
     }
     errors: list[float] = []
     if steps and projection not in ('none', 'mean_pool', 'max_pool'):
-        errors = fit_projection(converted, original, counted(images.training(), steps), steps, lr)
+        errors = fit_projection(converted, original, counted(images.training(), 'fitting', steps, 'steps'), steps, lr)
     save_for_hf(converted, str(output_dir), safe_serialization=True)  # now: a test image may fail
     if errors:
         report['fitted'] = agreement(converted, original, images.test(limit))

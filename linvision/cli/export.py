@@ -6,13 +6,17 @@
 The first argument is the folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights. ONNX needs
 `pip install 'linvision[onnx]'`. Before it reports success the file is read again, by `torch.export.load` or
 onnxruntime, and must give the model's own outputs on batches of one, two and five images; a file that does not is
-removed. Prints one line of JSON: how images are to be read, what the classes are, and the largest difference found.
+removed. How images are to be read and what the classes are is written into the file, ONNX's metadata or the extra file
+`images.json` of `torch.export`, and printed as one line of JSON, with the largest difference found.
 """
 
 import json
+import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,10 @@ def dynamic_batch() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim('batch')},)
 
 
-def write_pt2(model: nn.Module, images: Tensor, file: Path) -> None:
-    """The model as an exported program."""
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=dynamic_batch()), file)
+def write_pt2(model: nn.Module, images: Tensor, file: Path, facts: dict[str, Any]) -> None:
+    """The model as an exported program, with what a user needs to know as the extra file `images.json`."""
+    program = torch.export.export(model, (images,), dynamic_shapes=dynamic_batch())
+    torch.export.save(program, file, extra_files={'images.json': json.dumps(facts)})
 
 
 def read_pt2(file: Path) -> Callable[[Tensor], Tensor]:
@@ -42,21 +47,27 @@ def read_pt2(file: Path) -> Callable[[Tensor], Tensor]:
     return torch.export.load(file).module()
 
 
-def write_onnx(model: nn.Module, images: Tensor, file: Path) -> None:
-    """The model as one ONNX file."""
+def write_onnx(model: nn.Module, images: Tensor, file: Path, facts: dict[str, Any]) -> None:
+    """The model as one ONNX file, with what a user needs to know as JSON in its metadata."""
     names: dict[str, Any] = {'input_names': ['images'], 'output_names': ['logits' if model.num_classes else 'features']}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet('onnxscript.optimizer'):
         warnings.simplefilter('ignore')  # what onnxscript and its packages deprecate among themselves
-        torch.onnx.export(
-            model,
-            (images,),
-            str(file),
-            dynamo=True,
-            dynamic_shapes=dynamic_batch(),
-            external_data=False,
-            verbose=False,
-            **names,
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, dynamic_shapes=dynamic_batch(), verbose=False, **names
         )
+    assert program is not None  # of dynamo
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    program.save(str(file), external_data=False)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Errors alone of a logger: the exporter warns of each constant that it leaves as it is."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
 
 
 def read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
@@ -88,6 +99,11 @@ def largest_difference(model: nn.Module, run: Callable[[Tensor], Tensor], images
     return largest
 
 
+def say(words: str) -> None:
+    """What is being done, beside the one line of JSON."""
+    print(words, file=sys.stderr, flush=True)
+
+
 @torch.no_grad()
 def export(model: Any, file: Path) -> dict[str, Any]:
     """Write a file and check it.
@@ -115,20 +131,25 @@ def export(model: Any, file: Path) -> dict[str, Any]:
         model.set_chunk_size(0)  # whole blocks, which can be traced
     images = torch.randn(max(BATCHES), model.in_chans, *model.patch_embed.img_size)
     file.parent.mkdir(parents=True, exist_ok=True)
+    config = resolve_model_data_config(model)
+    facts = {
+        'input': ['batch', model.in_chans, *model.patch_embed.img_size],
+        **{k: config[k] for k in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')},
+        'classes': list(model.pretrained_cfg.get('label_names') or ()),
+    }
     part = file.with_name(f'part-{file.name}')  # nobody shall find what is not known to be right
     try:
-        write(model, images[:2], part)
+        say(f'tracing and writing {file}')
+        write(model, images[:2], part, facts)
+        say(f'comparing it with the model on batches of {", ".join(map(str, BATCHES))} images')
         difference = largest_difference(model, read(part), images)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    config = resolve_model_data_config(model)
     return {
         'file': str(file),
         'size_mib': round(file.stat().st_size / 2**20, 2),
-        'input': ['batch', model.in_chans, *model.patch_embed.img_size],
-        **{k: config[k] for k in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')},
-        'classes': list(model.pretrained_cfg.get('label_names') or ()),
+        **facts,
         'largest_relative_difference': difference,
         'batches': list(BATCHES),
     }

@@ -33,6 +33,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
+def short(path: Path) -> str:
+    """An image's name in a picture: that of its folder, which is often its class, and its own."""
+    return '/'.join(path.with_suffix('').parts[-2:])[-24:]
+
+
 class ImagesOf:
     """Images of a set, as a model reads them.
 

@@ -55,12 +55,13 @@ def main(words: Sequence[str] | None = None) -> None:
         end(f'{nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
     with guarded(), needed(f'linvision {name}'):
         logging.basicConfig(format='%(levelname)s: %(message)s')
-        module = importlib.import_module(f'linvision.cli.{name}')
         if name == 'train':  # its flags are known once the recipe is
-            module.main(rest)
+            importlib.import_module('linvision.cli.train').main(rest)
             return
-        import tyro
+        import tyro  # before torch, which takes seconds: it may be missing
 
+        importlib.import_module('linvision.models.registry')  # see program.py
+        module = importlib.import_module(f'linvision.cli.{name}')
         tyro.cli(module.main, prog=f'linvision {name}', description=module.__doc__, args=rest)
 
 

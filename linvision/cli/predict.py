@@ -1,6 +1,7 @@
 """Classify images with a model that a run exported.
 
     linvision predict --model outputs/demo IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
+    linvision predict --model linformer_vit_pico_patch1_32.fashion_mnist MY_IMAGES --picture outputs/predictions.png
 
 Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
 """
@@ -15,10 +16,14 @@ import torch
 import tyro
 from timm.data import resolve_model_data_config
 
-from linvision.cli.images import find_images
+from linvision.analysis.figure_text import literal
+from linvision.cli.images import find_images, short
 from linvision.cli.pretrained import load_model
 from linvision.data.image_file import read_image
 from linvision.data.timm_transform import changed, timm_transform
+
+PICTURES = ('.png', '.jpg', '.pdf', '.svg')
+LARGEST = 60  # images in a picture
 
 _logger = logging.getLogger(__name__)
 
@@ -68,11 +73,32 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+def picture(results: Sequence[dict[str, Any]], in_chans: int) -> Any:
+    """A figure: the first images, each with its likeliest class below its name."""
+    from matplotlib.figure import Figure
+
+    shown = results[:LARGEST]
+    columns = min(len(shown), 6)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(1.8 * columns, 3.6), 2.1 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis('off')
+    for axis, result in zip(axes, shown, strict=False):
+        image, best = read_image(Path(result['image']), in_chans), result['classes'][0]
+        image.thumbnail((256, 256))
+        axis.imshow(image, cmap='gray', vmin=0, vmax=255)
+        name = short(Path(result['image']))
+        axis.set_title(literal(f'{name}\n→ {best["name"][:20]} {100 * best["probability"]:.0f} %'), fontsize=8)
+    return figure
+
+
 def main(
     images: tyro.conf.Positional[tuple[Path, ...]],
     model: str,
     topk: int = 5,
     on_bad_image: Literal['stop', 'skip'] = 'stop',
+    picture_file: Annotated[Path | None, tyro.conf.arg(name='picture')] = None,
     as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name='json')] = False,
 ) -> None:
     """Print the likeliest classes of each image.
@@ -83,13 +109,20 @@ def main(
             name with weights.
         topk: Classes to print for each image.
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
+        picture_file: File for a picture of the images, the first 60 at most, with their likeliest classes.
         as_json: Print JSON, not a table.
     """
     if topk < 1:
         raise ValueError(f'topk must be at least 1, got {topk}.')
     if not images:
         raise ValueError('Expected at least one image or folder after the options.')
-    results = predict(load_model(model), find_images(images), topk, on_bad_image=on_bad_image)
+    if picture_file is not None and picture_file.suffix not in PICTURES:
+        raise ValueError(f'The name of the picture must end in {", ".join(PICTURES)}, got {picture_file.name!r}.')
+    net = load_model(model)
+    results = predict(net, find_images(images), topk, on_bad_image=on_bad_image)
     if not results:
         raise OSError('None of the images could be read.')
     print(json.dumps(results, indent=2) if as_json else table(results))
+    if picture_file is not None:
+        picture_file.parent.mkdir(parents=True, exist_ok=True)
+        picture(results, net.in_chans).savefig(picture_file, dpi=110)

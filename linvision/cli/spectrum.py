@@ -20,8 +20,9 @@ import tyro
 
 from linvision.analysis.figure_text import literal
 from linvision.analysis.spectrum import Spectrum, attention_layers, attention_spectrum, own_projection, pooling
-from linvision.cli.images import ImagesOf
+from linvision.cli.images import ImagesOf, readable
 from linvision.cli.pretrained import load_vit
+from linvision.meter import Meter
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.train.parallel import choose_device
 
@@ -134,7 +135,11 @@ def main(
         raise ValueError(f'proj_len must lie between 1 and the {tokens:,} tokens, got {K}.')
     projection, name = (own_projection(net), 'its projection') if own else (pooling(net, K), 'pooling')
     images = ImagesOf(net, dataset, data_dir, batch_size, where, on_bad_image)
-    spectrum = attention_spectrum(net, images.test(limit), max(rank, K), projection)
+    batches = images.batches('test', limit)
+    matrices = batches.order.n * len(net.blocks)
+    with Meter('decomposing', matrices, 'layers of images') as meter:
+        ordered = readable(batches.ordered(images.size))
+        spectrum = attention_spectrum(net, ordered, max(rank, K), projection, progress=meter.at)
     lines = table(spectrum, K, name)
     report = {'model': model, 'tokens': tokens, 'proj_len': K, 'projection': name, 'num_samples': spectrum.num_samples}
     assert spectrum.projected is not None  # a projection was given

@@ -84,13 +84,18 @@ def main(words: Sequence[str]) -> None:
     if name.startswith('-'):
         raise ValueError(f'The recipe comes first, then its flags: linvision train RECIPE {name} …')
     file = find_recipe(name)
+    import tyro  # noqa: F401  (before torch, which takes seconds: it may be missing)
+
+    import linvision.models.registry  # noqa: F401  (see program.py)
+
     # recipes import each other by bare names, in worker processes too, which inherit the path
     sys.path[:0] = [str(folder) for folder in (file.parent, recipe_folder()) if str(folder) not in sys.path]
-    sys.argv = [str(file), *flags]
-    if file.parent == recipe_folder():  # which runs itself, segment_pixels with a loop of its own
-        runpy.run_path(str(file), run_name='__main__')
+    sys.argv = [f'linvision train {Path(name).name}', *flags]  # the program's name in --help
+    ours = file.parent == recipe_folder()
+    found = vars(importlib.import_module(file.stem)) if ours else runpy.run_path(str(file))
+    if ours and 'RECIPE' not in found:  # segment_pixels has a loop of its own
+        found['command']()
         return
-    found = runpy.run_path(str(file))
     if 'RECIPE' not in found:
         raise ValueError(f'{file} defines no RECIPE; expected RECIPE = Recipe(…) or OTHER.replace(…) in it.')
     from linvision.train import main as train_by_command_line

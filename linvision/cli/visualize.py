@@ -1,7 +1,7 @@
 """What is in a model, as pictures: what it attends to, the rows of its projection, how alike its positions are.
 
     linvision visualize outputs/demo IMAGE_OR_FOLDER... --output-dir outputs/pictures
-    linvision visualize linvision/weights/linformer_vit_pico_patch1_32.fashion_mnist my_photo.jpg
+    linvision visualize linformer_vit_pico_patch1_32.fashion_mnist my_photo.jpg
 
 Writes, as PNG files and into TensorBoard (`tensorboard --logdir outputs/pictures`):
 
@@ -10,9 +10,11 @@ Writes, as PNG files and into TensorBoard (`tensorboard --logdir outputs/picture
 - `projection`: rows of E as pictures: with which weight each token enters a row;
 - `positions`: cosine similarity of some tokens' position embeddings with all others, where there are such.
 
-Attention is lifted from K rows to the image by E: signed, not normalised, and no probability over tokens.
+Attention is lifted from K rows to the image by E: signed, not normalised, and no probability over tokens. Maps of a
+barely trained model look alike from image to image: they show E, which has not learnt yet.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from torch import Tensor
 
 from linvision.analysis.attention_map import attention_maps, projection_matrices, tokens_of_images
 from linvision.analysis.figure_text import literal
-from linvision.cli.images import find_images
+from linvision.cli.images import find_images, short
 from linvision.cli.pretrained import load_vit
 from linvision.data.image_file import read_image
 from linvision.data.timm_transform import changed, timm_transform
+from linvision.meter import Meter
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.position import SeparablePosition
 
@@ -57,6 +60,18 @@ def shown(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Te
     """Normalised images as they are looked at: (B, C, height, width) -> (B, height, width[, 3]) in 0..1."""
     pixels = images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     return pixels.clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1)
+
+
+@torch.no_grad()
+def titles(model: Any, images: Tensor, paths: list[Path]) -> list[str]:
+    """The name of each image and, of a model with classes, the likeliest."""
+    names = [short(path) for path in paths]
+    if not model.num_classes:
+        return names
+    classes = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    best = model(images).softmax(-1).max(-1)
+    found = zip(names, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [f'{name}\n→ {classes[label][:18]} {100 * share:.0f} %' for name, label, share in found]
 
 
 def attention_of_blocks(model: LinformerVisionTransformer, images: Tensor, names: list[str], looks: Tensor) -> Any:
@@ -157,19 +172,21 @@ def main(
     transform = timm_transform(**config)
     paths = find_images(images)[: limit or None]
     batch = torch.stack([changed(transform, read_image(path, net.in_chans), path) for path in paths])
-    looks, names = shown(batch, config['mean'], config['std']), [path.stem[:24] for path in paths]
-    figures = {
-        'attention_blocks': attention_of_blocks(net, batch, names, looks),
-        'attention_heads': attention_of_heads(net, batch, names, looks, block),
-        'projection': projection_rows(net, batch, block),
-        'positions': position_similarity(net),
+    looks, names = shown(batch, config['mean'], config['std']), titles(net, batch, paths)
+    figures: dict[str, Callable[[], Any]] = {
+        'attention_blocks': lambda: attention_of_blocks(net, batch, names, looks),
+        'attention_heads': lambda: attention_of_heads(net, batch, names, looks, block),
+        'projection': lambda: projection_rows(net, batch, block),
+        'positions': lambda: position_similarity(net),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(output_dir) as writer:
-        for name, figure in figures.items():
+    with SummaryWriter(output_dir) as writer, Meter('drawing', len(figures), 'pictures') as meter:
+        for i, (name, draw) in enumerate(figures.items()):
+            meter.at(i)
+            figure = draw()
             if figure is None:
-                print(f'no picture of {name}: this model has no such table')
+                meter.say(f'no picture of {name}: this model has no such table')
                 continue
             figure.savefig(output_dir / f'{name}.png', dpi=110)
             writer.add_figure(name, figure)
-            print(output_dir / f'{name}.png')
+            meter.say(str(output_dir / f'{name}.png'))

@@ -200,13 +200,22 @@ def check_image(
     x: Tensor, img_size: tuple[int, int], in_chans: int, patch_size: tuple[int, int], dynamic: bool = False
 ) -> None:
     """Raise ValueError for images of another size or number of channels than the model's."""
-    if dynamic:
-        if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] % patch_size[0] or x.shape[3] % patch_size[1]:
-            raise ValueError(
-                f'Expected images of shape (B, {in_chans}, height, width) whose sides are multiples of the patch size '
-                f'{patch_size}, got {list(x.shape)}.'
-            )
-    elif x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] != img_size[0] or x.shape[3] != img_size[1]:
+    fits = x.ndim == 4
+    if fits and dynamic:
+        fits = x.shape[2] % patch_size[0] == 0 and x.shape[3] % patch_size[1] == 0
+    elif fits:
+        fits = x.shape[2] == img_size[0] and x.shape[3] == img_size[1]
+    if fits and x.shape[1] != in_chans:
+        raise ValueError(
+            f'Expected {in_chans} channel{"" if in_chans == 1 else "s"}, got {x.shape[1]}: convert the images, or '
+            f'create the model with in_chans={x.shape[1]}.'
+        )
+    if not fits and dynamic:
+        raise ValueError(
+            f'Expected images of shape (B, {in_chans}, height, width) whose sides are multiples of the patch size '
+            f'{patch_size}, got {list(x.shape)}.'
+        )
+    if not fits:
         raise ValueError(
             f'Expected images of shape (B, {in_chans}, {img_size[0]}, {img_size[1]}), got {list(x.shape)}. Resize the '
             f'images, call model.set_input_size(img_size=...), or create the model with img_size=... and in_chans=...'

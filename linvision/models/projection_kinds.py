@@ -1,7 +1,8 @@
 """How N tokens become K rows: the maps E of Linformer (arXiv 2006.04768, section 4), one class each.
 
-`dynamic` is not Linformer's: its E is a function of the tokens (arXiv 2107.02192, section 3.1). It departs from that
-paper by a prior of position for each row, which breaks the symmetry between rows and makes them cells at the start.
+`dynamic` is not Linformer's: its E is a function of the tokens, the dynamic projection of arXiv 2107.02192. It departs
+from that paper by a prior of position for each row, which breaks the symmetry between rows and makes them cells at the
+start.
 
 A kind of projection is a class without state in `PROJECTIONS`; to add one, write a `Kind` and add it there.
 

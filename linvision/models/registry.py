@@ -52,9 +52,13 @@ def _cfg(img_size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
+WEIGHTS = Path(__file__).parents[1] / 'weights'  # that come with the package, in NAME.TAG/
+SHAPE = ('in_chans', 'num_classes', 'img_size', 'global_pool')  # what timm's config of weights says itself
+
+
 def _trained(name: str) -> dict[str, Any]:
-    """The config of weights that come with the package, in `weights/NAME.TAG/`."""
-    folder = Path(__file__).parents[1] / 'weights' / name
+    """The config of weights that come with the package."""
+    folder = WEIGHTS / name
     config = json.loads((folder / 'config.json').read_text())
     return {
         **config['pretrained_cfg'],
@@ -106,7 +110,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """Build a variant through timm; `kwargs` override the variant's defaults."""
+    """Build a variant through timm; `kwargs` override the defaults of the variant and of the weights that it names."""
+    tag = kwargs.get('pretrained_cfg')
+    config = WEIGHTS / f'{variant}.{tag}' / 'config.json'
+    if isinstance(tag, str) and tag and config.is_file():
+        told = json.loads(config.read_text())['model_args']
+        defaults = {**defaults, **{k: v for k, v in told.items() if k not in SHAPE}}
     depth = kwargs.get('depth', defaults['depth'])
     indices = kwargs.pop('out_indices', None)
     if POSITIVE.holds(depth):  # which the model itself says, if not

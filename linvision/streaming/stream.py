@@ -290,7 +290,7 @@ class TokenChunks:
         attention = self.block.attn
         n = len(projection) // attention.matrices
         x = self.block.norm1(x).flatten(1, 2)
-        inside = []
+        inside: list[Tensor] = []
         if self.valid is not None:
             inside = [self.rows(self.valid, own).flatten(1, 2)]  # (B, n)
             x = x.masked_fill(~inside[0].unsqueeze(-1), 0.0)

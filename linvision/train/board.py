@@ -56,10 +56,10 @@ class Board:
             return
         for name, value in scalars.items():
             self.events.write('add_scalar', name, value, step)
-        waiting = scalars['speed/waiting_for_data']
+        waiting, speed = scalars['speed/waiting_for_data'], scalars['speed/images_per_s']
         left = minutes / progress - minutes if progress > 0 else float('nan')
         words = (
-            f'loss {scalars["train/loss"]:.3f}  {scalars["speed/images_per_s"]:.0f} images/s  '
+            f'loss {scalars["train/loss"]:.3f}  {speed:.{0 if speed >= 9.95 else 1}f} images/s  '
             f'lr {scalars["train/lr"]:.2g}  {left:.1f} min left'
             + (f'  (waits for images {100 * waiting:.0f} % of the time: try more --workers)' if waiting > 0.5 else '')
         )

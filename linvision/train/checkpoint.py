@@ -278,7 +278,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise ValueError where a folder holds a run of another recipe.
+    """Raise ValueError where a folder holds a run of other settings.
 
     The order of a stream depends on how many workers and processes read it; that of other sets does not.
 
@@ -295,8 +295,9 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
     if changed:
         words = ', '.join(f'{k}: {found.get(k)} there, {recipe[k]} now' for k in changed)
         raise ValueError(
-            f'{folder} holds a run of another recipe ({words}). Nothing was changed. Choose another --output-dir, run '
-            'the recipe that the folder was made with, or start over beside it with --fresh.'
+            f'{folder} holds a run of other settings ({words}). Nothing was changed. To train it further: --init '
+            f'{folder} --output-dir OTHER. Or choose another --output-dir, give the settings that the folder was made '
+            'with, or start over beside it with --fresh.'
         )
 
 

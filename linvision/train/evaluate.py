@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 
 from linvision.data import Batches
+from linvision.meter import counted
 from linvision.train.precision import autocast
 
 
@@ -24,6 +24,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.train(training)
     if isinstance(model, FSDPModule):
         model.reshard()  # FSDP leaves the root whole after a forward pass
+
+
+def scoring(batches: Batches, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a set in order, of which the first process shows how many are scored."""
+    order = batches.order
+    return counted(batches.ordered(img_size), 'scoring', order.n, 'images', order.batch_size, order.rank == 0)
 
 
 def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str = 'fp32') -> dict[str, float]:
@@ -43,10 +49,8 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
     # sums stay on the device: to read one, or to leave images out by an index, would wait for each batch
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, right at first, right among five
     loss = torch.zeros((), dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
-    steps = -(-order.n // order.batch_size)
-    silent = None if order.rank == 0 else True  # None: only on a terminal
     with evaluating(model):
-        for images, labels in tqdm(batches.ordered(img_size), 'scoring', steps, leave=False, disable=silent):
+        for images, labels in scoring(batches, img_size):
             with autocast(images.device, precision):
                 logits = model(images)
             loss += F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction='sum')

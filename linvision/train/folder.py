@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,10 +37,14 @@ def run_folder(recipe: Recipe, processes: Processes) -> Iterator[Path]:
     """
     folder = Path(recipe.run.output_dir)
     locks: list[TextIO] = []
+    new, held = not folder.exists(), False
     try:
         processes.first(lambda: prepare(folder, recipe.run.fresh, locks))
+        held = bool(locks)
         yield folder
     finally:
+        if held:
+            leave_nothing_empty(folder, new)
         for lock in locks:
             lock.close()
 
@@ -71,6 +75,15 @@ def prepare(folder: Path, fresh: bool, locks: list[TextIO]) -> None:
             )
 
 
+def leave_nothing_empty(folder: Path, new: bool) -> None:
+    """Remove the lock, and a new folder with it, where a run has left nothing else, as one whose data is missing."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == ['.lock']:
+            (folder / '.lock').unlink()
+            if new:
+                folder.rmdir()
+
+
 def set_aside(folder: Path) -> None:
     """Move what runs and reports have written there into a folder of its own within it: `earlier_1`, `earlier_2`, …"""
     found = [folder / name for name, signs in WRITTEN.items() if is_ours(folder / name, signs)]
@@ -93,7 +106,7 @@ def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
     metrics or model are damaged and there is a checkpoint to make them from again.
 
     Raises:
-        ValueError: The folder holds a finished run of another recipe, or on other images; or its metrics are damaged,
+        ValueError: The folder holds a finished run of other settings, or on other images; or its metrics are damaged,
             and there is no checkpoint.
     """
     metrics, again = folder / 'metrics.json', bool(checkpoints(folder / 'checkpoints'))

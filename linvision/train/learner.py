@@ -62,8 +62,9 @@ class Learner:
         self.fsdp = recipe.run.parallel == 'fsdp'
         model: Any = self.create(img_size)  # Any: timm's factory sets pretrained_cfg, no class declares it
         check_batch(model, recipe, processes.count)
+        self.head_kept = False
         if recipe.init:
-            load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
+            self.head_kept = load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
         if self.fsdp and not hasattr(model, 'blocks'):
             raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')
         model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}

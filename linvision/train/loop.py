@@ -62,7 +62,7 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
         The contents of `metrics.json`; empty where the run was stopped before its end, or was a dry one.
 
     Raises:
-        ValueError: A recipe that cannot be trained, or a folder with a run of another recipe.
+        ValueError: A recipe that cannot be trained, or a folder with a run of other settings.
         FileNotFoundError: The data is missing.
         OSError: The output folder cannot be written, or another process is running in it.
         FloatingPointError: The loss is not finite; the last checkpoint is kept.
@@ -132,7 +132,8 @@ class TrainingRun:
             + (f', {joined.count} processes ({recipe.run.parallel})' if joined.count > 1 else '')
             + (f'; resumed at step {self.progress.step}' if found else '')
         )
-        notes = [f'weights from {recipe.init}'] if recipe.init and not found else []
+        head = 'kept: its classes are the same' if self.learner.head_kept else 'new'
+        notes = [f'weights from {recipe.init}; the head is {head}'] if recipe.init and not found else []
         for note in [*self.notes, *self.data.notes, *notes]:
             self.board.say(note)
 
@@ -354,6 +355,8 @@ class TrainingRun:
                     split, objective.pictures(), model, batches, size, self.data.train_set.classes, step
                 )
         self.board.hparams(recipe, metrics, step)
+        if joined.main and self.folder:
+            self.board.say(f'model: {self.folder}/model; {objective.next_step.format(folder=self.folder)}')
         self.processes.wait()
         return metrics
 

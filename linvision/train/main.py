@@ -60,8 +60,27 @@ def read_flags(recipe: Recipe, description: str | None = None, args: Sequence[st
         import tyro
     added = {name: recipe.fields()[name] for name in ('model_args', 'opt_args', 'dataset_args')}
     bare = recipe.replace(**{name: {} for name in added})  # tyro offers only the keys of a default
+    words = sys.argv[1:] if args is None else args
     found = tyro.cli(Recipe, default=bare, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
-    return found.replace(**{name: {**added[name], **found.fields()[name]} for name in added})
+    found = found.replace(**{name: {**added[name], **found.fields()[name]} for name in added})
+    return one_length(found, {word.partition('=')[0].replace('_', '-') for word in words})
+
+
+def one_length(recipe: Recipe, flags: set[str]) -> Recipe:
+    """The recipe without its minutes where epochs are asked for, which they would replace.
+
+    Raises:
+        ValueError: Both are asked for.
+    """
+    run = recipe.run
+    if '--epochs' not in flags or not run.max_minutes:
+        return recipe
+    if '--max-minutes' in flags:
+        raise ValueError(
+            f'--epochs {run.epochs:g} and --max-minutes {run.max_minutes:g} both say how long the run is: give one of '
+            'them.'
+        )
+    return recipe.replace(max_minutes=0.0)
 
 
 def refuse_empty_paths(words: Sequence[str]) -> None:

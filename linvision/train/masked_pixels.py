@@ -17,7 +17,7 @@ from torch import Tensor
 from linvision.data import Batches
 from linvision.data.keyed import uniform
 from linvision.models.linformer_vit import LinformerVisionTransformer
-from linvision.train.evaluate import evaluating
+from linvision.train.evaluate import evaluating, scoring
 from linvision.train.precision import autocast
 
 
@@ -145,7 +145,7 @@ def evaluate_masked(
     order, device, position = batches.order, batches.preparation.device, 0
     total = torch.zeros(2, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
     with evaluating(model):
-        for images, labels in batches.ordered(img_size):
+        for images, labels in scoring(batches, img_size):
             places = (torch.arange(len(images), device=device) + position) * order.count + order.rank  # in the set
             position += len(images)
             mask = mask_for(model, images, ratio, size, places)

@@ -31,6 +31,7 @@ class Classes:
     """
 
     best = 'top1'
+    next_step = 'linvision predict --model {folder} IMAGE'
     best_of_any_size = True  # scores at one image size can be compared with those at another
 
     def __init__(self, recipe: Recipe) -> None:
@@ -82,6 +83,7 @@ class MaskedPixels(Classes):
     """Hidden pixels, by the squared error."""
 
     best = 'loss'
+    next_step = 'linvision train NAME --init {folder}'
     best_of_any_size = False  # smaller images are smoother
 
     def task(

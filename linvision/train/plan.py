@@ -1,4 +1,4 @@
-"""What a run will do and need, in words, before it does it: `python recipes/X.py --dry-run`."""
+"""What a run will do and need, in words, before it does it: `linvision train NAME --dry-run`."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer

@@ -179,7 +179,7 @@ def check_channels(config: dict[str, Any], in_chans: int) -> None:
             raise ValueError(f'{name} must be one number for each of {in_chans} channels, got {list(value)!r:.80}.')
 
 
-def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] = ()) -> None:
+def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] = ()) -> bool:
     """Give a model the weights of another; sizes and K are changed as in any checkpoint.
 
     Args:
@@ -187,6 +187,9 @@ def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] 
         name: A folder with `config.json` and `model.safetensors`, a run's output folder, `hf-hub:…`, or a name of
             timm's with pretrained weights.
         classes: What the model is to tell apart: the other's head comes too where it tells apart the same.
+
+    Returns:
+        Whether the head came too.
 
     Raises:
         ValueError: The other is of another kind or width.
@@ -206,7 +209,7 @@ def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] 
         head = ('head.', 'head_norm.')
         heads = [{k for k in m.state_dict() if k.startswith(head)} for m in (other, model)]
         names = tuple(other.pretrained_cfg.get('label_names') or ())
-        same = classes and names == tuple(classes) and heads[0] == heads[1]
+        same = bool(classes) and names == tuple(classes) and heads[0] == heads[1]
         state = {k: v for k, v in state.items() if same or not k.startswith(head)}
         result = model.load_state_dict(state, strict=False)
         missing = [k for k in result.missing_keys if not k.startswith(head)]
@@ -218,6 +221,7 @@ def load_backbone(model: VisionTransformer, name: str, classes: tuple[str, ...] 
         raise ValueError(
             f'The weights of {name} do not fit {type(model).__name__} of width {model.embed_dim}: it {wrong}.'
         )
+    return same
 
 
 def load_teacher(
@@ -244,6 +248,6 @@ def load_teacher(
         words = f': {list(known[:5])}, not {list(classes[:5])}' if renamed else ''
         raise ValueError(
             f'The teacher {name} tells {teacher.num_classes} classes apart, the student {student.num_classes}{words}. '
-            'Fine-tune the teacher on these images first: python recipes/finetune.py --init … --dataset ….'
+            'Fine-tune the teacher on these images first: linvision train finetune --init … --dataset ….'
         )
     return teacher.to(device).eval().requires_grad_(False)

@@ -70,7 +70,8 @@ class Recipe:
     model_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Arguments of the model, as in `--model-args projection linear proj_len 32`."""
     init: str = ''
-    """Weights to start from: a folder with a model, `hf-hub:…`, or a timm name. The head only for the same classes."""
+    """Weights to start from: a folder with a model, `hf-hub:…`, or a timm name. The head is kept for the same
+    classes, else new."""
     freeze: int = 0
     """Blocks that are not trained, from the first, with what stands before them (-1: all but the head)."""
     task: Literal['classify', 'masked_pixels'] = 'classify'

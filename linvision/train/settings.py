@@ -117,9 +117,10 @@ class Run:
     output_dir: Path = Path('outputs/run')
     """Folder for metrics, model, checkpoints and TensorBoard. The same command again resumes the run in it."""
     epochs: float = 1.0
-    """Passes over the training set; fractions are allowed."""
+    """Passes over the training set; fractions are allowed. As a flag it switches `max_minutes` off."""
     max_minutes: float = 0.0
-    """Minutes of training that replace `epochs`: learning rate and stages then follow the clock (0: off)."""
+    """Minutes of training that replace `epochs`: learning rate and stages then follow the clock (0: off). Not beside
+    `--epochs`."""
     max_steps: int = 0
     """Stop after this many steps, as if interrupted; the schedule stays that of the whole run (0: off)."""
     test: bool = True

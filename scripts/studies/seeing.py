@@ -61,7 +61,7 @@ def main(data_dir: Path = Path('data'), steps: int = 400, output: Path = RESULTS
 
     Args:
         data_dir: Folder that holds CIFAR-10.
-        steps: Steps of training.
+        steps: Steps of training; 0 looks at the untrained model alone.
         output: File for the result.
     """
     torch.manual_seed(0)
@@ -70,8 +70,9 @@ def main(data_dir: Path = Path('data'), steps: int = 400, output: Path = RESULTS
     )
     looks, _ = photographs(data_dir, 'test', BATCH)
     result = {'untrained': differences(model, looks)}
-    train(model, *photographs(data_dir, 'train', BATCH * steps // 2), steps)
-    result[f'after {steps} steps'] = differences(model, looks)
+    if steps:
+        train(model, *photographs(data_dir, 'train', BATCH * steps // 2), steps)
+        result[f'after {steps} steps'] = differences(model, looks)
     output.write_text(json.dumps(result) + '\n')
     print(json.dumps(result))
 
