@@ -52,6 +52,19 @@ def reference(kind: str, weights: list[torch.Tensor], x: torch.Tensor, rows: tup
     return out.flatten(2).transpose(1, 2)
 
 
+@pytest.mark.parametrize(
+    'sharing, shapes',  # the paper's section 4: one matrix; one a layer; E and F a layer; these for each head
+    [
+        ('layerwise', [(6, *GRID)]),
+        ('key_value', [(k, *GRID) for k in LENGTHS]),
+        ('headwise', [(k, *GRID) for k in LENGTHS for _ in 'EF']),
+        ('none', [(HEADS, k, *GRID) for k in LENGTHS for _ in 'EF']),
+    ],
+)
+def test_sharing_has_the_matrices_of_the_paper(sharing, shapes):
+    assert [tuple(weight.shape) for weight in build('linear', sharing).weights] == shapes
+
+
 @pytest.mark.parametrize('sharing', SHARING)
 @pytest.mark.parametrize('kind', PROJECTIONS)
 def test_every_layer_gets_its_own_matrices_and_their_row_sums(kind, sharing):
