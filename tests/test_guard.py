@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import runpy
 import signal
 import sys
@@ -89,7 +90,8 @@ def test_what_the_terminal_cannot_show_is_escaped_and_all_is_printed(encoding, m
 @pytest.mark.parametrize('path', [*SCRIPTS, ROOT / 'recipes/segment_pixels.py'], ids=lambda p: p.stem)
 def test_every_script_has_the_guard_and_no_ending_of_its_own(path):
     text = path.read_text()
-    assert "if __name__ == '__main__':\n    with guarded():\n" in text
+    entry = 'def command() -> None:' if path.parent.name == 'recipes' else "if __name__ == '__main__':"
+    assert re.search(rf'^{re.escape(entry)}\n(    """.*"""\n)?    with guarded\(\):\n', text, re.MULTILINE)
     assert "sys.exit(f'error" not in text and "sys.exit('error" not in text and "SystemExit(f'error" not in text
 
 
