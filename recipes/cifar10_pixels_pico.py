@@ -2,11 +2,13 @@
 
     linvision train cifar10_pixels_pico --output-dir outputs/cifar10_pixels_pico --data-dir data
 
-Result: not yet run. To compare with: 89.2 % of CCT-2/3x2 with 0.28 M parameters after 200 epochs
-(SHI-Labs/Compact-Transformers).
+Result: 80.77 % on all 10,000 test images of the JPEG copy, one seed (105 minutes on one thread of a Zen 3, with other
+jobs beside it: 579,136 images, 11.6 epochs, fp32, torch 2.14.1, 2026-11-30; metrics beside the weights in the package,
+log in scripts/studies/results/). Not yet run on a GPU. To compare with: 89.2 % of CCT-2/3x2 with 0.28 M parameters
+after 200 epochs (SHI-Labs/Compact-Transformers).
 
 CIFAR-10 may also lie in `data/cifar10/train/CLASS` and `test/CLASS` as image files; what is scored on such a copy says
-so. Coarse to fine: 70 % of the steps on 16×16 images (256 tokens).
+so. Coarse to fine, by the clock: three fifths of the time on images of 8×8 and 16×16 pixels.
 """
 
 from pathlib import Path
@@ -15,10 +17,11 @@ from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='linformer_vit_pico_patch1_32',
-    data=Data(dataset='cifar10', stages=((16, 0.7), (32, 0.3)), batch_size=32),
-    optim=Optim(opt='muon', lr=0.01, smoothing=0.0),
+    model_args={'local_grid': 16},  # taps of the local path: neighbours at 8×8 and 16×16, two apart at 32×32
+    data=Data(dataset='cifar10', stages=((8, 0.15), (16, 0.45), (24, 0.15), (32, 0.25)), batch_size=64),
+    optim=Optim(opt='muon', lr=0.014, smoothing=0.0),
     augment=Augment(augmentation='kornia', hflip=0.5, shift=2),
-    run=Run(output_dir=Path('outputs/cifar10_pixels_pico'), epochs=20),
+    run=Run(output_dir=Path('outputs/cifar10_pixels_pico'), max_minutes=105.0, threads=1),
 )
 
 if __name__ == '__main__':

@@ -24,9 +24,16 @@ GOLDEN = {  # logits of the ramp below, fp32, torch 2.14.1
     'linformer_vit_pico_patch1_32.fashion_mnist': [
         *(2.1130807, -1.0465409, -2.1195104, -0.2585614, -0.3483056),
         *(-3.2363343, 2.1212339, -7.3743868, 8.8493624, -2.3217034),
-    ]
+    ],
+    'linformer_vit_pico_patch1_32.cifar10': [
+        *(3.8876252, -3.5686491, 4.150064, 0.7789291, 1.4603615),
+        *(0.0354376, -1.7031045, -3.3892639, -2.4352496, -3.8151834),
+    ],
 }
-SLICE = {'linformer_vit_pico_patch1_32.fashion_mnist': (400, 375)}  # test images, and how many of them are right
+SLICE = {  # test images, and how many of them are right; of CIFAR-10 those of the JPEG copy
+    'linformer_vit_pico_patch1_32.fashion_mnist': (400, 375),
+    'linformer_vit_pico_patch1_32.cifar10': (400, 325),
+}
 
 
 @pytest.fixture
@@ -74,13 +81,21 @@ def test_the_tagged_weights_are_the_default():
 
 def test_colour_images_of_one_grey_and_another_size_and_head_take_the_weights(model):
     name = name_of(model)
-    colour = timm.create_model(name, pretrained=True, in_chans=3).eval()
-    torch.testing.assert_close(colour(ramp(model).expand(-1, 3, -1, -1)), model(ramp(model)), rtol=1e-4, atol=1e-4)
+    if ramp(model).shape[1] == 1:
+        colour = timm.create_model(name, pretrained=True, in_chans=3).eval()
+        torch.testing.assert_close(colour(ramp(model).expand(-1, 3, -1, -1)), model(ramp(model)), rtol=1e-4, atol=1e-4)
     other = timm.create_model(name, pretrained=True, num_classes=3, img_size=48).eval()
     expected = timm.create_model(name, pretrained=True, img_size=48).eval()
-    images = torch.randn(1, 1, 48, 48)
+    images = torch.randn(1, ramp(model).shape[1], 48, 48)
     assert other(images).shape == (1, 3)
     torch.testing.assert_close(other.forward_features(images), expected.forward_features(images))
+
+
+def test_weights_have_the_arguments_that_they_were_trained_with():
+    model = timm.create_model('linformer_vit_pico_patch1_32.cifar10', pretrained=True)
+    assert model.blocks[0].attn.local.grid == (16, 16)  # its name alone would say 32
+    other = timm.create_model('linformer_vit_pico_patch1_32.cifar10', local_grid=8)
+    assert other.blocks[0].attn.local.grid == (8, 8)
 
 
 def test_what_is_pushed_to_a_hub_is_what_a_folder_gives(model, tmp_path, monkeypatch):

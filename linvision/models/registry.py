@@ -71,6 +71,7 @@ default_cfgs = generate_default_cfgs(
     {
         'test_linformer_vit.untrained': _cfg(16),
         'linformer_vit_pico_patch1_32.fashion_mnist': _trained('linformer_vit_pico_patch1_32.fashion_mnist'),
+        'linformer_vit_pico_patch1_32.cifar10': _trained('linformer_vit_pico_patch1_32.cifar10'),
         'linformer_vit_pico_patch1_32.untrained': _cfg(32),
         'linformer_vit_pico_patch2_32.untrained': _cfg(32),
         'linformer_vit_pico_patch4_32.untrained': _cfg(32),
@@ -112,23 +113,26 @@ default_cfgs = generate_default_cfgs(
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """Build a variant through timm; `kwargs` override the defaults of the variant and of the weights that it names."""
     tag = kwargs.get('pretrained_cfg')
-    config = WEIGHTS / f'{variant}.{tag}' / 'config.json'
+    config, own = WEIGHTS / f'{variant}.{tag}' / 'config.json', {}
     if isinstance(tag, str) and tag and config.is_file():
         told = json.loads(config.read_text())['model_args']
-        defaults = {**defaults, **{k: v for k, v in told.items() if k not in SHAPE}}
+        own = {k: v for k, v in told.items() if k not in SHAPE}
     depth = kwargs.get('depth', defaults['depth'])
     indices = kwargs.pop('out_indices', None)
     if POSITIVE.holds(depth):  # which the model itself says, if not
         indices = min(3, depth) if indices is None else indices
         check_indices(indices, depth)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         LinformerVisionTransformer,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': indices, 'feature_cls': 'getter'},
-        **{**defaults, **kwargs},
+        **{**defaults, **own, **kwargs},
     )
+    if own:
+        model._model_args = own  # what an export of the model must repeat; timm adds what it was asked for
+    return model
 
 
 def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def export_model(model: nn.Module, folder: Path, images: Images, data_config: di
     save_for_hf(
         model,
         str(folder),
-        # a tag belongs to the weights that the model may have started from
-        model_config={'label_names': list(images.classes), 'pretrained_cfg': {'tag': None}},
+        # tag and names in timm's config belong to the weights that the model may have started from, or to its name's
+        model_config={'label_names': list(images.classes), 'pretrained_cfg': {'tag': None, 'label_names': None}},
         data_config=data_config,
         safe_serialization=True,
     )
