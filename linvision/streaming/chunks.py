@@ -119,7 +119,7 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
         hidden: Width of the MLP's hidden layer.
     """
     tokens, dtype = chunk_tokens(x, hidden), compute_dtype(x)
-    fused = x.is_cpu and x.shape[1] >= cpu_kernels.LONG and cpu_kernels.supports(dtype)
+    fused = x.is_cpu and cpu_kernels.supports(dtype)
     return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
 
 

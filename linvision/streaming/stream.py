@@ -202,7 +202,7 @@ class TokenChunks:
             else:
                 key, value, mask = self.key_value_of_all(self.x, projection)
             plain = self.scales or draws_dropout(self.block)
-            if not plain and cpu_kernels.applies(self.block, self.x[:, : self.chunk_size], key, mask):
+            if not plain and cpu_kernels.applies(self.block, self.x, mask):
                 block: StreamedBlock | BlockWith = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
             else:
                 block = self.block
