@@ -122,7 +122,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
     if POSITIVE.holds(depth):  # which the model itself says, if not
         indices = min(3, depth) if indices is None else indices
         check_indices(indices, depth)
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         LinformerVisionTransformer,
         variant,
         pretrained,
