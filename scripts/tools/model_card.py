@@ -64,6 +64,7 @@ def card(name: str, config: dict[str, Any], metrics: dict[str, Any], others: dic
     stages = ', then '.join(f'{100 * share:.0f} % of the {of} at {size}×{size}' for size, share in recipe['stages'])
     length = f'{recipe["max_minutes"]:g} minutes' if recipe['max_minutes'] else f'{recipe["epochs"]:g} epochs'
     note = others.pop('note', '')
+    described = f'{tag} ({metrics["data_note"]})' if 'data_note' in metrics else tag
     time, seen = (cnn[field] / metrics[field] for field in ('train_minutes', 'images_seen'))
     rows = '\n'.join(row(title, scores) for title, scores in {f'**{name}**': metrics, **others}.items())
     return f"""---
@@ -99,7 +100,7 @@ torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw 
 
 - **Recipe**: `{file}`: {length}; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
   learning rate {recipe['lr']:g}, flips.
-- **Data**: {metrics['dataset']}, all training images; {LICENCES[tag]}. Normalised by mean
+- **Data**: {described}, all training images; {LICENCES[tag]}. Normalised by mean
   {cfg['mean']} and deviation {cfg['std']}.
 - **Licence of the weights**: {cfg['license']}.
 - **Limits**: {LIMITS[tag]}
