@@ -38,7 +38,9 @@ def gradients(mlp: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad((y * weights).sum(), [x, *mlp.parameters()])]
 
 
-@pytest.mark.parametrize('kwargs', [{}, {'bias': False}, {'act_layer': lambda: nn.GELU(approximate='tanh')}], ids=str)
+@pytest.mark.parametrize(
+    'kwargs', [{}, {'bias': False}, {'act_layer': lambda: nn.GELU(approximate='tanh')}], ids=['gelu', 'no bias', 'tanh']
+)
 def test_output_and_gradients_equal_timms(kwargs, calls):
     ours, timms = create(**kwargs)
     x = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(1))
