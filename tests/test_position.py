@@ -156,5 +156,5 @@ def test_unknown_position_embedding_lists_the_nearest(name, near):
 
 @pytest.mark.parametrize('size', [2, 4])
 def test_even_kernels_are_refused(size):
-    with pytest.raises(ValueError, match=rf'odd side, got {size}'):
+    with pytest.raises(ValueError, match=rf'odd side of at most 65,536, got {size}'):
         timm.create_model('test_linformer_vit', local_size=size)

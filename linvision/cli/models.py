@@ -78,7 +78,8 @@ def facts(name: str, multiply_adds: bool = False) -> dict[str, Any]:
 def score(weights: str) -> dict[str, Any]:
     """What weights that come with the package were trained on, and their score."""
     metrics = json.loads(Path(weights).with_name('metrics.json').read_text())
-    return {'dataset': metrics['recipe']['dataset'], 'top1': metrics['top1']}
+    note = f' ({metrics["data_note"]})' if 'data_note' in metrics else ''
+    return {'dataset': metrics['recipe']['dataset'] + note, 'top1': metrics['top1']}
 
 
 def billions(number: float) -> str:
