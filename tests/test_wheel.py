@@ -68,4 +68,4 @@ def test_train_evaluate_and_predict(linvision, tmp_path):
 def test_recipes_and_models_are_listed(linvision):
     recipes = {path.stem for path in (ROOT / 'recipes').glob('*.py')} - {'__init__'}
     assert recipes <= set(linvision('train', '--list').split())
-    assert '`linformer_vit_large_patch16_224`' in linvision('models')
+    assert 'linformer_vit_large_patch16_224' in linvision('models')
