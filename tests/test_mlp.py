@@ -16,7 +16,7 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of what `learning_mlp` was given."""
     seen, plain = [], cpu_kernels.learning_mlp
     monkeypatch.setattr(cpu_kernels, 'learning_mlp', lambda mlp, x: seen.append(tuple(x.shape)) or plain(mlp, x))
-    monkeypatch.setattr(cpu_kernels, 'LEARNING_TOKENS', 12)
+    monkeypatch.setattr(cpu_kernels, 'FUSED_TOKENS', 12)
     return seen
 
 

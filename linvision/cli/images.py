@@ -38,6 +38,16 @@ def short(path: Path) -> str:
     return '/'.join(path.with_suffix('').parts[-2:])[-24:]
 
 
+def caption(path: Path, name: str, probability: float) -> str:
+    """What stands above an image in a picture: its name, and the likeliest class below."""
+    return f'{short(path)}\n→ {name[:18]} {100 * probability:.0f} %'
+
+
+def class_names(model: Any) -> Sequence[str]:
+    """Names of a model's classes, by number where it has none."""
+    return model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+
+
 class ImagesOf:
     """Images of a set, as a model reads them.
 

@@ -17,7 +17,7 @@ import tyro
 from timm.data import resolve_model_data_config
 
 from linvision.analysis.figure_text import literal
-from linvision.cli.images import find_images, short
+from linvision.cli.images import caption, class_names, find_images
 from linvision.cli.pretrained import load_model
 from linvision.data.image_file import read_image
 from linvision.data.timm_transform import changed, timm_transform
@@ -45,7 +45,7 @@ def predict(
         For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
     """
     transform = timm_transform(**resolve_model_data_config(model))
-    names = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    names = class_names(model)
     results = []
     for start in range(0, len(paths), batch_size):
         read = []
@@ -88,8 +88,8 @@ def picture(results: Sequence[dict[str, Any]], in_chans: int) -> Any:
         image, best = read_image(Path(result['image']), in_chans), result['classes'][0]
         image.thumbnail((256, 256))
         axis.imshow(image, cmap='gray', vmin=0, vmax=255)
-        name = short(Path(result['image']))
-        axis.set_title(literal(f'{name}\n→ {best["name"][:20]} {100 * best["probability"]:.0f} %'), fontsize=8)
+        words = caption(Path(result['image']), best['name'], best['probability'])
+        axis.set_title(literal(words), fontsize=8)
     return figure
 
 

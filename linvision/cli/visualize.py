@@ -26,7 +26,7 @@ from torch import Tensor
 
 from linvision.analysis.attention_map import attention_maps, projection_matrices, tokens_of_images
 from linvision.analysis.figure_text import literal
-from linvision.cli.images import find_images, short
+from linvision.cli.images import caption, class_names, find_images, short
 from linvision.cli.pretrained import load_vit
 from linvision.data.image_file import read_image
 from linvision.data.timm_transform import changed, timm_transform
@@ -65,13 +65,11 @@ def shown(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Te
 @torch.no_grad()
 def titles(model: Any, images: Tensor, paths: list[Path]) -> list[str]:
     """The name of each image and, of a model with classes, the likeliest."""
-    names = [short(path) for path in paths]
     if not model.num_classes:
-        return names
-    classes = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
-    best = model(images).softmax(-1).max(-1)
-    found = zip(names, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [f'{name}\n→ {classes[label][:18]} {100 * share:.0f} %' for name, label, share in found]
+        return [short(path) for path in paths]
+    classes, best = class_names(model), model(images).softmax(-1).max(-1)
+    found = zip(paths, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [caption(path, classes[label], probability) for path, label, probability in found]
 
 
 def attention_of_blocks(model: LinformerVisionTransformer, images: Tensor, names: list[str], looks: Tensor) -> Any:

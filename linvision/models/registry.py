@@ -56,22 +56,26 @@ WEIGHTS = Path(__file__).parents[1] / 'weights'  # that come with the package, i
 SHAPE = ('in_chans', 'num_classes', 'img_size', 'global_pool')  # what timm's config of weights says itself
 
 
+TRAINED = {  # what was exported with each of them, by name; the first of a model is its default
+    name: json.loads((WEIGHTS / name / 'config.json').read_text())
+    for name in ('linformer_vit_pico_patch1_32.fashion_mnist', 'linformer_vit_pico_patch1_32.cifar10')
+}
+
+
 def _trained(name: str) -> dict[str, Any]:
-    """The config of weights that come with the package."""
-    folder = WEIGHTS / name
-    config = json.loads((folder / 'config.json').read_text())
+    """timm's config of weights that come with the package."""
+    config = TRAINED[name]
     return {
         **config['pretrained_cfg'],
         'label_names': tuple(config['label_names']),
-        'file': str(folder / 'model.safetensors'),
+        'file': str(WEIGHTS / name / 'model.safetensors'),
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
         'test_linformer_vit.untrained': _cfg(16),
-        'linformer_vit_pico_patch1_32.fashion_mnist': _trained('linformer_vit_pico_patch1_32.fashion_mnist'),
-        'linformer_vit_pico_patch1_32.cifar10': _trained('linformer_vit_pico_patch1_32.cifar10'),
+        **{name: _trained(name) for name in TRAINED},
         'linformer_vit_pico_patch1_32.untrained': _cfg(32),
         'linformer_vit_pico_patch2_32.untrained': _cfg(32),
         'linformer_vit_pico_patch4_32.untrained': _cfg(32),
@@ -112,11 +116,8 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """Build a variant through timm; `kwargs` override the defaults of the variant and of the weights that it names."""
-    tag = kwargs.get('pretrained_cfg')
-    config, own = WEIGHTS / f'{variant}.{tag}' / 'config.json', {}
-    if isinstance(tag, str) and tag and config.is_file():
-        told = json.loads(config.read_text())['model_args']
-        own = {k: v for k, v in told.items() if k not in SHAPE}
+    told = TRAINED.get(f'{variant}.{kwargs.get("pretrained_cfg")}', {'model_args': {}})['model_args']
+    own = {k: v for k, v in told.items() if k not in SHAPE}
     depth = kwargs.get('depth', defaults['depth'])
     indices = kwargs.pop('out_indices', None)
     if POSITIVE.holds(depth):  # which the model itself says, if not

@@ -16,17 +16,15 @@ from linvision.streaming import cpu_kernels
 from linvision.streaming.parts import StreamedBlock
 
 CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
-FUSED_TOKENS = 2047  # below, oneDNN's products gain little, and a model equals its torch.fx trace to the bit
 # Numbers that a whole block keeps for the backward pass, for each token and channel, about: on a GPU 15.4, counted at
 # 16,384 tokens in bf16; on a CPU below fp32 the attention weights come on top.
 KEPT_NUMBERS = {'cpu': 24, 'gpu': 16}
-KEPT_BYTES = (
-    2**32
-)  # on a CPU training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more
-WHOLE_SHARE = 0.8  # and on a GPU so many that the others keep no more than this share of what is free
-CHUNK_SHARE = (
-    0.125  # of what is free on a GPU, for all that one chunk needs: few large chunks, since each costs launches
-)
+# On a CPU training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more than this; on a
+# GPU so many blocks that the others keep no more than a share of what is free.
+KEPT_BYTES = 2**32
+WHOLE_SHARE = 0.8
+# Of what is free on a GPU, for all that one chunk needs: few large chunks, since each costs launches.
+CHUNK_SHARE = 0.125
 
 
 def choose_chunk_sizes(
@@ -120,7 +118,8 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
     """
     tokens, dtype = chunk_tokens(x, hidden), compute_dtype(x)
     fused = x.is_cpu and cpu_kernels.supports(dtype)
-    return tokens if x.shape[0] * x.shape[1] > (FUSED_TOKENS if fused else tokens) else 0
+    least = cpu_kernels.FUSED_TOKENS if fused else tokens + 1
+    return tokens if x.shape[0] * x.shape[1] >= least else 0
 
 
 def row_chunks(

@@ -28,6 +28,7 @@ Layer = tuple[Tensor, Tensor | None]  # a packed weight, and a bias
 # Tokens of an image from which products for each head of each image pay. Below they took up to 2.8 times as long as
 # PyTorch's attention (pico, 256 tokens, K = 64, fp32, one thread of a Zen 3). Above, a Zen 5 gains; a Zen 3 does not.
 LONG = 4096
+FUSED_TOKENS = 2048  # images × tokens; below, oneDNN gains little, and a model equals its torch.fx trace to the bit
 MAX_ROWS = 1024  # up to so many rows of keys the array of weights stays in cache
 
 
@@ -77,6 +78,14 @@ def is_linear(layer: nn.Module) -> bool:
     )
 
 
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = 'none', algorithm: str = ''
+) -> Tensor:
+    """oneDNN's linear layer and what follows it, by a weight that is packed or not: (B, n, C) -> (B, n, C')."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return out
+
+
 class Products:
     """Linear layers as oneDNN likes them, in one dtype.
 
@@ -95,7 +104,7 @@ class Products:
 
     def linear(self, x: Tensor, layer: Layer, activation: str = 'none', algorithm: str = '') -> Tensor:
         """A linear layer and what follows it: (B, n, C) -> (B, n, C')."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), *layer, activation, [], algorithm)
+        return product(x.to(self.dtype), *layer, activation, algorithm)
 
 
 class FusedAttention:
@@ -179,8 +188,6 @@ def fused(block: StreamedBlock, tokens: int, x: Tensor, key: Tensor, value: Tens
 
 # ------------------------------------------------------------------------------------------------------------- learning
 
-LEARNING_TOKENS = 2048  # images × tokens; below, oneDNN gains little, and a model equals its torch.fx trace to the bit
-
 
 def learns_faster(mlp: Any, x: Any) -> bool:
     """Whether `learning_mlp` can stand for an MLP of this input, and gains."""
@@ -189,7 +196,7 @@ def learns_faster(mlp: Any, x: Any) -> bool:
         and torch.is_grad_enabled()
         and x.is_cpu
         and x.dim() == 3
-        and x.shape[0] * x.shape[1] >= LEARNING_TOKENS
+        and x.shape[0] * x.shape[1] >= FUSED_TOKENS
         and x.dtype == compute_dtype(x) == torch.float32
         and bool(torch.backends.mkldnn.enabled)
         and supports(torch.float32)
@@ -199,20 +206,10 @@ def learns_faster(mlp: Any, x: Any) -> bool:
     )
 
 
-def weights_of(mlp: Any) -> tuple[Any, ...]:
-    """Weights and biases of an MLP's two layers."""
-    return mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-
-
 def learning_mlp(mlp: Any, x: Tensor) -> Tensor:
     """fc2(GELU(fc1(x))) with gradients: (B, n, D) -> (B, n, D)."""
-    out: Tensor = LearningMlp.apply(x, *weights_of(mlp), mlp.act.approximate)
-    return out
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """oneDNN's product, (B, n, C) -> (B, n, C')."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    first, second = mlp.fc1, mlp.fc2
+    out: Tensor = LearningMlp.apply(x, first.weight, first.bias, second.weight, second.bias, mlp.act.approximate)
     return out
 
 

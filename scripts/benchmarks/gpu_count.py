@@ -175,7 +175,7 @@ def count(name: str, img_size: int, batch: int = 8, **arguments: Any) -> dict[st
             kept[id(storage)] = storage, storage.nbytes()  # held, so that no other gets its identity
         return t
 
-    with FakeTensorMode(), Cost() as cost:
+    with FakeTensorMode():
         for module in model.modules():  # `to_empty` would read the tensors that are not fake
             for key, value in module.named_parameters(recurse=False):
                 setattr(module, key, nn.Parameter(torch.empty(value.shape, device='cuda'), value.requires_grad))
@@ -183,11 +183,10 @@ def count(name: str, img_size: int, batch: int = 8, **arguments: Any) -> dict[st
                 setattr(module, key, torch.empty(value.shape, dtype=value.dtype, device='cuda'))
         images = torch.randn(batch, model.patch_embed.proj.in_channels, img_size, img_size, device='cuda')
         labels = torch.zeros(batch, dtype=torch.long, device='cuda')
-        for counter in (cost.kernels, cost.bytes, cost.flops, cost.seconds):
-            counter.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast('cuda', torch.bfloat16):
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
+        with Cost() as cost:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast('cuda', torch.bfloat16):
+                loss = F.cross_entropy(model(images).float(), labels)
+            loss.backward()
     kernels = cost.kernels.total()
     return {
         'kernels': kernels,
