@@ -169,7 +169,7 @@ def test_blocks_with_token_norm_run_whole_and_without_padding(monkeypatch):
     whole = create(token_norm=True, img_size=32, chunk_size=0)
     whole.load_state_dict(model.state_dict())
     monkeypatch.setattr('linvision.streaming.chunks.CACHE_BYTES', 1)  # a streamed block would have chunks of a few rows
-    monkeypatch.setattr('linvision.streaming.chunks.FUSED_TOKENS', 0)
+    monkeypatch.setattr('linvision.streaming.cpu_kernels.FUSED_TOKENS', 0)
     with torch.no_grad():
         torch.testing.assert_close(model(images), whole(images))
     with pytest.raises(ValueError, match='With token_norm blocks run whole.*got 64'):

@@ -158,10 +158,10 @@ class LinformerAttention(nn.Module):
                 )
         D = x.shape[-1]
         weight = in_compute_dtype(self.qkv.weight)
-        plain = True
-        if not torch.jit.is_scripting():
-            plain = type(weight) in (Tensor, nn.Parameter)  # others, as torchao's int8, have slices, and no split
-        query, key_value = weight.split([D, 2 * D]) if plain else [weight[:D], weight[D:]]
+        if torch.jit.is_scripting():
+            query, key_value = weight.split([D, 2 * D])
+        else:
+            query, key_value = query_and_rest(weight, D)
         if self.qkv.bias is None:
             return [query, key_value]
         query_bias, key_value_bias = in_compute_dtype(self.qkv.bias).split([D, 2 * D])
@@ -294,6 +294,15 @@ class LinformerAttention(nn.Module):
         else:  # so that hooks and traces see the weights
             out = self.attn_drop(attention_weights(query * self.scale, key, mask)) @ value
         return out.transpose(1, 2).flatten(2)
+
+
+def query_and_rest(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The first rows of a weight (C, D), for queries, and the others."""
+    try:
+        first, rest = weight.split([dim, len(weight) - dim])
+    except NotImplementedError:  # by tensors of another class, as torchao's int8; slices cost two kernels more
+        first, rest = weight[:dim], weight[dim:]
+    return first, rest
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
