@@ -297,9 +297,9 @@ class LinformerAttention(nn.Module):
 
 
 def query_and_rest(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The first rows of a weight (C, D), for queries, and the others."""
+    """The rows for queries of a weight (3 D, …), and those for keys and values."""
     try:
-        first, rest = weight.split([dim, len(weight) - dim])
+        first, rest = weight.split([dim, 2 * dim])
     except NotImplementedError:  # by tensors of another class, as torchao's int8; slices cost two kernels more
         first, rest = weight[:dim], weight[dim:]
     return first, rest
