@@ -4,12 +4,13 @@ What is computed is the block's own equation; attention and MLP are replaced by 
 on CPUs (`torch.ops.mkldnn._linear_pointwise`). They gain in two ways: a bias or an activation costs no pass of its own
 over memory; and in fp32 on AMD's CPUs they reach twice the rate of `F.linear`, which calls MKL (Zen 5, two cores, torch
 2.14: 490 against 230 GFLOP/s). Attention is, for each head, a product with the rows of keys, a softmax and a product
-with the rows of values: with a few hundred rows that is faster than PyTorch's fused attention on CPUs.
+with the rows of values: with a few hundred rows that is faster than PyTorch's fused attention on CPUs with AVX-512.
 
 In training the MLP, which has most of a block's arithmetic, takes the same products forward and for the gradient of its
 input; the gradients of its weights stay with MKL, which is faster there.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -25,9 +26,11 @@ from linvision.compiled import looked_into
 from linvision.streaming.parts import BlockWith, StreamedBlock
 
 Layer = tuple[Tensor, Tensor | None]  # a packed weight, and a bias
-# Tokens of an image from which products for each head of each image pay. Below they took up to 2.8 times as long as
-# PyTorch's attention (pico, 256 tokens, K = 64, fp32, one thread of a Zen 3). Above, a Zen 5 gains; a Zen 3 does not.
-LONG = 4096
+# Tokens of an image from which products for each head of each image pay. Below, they took up to 2.8 times as long as
+# PyTorch's attention (pico, 256 tokens, K = 64, fp32, one thread of a Zen 3). A Zen 5 gains from 4,096 tokens on; a Zen
+# 3, which has no AVX-512, never does: 1.35 times the whole model's time at 4,096 tokens and equal at 16,384 (D = 192,
+# K = 256, two threads).
+LONG = 4096 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else sys.maxsize
 FUSED_TOKENS = 2048  # images × tokens; below, oneDNN gains little, and a model equals its torch.fx trace to the bit
 MAX_ROWS = 1024  # up to so many rows of keys the array of weights stays in cache
 

@@ -1,5 +1,7 @@
 """A plain convolutional network as large as the pico models, trained by the clock, to compare pixel models with.
 
+The clock is that of the processor: other jobs on the machine take no time from the network.
+
     python -m scripts.tools.plain_cnn --minutes 20 --threads 1
 
 Five 3×3 convolutions with batch norm and ReLU, two poolings, a mean over the image; AdamW, one cycle of the learning
@@ -49,7 +51,7 @@ def train_cnn(
     Args:
         dataset: Name of a dataset in memory.
         data_dir: The folder that holds it.
-        minutes: Minutes of training.
+        minutes: Minutes of training, on each thread's processor.
         val_fraction: Share of the training set that is kept apart and scored instead of the test set (0: none).
         lr: Highest learning rate.
         seed: Seed of weights, order and augmentation.
@@ -65,14 +67,15 @@ def train_cnn(
     batches = create_batches(train_set, BATCH_SIZE, *statistics, device, Augmentation('torch', hflip=0.5, shift=shift))
     model = plain_cnn(train_set.in_chans, len(train_set.classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
-    start, steps, progress = time.perf_counter(), 0, 0.0
+    seconds = 60 * minutes * torch.get_num_threads()
+    start, steps, progress = time.process_time(), 0, 0.0
     for images, labels in batches.stream(seed, 0, train_set.img_size):
         for group in optimizer.param_groups:  # up in a line, then down in a line
             group['lr'] = lr * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-        steps, progress = steps + 1, (time.perf_counter() - start) / (60 * minutes)
+        steps, progress = steps + 1, (time.process_time() - start) / seconds
         if progress >= 1:
             break
     return {
@@ -100,7 +103,7 @@ def main(
     """Train and score the network.
 
     Args:
-        minutes: Minutes of training.
+        minutes: Minutes of training, on each thread's processor.
         dataset: Name of a dataset in memory.
         data_dir: The folder that holds it.
         val_fraction: Share of the training set that is kept apart and scored instead of the test set (0: none).
