@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 from test_recipes import NAMES, OWN_LOOP, SHORT, SMALL
 
+from linvision.cli import program as command_program
 from linvision.cli import train
 from linvision.cli.main import COMMANDS, main
 
@@ -174,3 +176,15 @@ def test_a_recipe_trains_by_its_name_in_two_processes_by_torchrun(tmp_path):
     words = [*command, '-m', 'linvision', 'train', 'cifar10_patch2', *flags]
     subprocess.run(words, check=True, capture_output=True, timeout=240, cwd=ROOT)
     assert json.loads((tmp_path / 'metrics.json').read_text())['processes'] == 2
+
+
+def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_traceback(monkeypatch):
+    class Importing(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt if name == 'main' else AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, 'linvision.cli.main', Importing('main'))
+    monkeypatch.setattr(command_program, 'registers_later', False)
+    with pytest.raises(SystemExit) as ended:
+        command_program.main()
+    assert ended.value.code == 130

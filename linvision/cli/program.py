@@ -12,6 +12,8 @@ def main() -> None:
     """Run the command."""
     global registers_later
     registers_later = True
-    from linvision.cli.main import main as command
-
+    try:
+        from linvision.cli.main import main as command
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     command()
