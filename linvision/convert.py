@@ -258,7 +258,10 @@ def fit_projection(
     if weights[0].dtype != torch.promote_types(weights[0].dtype, torch.float32):
         raise ValueError(f'E is fitted in fp32, and the weights are {weights[0].dtype}: call float() on both models.')
     if any(block.attn.is_full(grid) for block in model.blocks):
-        raise ValueError(f'There is nothing to fit: with K not below {grid[0] * grid[1]} tokens attention is full.')
+        raise ValueError(
+            f'There is nothing to fit: with K not below the {grid[0] * grid[1]} tokens attention is full. Choose a '
+            'smaller proj_len, or larger images (img_size).'
+        )
     optimizer = torch.optim.Adam(weights, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     errors = []

@@ -5,15 +5,16 @@
     linvision train finetune --init hf-hub:OWNER/MODEL --img-size 64 --data-dir MY_IMAGES
     linvision train finetune --freeze -1 --lr 0.01 --data-dir MY_IMAGES
 
-`--init` is a tag of timm's (here the package's own), `hf-hub:OWNER/MODEL`, or the folder of a run or of any ViT.
+`--init` is the name of a model with weights (here the package's colour backbone; `linvision models --pretrained` lists
+those in the package), `hf-hub:OWNER/MODEL`, or the folder of a run or of any ViT.
 Channels, classes and image size may differ: the first layer is summed or repeated, positions and projection are
 resized. The head is kept where the classes are the same, else new; the log says which. `--freeze 2` leaves the first
 two blocks and what stands before them as they are, `--freeze -1` trains the head alone. `--layer-decay` slows the
 layers the more, the nearer they are to the image.
 
 Result: 1,440 handwritten digits at 16×16 pixels, 98.5 ± 0.4 % of 355 test images after five epochs, the same model from
-scratch 59.7 ± 11.6 % (`--lr 0.01`, five seeds; `python -m scripts.studies.run transfer --precision bf16`). Not yet
-run on a GPU.
+scratch 59.7 ± 11.6 % (from the grey backbone, `--lr 0.01`, five seeds; in a clone `python -m scripts.studies.run
+transfer --precision bf16`). Not yet run on a GPU.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from linvision.train import Augment, Data, Optim, Recipe, Run, main
 
 RECIPE = Recipe(
     model='',  # that of `init`
-    init='linformer_vit_pico_patch1_32.fashion_mnist',
+    init='linformer_vit_pico_patch1_32.cifar10',
     data=Data(dataset='image_folder', batch_size=32),
     optim=Optim(opt='adamw', lr=1e-3, layer_decay=0.75),
     augment=Augment(hflip=0.5),

@@ -79,5 +79,5 @@ Done in $((SECONDS - start)) s. In $output_dir:
   report.json, metrics.json the scores above, and all about the run
   model/                    the model, for timm.create_model('local-dir:$output_dir/model', pretrained=True)
 Curves:    .venv/bin/tensorboard --logdir $output_dir/tensorboard
-Predict:   .venv/bin/linvision predict --model $output_dir/model $output_dir/images
+Predict:   .venv/bin/linvision predict $output_dir $output_dir/images
 EOF

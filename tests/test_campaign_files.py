@@ -73,7 +73,7 @@ def test_a_folder_of_odd_images_trains_is_scored_and_predicted(data, tmp_path_fa
         assert 'top1' in json.loads((root / 'run' / 'metrics.json').read_text())
         assert (root / 'run' / 'model' / 'model.safetensors').is_file()
         ends_well(['evaluate', str(root / 'run'), '--device', 'cpu', '--on-bad-image', bad])
-        ends_well(['predict', str(root / 'images'), '--model', str(root / 'run'), '--on-bad-image', 'skip'])
+        ends_well(['predict', str(root / 'run'), str(root / 'images'), '--on-bad-image', 'skip'])
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -190,7 +190,7 @@ def test_a_strange_model_folder_is_refused_or_used_and_runs_nothing(data, folder
 
 READING = {
     'evaluate': ['FOLDER', '--device', 'cpu'],
-    'predict': ['IMAGE', '--model', 'FOLDER'],
+    'predict': ['FOLDER', 'IMAGE'],
     'export': ['FOLDER', '--output', 'OUT/model.pt2'],
     'visualize': ['FOLDER', 'IMAGE', '--output-dir', 'OUT'],
     'spectrum': ['FOLDER', '--dataset', 'fake', '--limit', '2', '--output-dir', 'OUT', '--device', 'cpu'],

@@ -160,7 +160,7 @@ def test_conv_is_refused_where_cells_do_not_divide_the_grid_and_pools_to_means_w
 def test_there_is_nothing_to_fit_without_parameters_or_with_full_attention():
     with pytest.raises(ValueError, match='no parameters'):
         fit_projection(from_vit(vit(), 4, 'mean_pool'), vit(), [images()])
-    with pytest.raises(ValueError, match='not below 16 tokens'):
+    with pytest.raises(ValueError, match='not below the 16 tokens'):
         fit_projection(from_vit(vit(), 16), vit(), [images()])
     with pytest.raises(ValueError, match='fitted in fp32, and the weights are torch.float16: call float'):
         fit_projection(from_vit(vit(), 4).half(), vit().half(), [images().half()])

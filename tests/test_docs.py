@@ -154,7 +154,7 @@ def test_readme(tmp_path, monkeypatch, capsys):
     assert names['logits'].shape == (1, 10) and names['maps'][0].shape == (1, 64, 256, 256)
     assert names['long'].patch_embed.num_patches == 1024
     said = capsys.readouterr().out
-    main(['predict', '--model', 'linformer_vit_pico_patch1_32.cifar10', 'my_photo.jpg', '--topk', '1'])
+    main(['predict', 'linformer_vit_pico_patch1_32.cifar10', 'my_photo.jpg', '--topk', '1'])
     assert said.strip() and said.strip() in capsys.readouterr().out
 
 

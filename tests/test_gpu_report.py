@@ -116,7 +116,7 @@ def test_the_whole_report_is_rehearsed_without_the_packages_that_the_machine_lac
     for name in MISSING:
         (tmp_path / f'{name}.py').write_text(f'raise ModuleNotFoundError("blocked", name={name!r})\n')
     environment = {
-        **os.environ, 'PYTHON': sys.executable, 'DEVICE': 'cpu', 'TINY': '1', 'LIMIT_S': '1500',
+        **os.environ, 'PYTHON': sys.executable, 'DEVICE': 'cpu', 'TINY': '1', 'LIMIT_S': '3600', 'PATIENCE': '5',
         'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1',
     }  # fmt: skip
     command = [

@@ -36,7 +36,7 @@ def test_a_mistake_is_a_sentence(error, words, capsys):
     assert end.value.code == 2 and said == f'{end.value}\n'
 
 
-@pytest.mark.parametrize('words', [['models'], ['predict', 'x.png', '--model', 'x'], ['train', '--list']])
+@pytest.mark.parametrize('words', [['models'], ['predict', 'x', 'x.png'], ['train', '--list']])
 def test_ctrl_c_ends_a_command_in_a_sentence_and_130(words, monkeypatch, capsys):
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt

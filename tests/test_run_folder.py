@@ -114,7 +114,7 @@ def test_a_model_that_was_moved_away_with_its_checkpoints_leaves_the_score(recip
     for name in ('model', 'checkpoints'):
         shutil.rmtree(recipe.run.output_dir / name)
     assert 'top1' in finished_run(recipe.run.output_dir, resolved(recipe))
-    assert 'holds no model' in (out := capsys.readouterr().out) and 'the score alone is left' in out
+    assert 'model does not exist' in (out := capsys.readouterr().out) and 'the score alone is left' in out
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints/

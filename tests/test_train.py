@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(recipe
 
 def test_other_settings_in_the_folder_are_refused(recipe):
     train(recipe.replace(max_steps=1))
-    words = r'of other settings \(lr: 0.01 there, 0.02 now\).*To train it further: --init .*/run --output-dir OTHER'
+    words = r'of other settings.* --init .*/run --output-dir OTHER. Nothing was changed.\n  lr: 0.01 there, 0.02 now$'
     with pytest.raises(ValueError, match=words):
         train(recipe.replace(lr=0.02))
 
@@ -185,7 +185,7 @@ def test_the_last_line_of_a_run_says_where_its_model_is_and_what_to_do_with_it(r
     folder = recipe.run.output_dir
     train(recipe.replace(epochs=0.25, stages=()))
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f'model: {folder}/model; linvision predict --model {folder} IMAGE'
+    assert last == f'model: {folder}/model; linvision predict {folder} IMAGE'
 
 
 @pytest.mark.parametrize('speed, words', [(0.44, ' 0.4 images/s'), (9.96, ' 10 images/s'), (123.4, ' 123 images/s')])

@@ -61,8 +61,8 @@ def test_train_evaluate_and_predict(linvision, tmp_path):
     assert scores['top1'] == json.loads((tmp_path / 'run/metrics.json').read_text())['top1']
 
     Image.new('L', (28, 28)).save(tmp_path / 'black.png')
-    assert 'black.png' in linvision('predict', '--model', tmp_path / 'run', tmp_path / 'black.png')
-    assert 'black.png' in linvision('predict', '--model', MODEL, tmp_path / 'black.png')  # the weights are in it
+    assert 'black.png' in linvision('predict', tmp_path / 'run', tmp_path / 'black.png')
+    assert 'black.png' in linvision('predict', MODEL, tmp_path / 'black.png')  # the weights are in it
 
 
 def test_recipes_and_models_are_listed(linvision):

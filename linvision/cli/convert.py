@@ -1,6 +1,6 @@
 """A plain ViT as a Linformer ViT: convert it, fit E to images, and report how near the two are.
 
-    linvision convert vit_tiny_patch16_224 --data-dir MY_IMAGES --output-dir outputs/converted
+    linvision convert vit_tiny_patch16_224 --img-size 512 --proj-len 256 --data-dir MY_IMAGES
     linvision convert outputs/my_vit --dataset fashion_mnist --proj-len 64 --output-dir outputs/converted
 
 The first argument is a timm name with pretrained weights, `hf-hub:…`, or the folder of a model (a run's output folder

@@ -1,7 +1,7 @@
 """The `linvision` command: finds the subcommand's module, and turns a user's mistake into one line.
 
     linvision train fashion_mnist_pixels --epochs 2
-    linvision predict --model outputs/demo MY_IMAGES
+    linvision predict outputs/demo MY_IMAGES
 
 A module is imported when its command is called, and only then; its text is the command's `--help`. What becomes of an
 error, `guard.py` says.

@@ -162,3 +162,5 @@ def main(
     columns = [c for c in COLUMNS if multiply_adds or c not in ('multiply_adds', 'full_attention')]
     for line in plain(names, rows, columns):
         print(line, flush=True)
+    if not (patterns or pretrained or multiply_adds):
+        print('With weights in the package: --pretrained. Multiply-adds of an image: --multiply-adds.')

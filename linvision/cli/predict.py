@@ -1,7 +1,7 @@
 """Classify images with a model that a run exported.
 
-    linvision predict --model outputs/demo IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
-    linvision predict --model linformer_vit_pico_patch1_32.fashion_mnist MY_IMAGES --picture outputs/predictions.png
+    linvision predict outputs/demo IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
+    linvision predict linformer_vit_pico_patch1_32.cifar10 MY_IMAGES --picture outputs/predictions.png
 
 Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
 """
@@ -94,8 +94,8 @@ def picture(results: Sequence[dict[str, Any]], in_chans: int) -> Any:
 
 
 def main(
+    model: tyro.conf.Positional[str],
     images: tyro.conf.Positional[tuple[Path, ...]],
-    model: str,
     topk: int = 5,
     on_bad_image: Literal['stop', 'skip'] = 'stop',
     picture_file: Annotated[Path | None, tyro.conf.arg(name='picture')] = None,
@@ -104,9 +104,9 @@ def main(
     """Print the likeliest classes of each image.
 
     Args:
-        images: Image files, and folders of images.
         model: Output folder of a run, folder with `config.json` and `model.safetensors`, `hf-hub:OWNER/MODEL`, or a
             name with weights.
+        images: Image files, and folders of images.
         topk: Classes to print for each image.
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         picture_file: File for a picture of the images, the first 60 at most, with their likeliest classes.
@@ -115,7 +115,7 @@ def main(
     if topk < 1:
         raise ValueError(f'topk must be at least 1, got {topk}.')
     if not images:
-        raise ValueError('Expected at least one image or folder after the options.')
+        raise ValueError(f'Expected at least one image or folder after the model {model}.')
     if picture_file is not None and picture_file.suffix not in PICTURES:
         raise ValueError(f'The name of the picture must end in {", ".join(PICTURES)}, got {picture_file.name!r}.')
     net = load_model(model)

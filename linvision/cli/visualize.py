@@ -33,6 +33,7 @@ from linvision.data.timm_transform import changed, timm_transform
 from linvision.meter import Meter
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.position import SeparablePosition
+from linvision.models.projection import Projection
 
 SIGNED = 'the weight of each token, lifted from K rows by E: signed, not normalised; red above zero, blue below'
 Panel = tuple[Tensor, str, bool]  # what is drawn, (h, w) or (h, w, 3), its title, and whether it is signed
@@ -100,16 +101,16 @@ def attention_of_heads(
     return picture(f'Attention of block {which} by head, of all tokens and of the one in the middle: {SIGNED}', rows)
 
 
-def projection_rows(model: LinformerVisionTransformer, images: Tensor, block: int, count: int = 64) -> Any:
-    """Rows of a block's E, of the first image where each has its own; None where attention is full."""
-    attention, grid = model.blocks[block].attn, model.patch_embed.grid_size
-    if model.projection is None or attention.is_full(grid):
-        return None
+def projection_rows(
+    model: LinformerVisionTransformer, owner: Projection, images: Tensor, block: int, count: int = 64
+) -> Any:
+    """Rows of a block's E, of the first image where each has its own."""
+    grid = model.patch_embed.grid_size
     _, matrix = projection_matrices(model, block, tokens_of_images(model, images[:1], block))
     matrix = matrix.reshape(-1, *matrix.shape[-2:])[0]  # of the first head
     rows = [(row.detach().unflatten(-1, grid), f'row {k}', True) for k, row in enumerate(matrix[:count])]
     title = (
-        f'The first {len(rows)} of {len(matrix)} rows of E ({model.projection.extra_repr()}): with which weight each '
+        f'The first {len(rows)} of {len(matrix)} rows of E ({owner.extra_repr()}): with which weight each '
         'token enters a row; red above zero, blue below'
     )
     return picture(title, [rows[i : i + 8] for i in range(0, len(rows), 8)])
@@ -126,11 +127,8 @@ def position_table(model: LinformerVisionTransformer) -> Tensor | None:
 
 
 @torch.no_grad()
-def position_similarity(model: LinformerVisionTransformer, side: int = 4) -> Any:
-    """Similarity of some tokens' positions with all others, each in its own place; None without such a table."""
-    table, grid = position_table(model), model.patch_embed.grid_size
-    if table is None:
-        return None
+def position_similarity(table: Tensor, grid: tuple[int, int], side: int = 4) -> Any:
+    """Similarity of some tokens' positions with all others, each in its own place."""
     alike = F.normalize(table, dim=-1)
     rows = []
     for i in range(side):
@@ -174,17 +172,17 @@ def main(
     figures: dict[str, Callable[[], Any]] = {
         'attention_blocks': lambda: attention_of_blocks(net, batch, names, looks),
         'attention_heads': lambda: attention_of_heads(net, batch, names, looks, block),
-        'projection': lambda: projection_rows(net, batch, block),
-        'positions': lambda: position_similarity(net),
     }
+    if (owner := net.projection) is not None and not net.blocks[block].attn.is_full(net.patch_embed.grid_size):
+        figures['projection'] = lambda: projection_rows(net, owner, batch, block)
+    if (table := position_table(net)) is not None:
+        figures['positions'] = lambda: position_similarity(table, net.patch_embed.grid_size)
     output_dir.mkdir(parents=True, exist_ok=True)
     with SummaryWriter(output_dir) as writer, Meter('drawing', len(figures), 'pictures') as meter:
         for i, (name, draw) in enumerate(figures.items()):
             meter.at(i)
             figure = draw()
-            if figure is None:
-                meter.say(f'no picture of {name}: this model has no such table')
-                continue
             figure.savefig(output_dir / f'{name}.png', dpi=110)
             writer.add_figure(name, figure)
             meter.say(str(output_dir / f'{name}.png'))
+        meter.say('Maps that look alike in every block and image show E, and that the model has learnt little yet.')

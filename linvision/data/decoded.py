@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from linvision.data.folders import ImageFiles, none_readable
 from linvision.data.image_set import ImageSet
-from linvision.data.loader_batches import ignore_signals, leaving
+from linvision.data.loader_batches import available_cpus, ignore_signals, leaving
 from linvision.installed_memory import installed_gib
 
 PLACE = '.decoded'  # hidden, so that it is no class of an image folder
@@ -141,11 +141,6 @@ class Blocks(Dataset):
             complaints,
             odd,
         )  # (B, H, W, C) -> (B, C, H, W)
-
-
-def available_cpus() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def decode(files: ImageFiles, size: int) -> Decoded:

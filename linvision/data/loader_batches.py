@@ -107,7 +107,8 @@ class LoaderBatches:
         self.images = images.on_canvas(preparation.mean) if isinstance(images, ImageSet) else images
         self.absent = len(images.unreadable) if isinstance(images, ImageSet) else 0  # beside those met while reading
         self.order, self.preparation, self.augmentation = order, preparation, augmentation
-        self.workers, self.bad_images = workers, BadImages(on_bad_image)
+        self.workers = min(workers, available_cpus())  # of more, torch warns, and draws depend on no number of them
+        self.bad_images = BadImages(on_bad_image)
         self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode}
         self.loaders: dict[int, DataLoader] = {}  # of evaluation, by size: their workers stay
 
@@ -204,6 +205,11 @@ def ignore_signals(leaving: Any, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(0) if leaving.is_set() else None)
+
+
+def available_cpus() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def create_loader(images: Any, workers: int, preparation: Preparation, seed: int = 0, **arguments: Any) -> DataLoader:

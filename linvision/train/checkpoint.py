@@ -293,11 +293,11 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
     free = FREE_TO_CHANGE if recipe['dataset'].startswith(STREAMS) else {*FREE_TO_CHANGE, 'workers', 'processes'}
     changed = [k for k in recipe if k not in free and found.get(k) != recipe[k]]
     if changed:
-        words = ', '.join(f'{k}: {found.get(k)} there, {recipe[k]} now' for k in changed)
+        words = '\n'.join(f'  {k}: {found.get(k)} there, {recipe[k]} now' for k in changed)
         raise ValueError(
-            f'{folder} holds a run of other settings ({words}). Nothing was changed. To train it further: --init '
-            f'{folder} --output-dir OTHER. Or choose another --output-dir, give the settings that the folder was made '
-            'with, or start over beside it with --fresh.'
+            f'{folder} holds a run of other settings. Choose another --output-dir, give the settings that the folder '
+            f'was made with, start over beside it with --fresh, or train its model further with --init {folder} '
+            f'--output-dir OTHER. Nothing was changed.\n{words}'
         )
 
 

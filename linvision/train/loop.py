@@ -48,6 +48,7 @@ from linvision.train.progress import Progress, stage_at
 from linvision.train.recipe import Recipe
 
 LOG_MINUTES = 0.5  # of training without a line, at most
+FEW_PASSES = 5  # over the images: most models have learnt little by then
 
 
 def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -198,7 +199,12 @@ class TrainingRun:
         self.save()
         skipped = len(self.data.bad_images())
         left_out = f'; {skipped:,} of the training images could not be read and were left out' * bool(skipped)
-        self.board.say(f'{self.progress.step} steps are taken{left_out}; scoring')
+        passes = self.progress.step * self.recipe.data.batch_size / len(self.data.train_set)
+        few = ', which is little: try more --max-minutes, or a smaller --img-size' if passes < FEW_PASSES else ''
+        few *= bool(self.recipe.run.max_minutes)
+        self.board.say(
+            f'{self.progress.step} steps are taken, {passes:.3g} passes over the images{few}{left_out}; scoring'
+        )
         return self.finish()
 
     def train_stage(self, interrupted: Callable[[], bool]) -> bool:
@@ -371,8 +377,11 @@ class TrainingRun:
         images, labels = next(self.data.stream(self.progress.step, self.img_size))
         start = time.perf_counter()
         loss, _, _ = self.step(*self.prepare(images, labels))
+        seconds, minutes = time.perf_counter() - start, self.recipe.run.max_minutes
+        passes = 60 * minutes / seconds * self.recipe.data.batch_size / len(self.data.train_set)
         self.board.say(
             f'one step of {self.recipe.data.batch_size} images of {self.img_size}×{self.img_size} pixels taken: '
-            f'{time.perf_counter() - start:.2f} s, loss {float(loss):.3f}, '
-            f'{peak_memory_gib(self.processes.device):.2f} GiB in use at most. Nothing was written.'
+            f'{seconds:.2f} s, loss {float(loss):.3f}, {peak_memory_gib(self.processes.device):.2f} GiB in use at '
+            f'most.{f" {minutes:g} minutes of them are {passes:.2g} passes over the images." * bool(minutes)} '
+            'Nothing was written.'
         )

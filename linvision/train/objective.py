@@ -31,7 +31,7 @@ class Classes:
     """
 
     best = 'top1'
-    next_step = 'linvision predict --model {folder} IMAGE'
+    next_step = 'linvision predict {folder} IMAGE'
     best_of_any_size = True  # scores at one image size can be compared with those at another
 
     def __init__(self, recipe: Recipe) -> None:

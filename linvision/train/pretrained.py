@@ -1,5 +1,6 @@
 """Weights to start from, and teachers: in a folder that a run exported, on a hub, or among timm's own."""
 
+import difflib
 import json
 import math
 import pickle
@@ -56,6 +57,13 @@ def model_folder(folder: Path) -> Path:
     Raises:
         FileNotFoundError: It lacks `config.json`, or `model.safetensors` and what timm writes in its place.
     """
+    if not folder.is_dir():
+        what = 'is a file' if folder.is_file() else 'does not exist'
+        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob('*/')])
+        raise FileNotFoundError(
+            f"{folder} {what}: a model's folder, or the name of a model with weights, was expected."
+            + f' Near it: {", ".join(near)}.' * bool(near)
+        )
     inner = folder / 'model'
     folder = inner if not (folder / 'config.json').is_file() and inner.is_dir() else folder
     for name, other in (('config.json', ''), ('model.safetensors', 'pytorch_model.bin')):

@@ -10,6 +10,7 @@
 #     WHEELS=FOLDER      packages that it lacks, as wheels
 #     LIMIT_S=660        seconds for everything
 #     DEVICE=cuda        with 'cpu', TINY=1 rehearses all of it
+#     PATIENCE=1         how many times its seconds each part may take
 # Each part is a process with a bound of its own, so that none can take the time, or the figures, of the others.
 set -uo pipefail
 output=${1:?usage: bash scripts/benchmarks/gpu_report.sh OUTPUT [CIFAR10.npz]}
@@ -18,7 +19,7 @@ output=$(cd "$output" && pwd)
 packed=${2:+$(realpath "$2")}
 wheels=${WHEELS:+$(realpath "$WHEELS")}
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-python3} limit=${LIMIT_S:-660}
+python=${PYTHON:-python3} limit=${LIMIT_S:-660} patience=${PATIENCE:-1}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 NO_ALBUMENTATIONS_UPDATE=1
 
 say() { echo "$@" | tee -a "$output/log.txt"; }
@@ -51,14 +52,14 @@ fi
 if command -v nvidia-smi > /dev/null; then nvidia-smi 2>&1 | tee -a "$output/log.txt"; fi
 
 # 1. tests that need a GPU; a warning of another version is no failure here
-run 120 "$python" -m pytest -v -p no:cacheprovider -m gpu -W default --maxfail=5 tests/test_gpu.py
+run $((patience * 120)) "$python" -m pytest -v -p no:cacheprovider -m gpu -W default --maxfail=5 tests/test_gpu.py
 # 2 and 3. speed, memory, energy, kernels; attention alone
-part 190 speed
-part 90 compiled
-part 60 tables
+part $((patience * 190)) speed
+part $((patience * 90)) compiled
+part $((patience * 60)) tables
 # 4. what is learnt in three minutes
 if [ -n "$packed" ]; then
-    part 430 learn --packed "$packed" --minutes 3
-    part 60 tables
+    part $((patience * 430)) learn --packed "$packed" --minutes 3
+    part $((patience * 60)) tables
 fi
 say "== $SECONDS s in all"

@@ -17,10 +17,11 @@ from typing import Any
 from scripts.studies.tables import Rows, points_above, publish, table
 from scripts.studies.trials import Changes, Scores, SeedFlags, Trials
 
+BACKBONE = 'linformer_vit_pico_patch1_32.fashion_mnist'  # the digits are grey too
 STARTS: Changes = {
     'from scratch': {'model': 'linformer_vit_pico_patch1_32', 'init': '', 'layer_decay': 1.0},
-    'linear probe': {'freeze': -1, 'layer_decay': 1.0},
-    'fine-tuned': {},
+    'linear probe': {'init': BACKBONE, 'freeze': -1, 'layer_decay': 1.0},
+    'fine-tuned': {'init': BACKBONE},
 }
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # the search begins in the middle
 
