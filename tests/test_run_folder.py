@@ -60,7 +60,7 @@ def test_damaged_metrics_are_made_again_from_the_last_checkpoint(ended, recipe):
 
 
 @pytest.mark.parametrize('content', ['{', '[]'])
-@pytest.mark.parametrize('command', [lambda folder: evaluate.main(folder, device='cpu'), report.report])
+@pytest.mark.parametrize('command', [lambda folder: evaluate.main(str(folder), device='cpu'), report.report])
 def test_commands_name_damaged_metrics(recipe, content, command):
     (recipe.run.output_dir / 'metrics.json').write_text(content)
     with pytest.raises(ValueError, match='/metrics.json is damaged'):

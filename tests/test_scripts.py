@@ -177,26 +177,33 @@ def test_demo_without_test_scores_is_refused_before_training():
 )
 def test_scoring_refuses_what_would_score_nothing(model_folder, change, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.main(model_folder, dataset='fake', device='cpu', **change)
+        evaluate.main(str(model_folder), dataset='fake', device='cpu', **change)
 
 
 def test_evaluate_gives_exactly_the_score_that_training_reported(finished_run, capsys):
     metrics = json.loads((finished_run / 'metrics.json').read_text())
-    evaluate.main(finished_run / 'model', dataset='fake', device='cpu')
+    evaluate.main(str(finished_run / 'model'), dataset='fake', device='cpu', as_json=True)
     found = json.loads(capsys.readouterr().out)
     for name in ('top1', 'top5', 'loss', 'num_samples', 'tokens'):
         assert found[name] == metrics[name], name
 
 
+@pytest.mark.parametrize('tag', ['cifar10', 'fashion_mnist'])
+def test_weights_of_the_package_know_their_data_by_their_name(tag):
+    name = f'linformer_vit_pico_patch1_32.{tag}'
+    metrics = evaluate.data_of(evaluate.folder_of(name, load_model(name)))
+    assert metrics['recipe']['dataset'] == tag and metrics['top1'] > 0.8
+
+
 def test_a_model_of_classes_without_names_is_scored_on_as_many_only(tmp_path):
     save_for_hf(timm.create_model('test_linformer_vit', num_classes=5, in_chans=1), tmp_path, safe_serialization=True)
     with pytest.raises(ValueError, match='The model tells 5 classes apart, the set has 10'):
-        evaluate.main(tmp_path, dataset='fake', device='cpu')
+        evaluate.main(str(tmp_path), dataset='fake', device='cpu')
 
 
 def test_scoring_a_folder_without_a_model_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'holds no model: config.json is missing'):
-        evaluate.main(tmp_path, dataset='fake')
+        evaluate.main(str(tmp_path), dataset='fake')
 
 
 def test_contributing_names_files_that_exist():

@@ -353,9 +353,12 @@ def test_evaluation_says_that_it_saw_a_copy(tmp_path, capsys):
     cifar(tmp_path / 'cifar10')
     metrics = train(small(tmp_path / 'run', dataset='cifar10', stages=((16, 1.0),), batch_size=20))
     capsys.readouterr()
-    score(tmp_path / 'run')
+    score(str(tmp_path / 'run'), as_json=True)
     scores = json.loads(capsys.readouterr().out)
     assert scores['data_note'] == 'JPEG copy' and scores['top1'] == metrics['top1']
+    score(str(tmp_path / 'run'))
+    words = f'test images of cifar10 (JPEG copy) at 16×16, 256 tokens: top-1 {100 * metrics["top1"]:.2f} %, '
+    assert capsys.readouterr().out.startswith(words)
 
 
 def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):

@@ -57,7 +57,7 @@ def plant(folder: Path, model: Path, **recipe) -> Path:
 
 
 def score(folder, **named):
-    evaluate.main(folder, device='cpu', **named)
+    evaluate.main(str(folder), device='cpu', as_json=True, **named)
 
 
 def card(folder):

@@ -56,7 +56,8 @@ def test_train_evaluate_and_predict(linvision, tmp_path):
     flags = ['--dataset', 'fake', '--max-minutes', '0', '--epochs', '0.25', '--stages', '16', '1', '--device', 'cpu']
     said = linvision('train', 'fashion_mnist_pixels', *flags, '--output-dir', tmp_path / 'run')
     assert 'test: top-1' in said
-    (scores,) = [json.loads(line) for line in linvision('evaluate', tmp_path / 'run').splitlines() if line[0] == '{']
+    lines = linvision('evaluate', tmp_path / 'run', '--json').splitlines()
+    (scores,) = [json.loads(line) for line in lines if line[0] == '{']
     assert scores['num_samples'] == 100
     assert scores['top1'] == json.loads((tmp_path / 'run/metrics.json').read_text())['top1']
 

@@ -3,16 +3,17 @@
     linvision evaluate outputs/demo
     linvision evaluate outputs/demo --img-size 64
     linvision evaluate outputs/mine --dataset image_folder --data-dir OTHER_IMAGES --split all
+    linvision evaluate linformer_vit_pico_patch1_32.cifar10
 
 The first gives the very score that the run reported, on its own test set. Another size resizes the model
 (`set_input_size`), without training, and the images (bicubic where they grow). A folder of other images may hold only
 some of the model's classes. Sets that timm opens (`wds/…` and the like) are named by you and not by the model's folder,
-with --dataset, --data-dir and --dataset-args. Prints one line of JSON.
+with --dataset, --data-dir and --dataset-args.
 """
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from timm.data import resolve_model_data_config
@@ -24,7 +25,7 @@ from linvision.data.recorded import read_metrics, recorded_data
 from linvision.nearest import nearest
 from linvision.rules import at_least, check
 from linvision.train.data import fingerprint
-from linvision.train.evaluate import evaluate
+from linvision.train.evaluate import evaluate, score_words
 from linvision.train.model import count_tokens, set_size
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
@@ -32,9 +33,16 @@ from linvision.train.pretrained import model_folder
 from linvision.train.recipe import RULES
 
 
-def data_of(model: Path) -> dict[str, Any]:
+def folder_of(name: str, model: Any) -> Path | None:
+    """The folder that a model was loaded from, where there is one: that of a run, of a model, or of the weights."""
+    if Path(name).is_dir():
+        return model_folder(Path(name))
+    file = model.pretrained_cfg.get('file')
+    return Path(file).parent if file else None
+
+
+def data_of(folder: Path) -> dict[str, Any]:
     """`metrics.json` of the run that trained a model, where there is one."""
-    folder = model_folder(model)
     for metrics in (folder / 'metrics.json', folder.parent / 'metrics.json'):  # of the package's weights; of a run
         if metrics.is_file():
             try:
@@ -87,7 +95,7 @@ def with_classes_of(model: Any, images: Images) -> Images:
 
 
 def main(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     dataset: str = '',
     data_dir: Path | None = None,
     split: str = 'test',
@@ -99,11 +107,13 @@ def main(
     workers: int = 0,
     on_bad_image: Literal['stop', 'skip'] = 'stop',
     dataset_args: dict[str, int | float | bool | str] | None = None,
+    as_json: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name='json')] = False,
 ) -> None:
     """Score a model.
 
     Args:
-        model: Output folder of a run, or a folder with `config.json` and `model.safetensors`.
+        model: Output folder of a run, folder with `config.json` and `model.safetensors`, `hf-hub:OWNER/MODEL`, or a
+            name with weights.
         dataset: Name of the data set; by default the run's own.
         data_dir: Folder that holds the data; by default the run's own with its data set, `data` with another.
         split: 'train', 'test' (of a folder without `val/`, every fifth image of a class), or 'all' images of a folder.
@@ -115,6 +125,7 @@ def main(
         workers: Processes that read images.
         on_bad_image: What becomes of an image that cannot be read: an error that names it, or it is left out.
         dataset_args: Arguments of the data set, as in the recipe.
+        as_json: Print one line of JSON.
     """
     given = {'img_size': img_size, 'limit': limit, 'batch_size': batch_size, 'workers': workers}
     check(given, {**RULES, 'limit': at_least(0)})
@@ -123,8 +134,9 @@ def main(
     where = choose_device(device)
     net = load_model(model).to(where)
     config = resolve_model_data_config(net)
-    metrics = data_of(model)
-    dataset, data_dir, arguments = recorded_data(model, metrics, dataset, data_dir, dataset_args)
+    folder = folder_of(model, net)
+    metrics = data_of(folder) if folder else {}
+    dataset, data_dir, arguments = recorded_data(folder or Path(model), metrics, dataset, data_dir, dataset_args)
     try:
         images = create_dataset(dataset, data_dir, split, **arguments)
     except FileNotFoundError as error:
@@ -143,4 +155,9 @@ def main(
     data = {'dataset': dataset, 'data_dir': str(data_dir), 'split': split}
     if isinstance(images, ImageSet) and images.note:
         data['data_note'] = images.note
-    print(json.dumps({'model': str(model), **data, 'img_size': size, 'tokens': count_tokens(net), **scores}))
+    tokens = count_tokens(net)
+    if as_json:
+        print(json.dumps({'model': model, **data, 'img_size': size, 'tokens': tokens, **scores}))
+        return
+    note = f' ({data["data_note"]})' if 'data_note' in data else ''
+    print(f'{split} images of {dataset}{note} at {size}×{size}, {tokens:,} tokens: {score_words(scores)}')

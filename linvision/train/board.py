@@ -17,6 +17,7 @@ from tqdm import tqdm
 from linvision.analysis.figure_text import literal
 from linvision.data import Batches
 from linvision.train.checkpoint import first_line
+from linvision.train.evaluate import score_words
 from linvision.train.events import Events
 from linvision.train.recipe import Recipe
 
@@ -77,13 +78,7 @@ class Board:
         for name in ('loss', 'top1', 'top5'):
             if name in scores:
                 self.events.write('add_scalar', f'{split}/{name}', scores[name], step)
-        words = [
-            f'{label} {100 * scores[k]:.2f} %' for k, label in (('top1', 'top-1'), ('top5', 'top-5')) if k in scores
-        ]
-        words += [f'loss {scores["loss"]:.4f}', f'{scores["num_samples"]:,} images']
-        if scores.get('num_left_out'):
-            words.append(f'{scores["num_left_out"]:,} could not be read and are left out')
-        self.say(f'{split}: {", ".join(words)} (step {step})')
+        self.say(f'{split}: {score_words(scores)} (step {step})')
         self.events.write('flush')
 
     def batch(self, images: Tensor, step: int) -> None:

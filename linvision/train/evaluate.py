@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,15 @@ def scoring(batches: Batches, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a set in order, of which the first process shows how many are scored."""
     order = batches.order
     return counted(batches.ordered(img_size), 'scoring', order.n, 'images', order.batch_size, order.rank == 0)
+
+
+def score_words(scores: dict[str, Any]) -> str:
+    """Scores as a person reads them."""
+    words = [f'{label} {100 * scores[k]:.2f} %' for k, label in (('top1', 'top-1'), ('top5', 'top-5')) if k in scores]
+    words += [f'loss {scores["loss"]:.4f}', f'{scores["num_samples"]:,} images']
+    if scores.get('num_left_out'):
+        words.append(f'{scores["num_left_out"]:,} could not be read and are left out')
+    return ', '.join(words)
 
 
 def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str = 'fp32') -> dict[str, float]:

@@ -95,7 +95,7 @@ One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precisio
 torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw {seen:.0%} of its images. {note}
 
     python {file} --threads {metrics['threads']} --precision {metrics['precision']}
-    linvision evaluate linvision/weights/{name}
+    linvision evaluate {name} --data-dir data
     python -m scripts.tools.model_card {name} --minutes {cnn['train_minutes']:.0f}
 
 - **Recipe**: `{file}`: {length}; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
