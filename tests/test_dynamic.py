@@ -104,7 +104,7 @@ def test_rows_know_nothing_of_padding_however_far_the_tokens_that_are_left():
     torch.testing.assert_close(found[0, reachable], (scores.softmax(-1) @ x[0])[reachable])
     (gradient,) = torch.autograd.grad(found.sum(), x)
     assert found.isfinite().all() and not gradient[~inside].any() and gradient[inside].any()
-    parts = Dynamic.partial(x, [*factors, inside], GRID, ROWS)
+    parts = Dynamic.partial(x, [*factors, inside], slice(0, GRID[0]), GRID, ROWS)
     torch.testing.assert_close(Dynamic.finish(parts), found)
 
 
@@ -112,8 +112,8 @@ def test_parts_without_any_token_merge_to_nothing():
     x = torch.randn(2, N, DIM, dtype=torch.float64)
     factors = Dynamic.factors(weights(), GRID, ROWS, x)
     inside = torch.ones(2, N, dtype=torch.bool)
-    empty = Dynamic.partial(x, [*factors, ~inside], GRID, ROWS)
-    part = Dynamic.partial(x, [*factors, inside], GRID, ROWS)
+    empty = Dynamic.partial(x, [*factors, ~inside], slice(0, GRID[0]), GRID, ROWS)
+    part = Dynamic.partial(x, [*factors, inside], slice(0, GRID[0]), GRID, ROWS)
     for pair in ((empty, part), (part, empty)):
         assert torch.equal(Dynamic.merge(*pair), part)
 
@@ -128,7 +128,8 @@ def test_low_precision_error_is_at_most_twice_that_of_the_softmax_written_out(dt
     exact = Dynamic.matrix(x.double(), Dynamic.factors([w.double() for w in own], grid, rows, x.double())) @ x.double()
     factors = [f.to(dtype) for f in Dynamic.factors(own, grid, rows, x)]
     plain = (Dynamic.matrix(x.float(), Dynamic.factors(own, grid, rows, x.float())).to(dtype) @ x) - exact
-    for found in (Dynamic.reduce(x, factors, grid, rows), Dynamic.finish(Dynamic.partial(x, factors, grid, rows))):
+    parts = Dynamic.partial(x, factors, slice(0, grid[0]), grid, rows)
+    for found in (Dynamic.reduce(x, factors, grid, rows), Dynamic.finish(parts)):
         assert (found - exact).norm() <= 2 * plain.norm()
 
 

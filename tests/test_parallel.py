@@ -100,19 +100,21 @@ def killed(self, *args):
     return step(self, *args)
 loop.TrainingRun.step = killed
 recipe = Recipe(model='test_linformer_vit').replace(dataset='fake', output_dir=Path(sys.argv[1]), lr=3e-3, threads=1)
-train(recipe.replace(stages=((8, .5), (16, .5)), epochs=1.25, checkpoint_every=2, precision='fp32', device='cpu'))
+recipe = recipe.replace(stages=((8, .5), (16, .5)), epochs=1.25, checkpoint_every=2, precision='fp32', device='cpu')
+train(recipe.replace(parallel=sys.argv[3]))
 """
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_worker_again_and_the_weights_are_the_same(tmp_path):
+@pytest.mark.parametrize('parallel', ['ddp', 'sequence'])
+def test_torchrun_starts_a_killed_worker_again_and_the_weights_are_the_same(parallel, tmp_path):
     script = tmp_path / 'run.py'
     script.write_text(KILLED)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     # torch 2.14 else keeps one store, in which a new process may find the address of one that is gone
     environment = {**os.environ, 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
     for name in ('whole', 'killed'):
-        command = [*launch, '--max-restarts', '1', str(script), str(tmp_path / name), name]
+        command = [*launch, '--max-restarts', '1', str(script), str(tmp_path / name), name, parallel]
         subprocess.run(command, check=True, env=environment)
     whole, resumed = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

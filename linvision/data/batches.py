@@ -1,5 +1,6 @@
 """A set, cut into batches: on the device where it fits, else behind workers that read it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def create_batches(
     crop_mode: str = 'center',
     workers: int = 0,
     on_bad_image: str = 'stop',
+    rows: Callable[[int], slice] | None = None,
 ) -> Batches:
     """Batches of a set, for training (`stream`) or evaluation (`ordered`), normalised on the device.
 
@@ -48,6 +50,7 @@ def create_batches(
         crop_mode: What becomes of images that are not square.
         workers: Worker processes.
         on_bad_image: 'stop' or 'skip' what cannot be read.
+        rows: Which rows of pixels this process has of images of a size, where several share an image; all by default.
 
     Raises:
         OSError: An image of a set in memory could not be read, with 'stop'.
@@ -60,7 +63,7 @@ def create_batches(
     augmentation = augmentation or Augmentation()
     augmentation.check(images.in_chans)
     order = Order(len(images), batch_size, rank, count)
-    preparation = Preparation(mean, std, device, augmentation, order)
+    preparation = Preparation(mean, std, device, augmentation, order, rows)
     bad_images = BadImages(on_bad_image)
     bad_images.note(images.unreadable if isinstance(images, ImageSet) else ())
     if isinstance(images, ImageSet) and (preparation.augments or not augmentation.active):

@@ -1,5 +1,9 @@
-"""The last step before the model, on its device: uint8 batches to normalised ones of the right size."""
+"""The last step before the model, on its device: uint8 batches to normalised ones of the right size.
 
+A process that shares images has some rows of each. What is not resized or augmented here is cut to these as uint8.
+"""
+
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,6 +24,7 @@ class Preparation:
         device: The device.
         augmentation: What is changed at random; only that of libraries `ON_DEVICE` happens here.
         order: Who gets which images of a batch.
+        rows: Which rows of pixels this process has of images of a size; None for all.
     """
 
     def __init__(
@@ -29,8 +34,9 @@ class Preparation:
         device: torch.device,
         augmentation: Augmentation,
         order: Order,
+        rows: Callable[[int], slice] | None = None,
     ) -> None:
-        self.mean, self.device = mean, device
+        self.mean, self.device, self.rows = mean, device, rows
         self.shift, self.scale = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
         self.augments = augmentation.active and augmentation.library in ON_DEVICE
 
@@ -50,7 +56,14 @@ class Preparation:
     def plain(self, images: Tensor, img_size: int) -> Tensor:
         """Never augmented: uint8 (B, C, H, W) to float (B, C, img_size, img_size)."""
         images = images.to(self.device, non_blocking=True)
-        return resize((images.float() / 255 - self.shift) / self.scale, img_size)
+        fits = img_size == images.shape[-1]
+        images = self.own(images, img_size) if fits else images
+        images = resize((images.float() / 255 - self.shift) / self.scale, img_size)
+        return images if fits else self.own(images, img_size)
+
+    def own(self, images: Tensor, img_size: int) -> Tensor:
+        """This process's rows of images that have their size."""
+        return images if self.rows is None else images[:, :, self.rows(img_size)].contiguous()
 
     def augmented(self, images: Tensor, img_size: int, size: int, *numbers: int) -> Tensor:
         """As `plain`, changed at random under a seed made of `numbers`.
@@ -64,7 +77,7 @@ class Preparation:
         if not self.augments:
             return self.plain(images, img_size)
         images = images.to(self.device, non_blocking=True)
-        return resize(self.changes(size)(images, seed_of(*numbers)), img_size)
+        return self.own(resize(self.changes(size)(images, seed_of(*numbers)), img_size), img_size)
 
 
 def resize(images: Tensor, img_size: int) -> Tensor:

@@ -23,9 +23,11 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from linvision.autocast import in_compute_dtype
+from linvision.models.band import Band
 from linvision.models.local_conv import LocalPath
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
+from linvision.streaming.rows import Halo
 
 
 class LinformerAttention(nn.Module):
@@ -93,6 +95,7 @@ class LinformerAttention(nn.Module):
         self.kind = PROJECTIONS.get(projection, PROJECTIONS['mean_pool'])  # 'none' is always full and never calls it
         self.reduce, self.counts = self.kind.reduce, self.kind.counts
         self.pools, self.padding = self.kind.pools, self.kind.padding
+        self.band: Band | None = None  # this process's part of the image, where several share it
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
@@ -108,6 +111,8 @@ class LinformerAttention(nn.Module):
     ) -> Tensor:
         """Attend.
 
+        Where several processes share an image, x are the tokens of this one's `band`, and all else is of the image.
+
         Args:
             x: Normalised block input, (B, P + N, D) with P prefix tokens.
             projection: This layer's tensors from `Projection.forward`.
@@ -117,11 +122,19 @@ class LinformerAttention(nn.Module):
         Returns:
             Output of the attention, (B, P + N, D).
         """
+        tokens = x
         local: Tensor | None = None
+        halo: Halo | None = None
         if self.local is not None:
-            local = self.local(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0), grid)
+            if valid is not None:
+                tokens = x.masked_fill(~self.own(valid, grid).unsqueeze(-1), 0.0)
+            if self.band is not None:  # on its way while keys and values are made
+                image = tokens[:, self.num_prefix_tokens :].unflatten(1, (-1, grid[1]))
+                halo = self.band.halo(image, grid[0], self.local.rows_needed(grid))
         weights = self.split_weights(x)
         key, value, mask = self.key_value(x, projection, grid, valid, weights)
+        if self.local is not None:
+            local = self.local(tokens, grid, halo)
         return self.output(self.query(x, weights), key, value, mask, local)
 
     def output(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
@@ -142,6 +155,12 @@ class LinformerAttention(nn.Module):
     def is_full(self, grid: tuple[int, int]) -> bool:
         """Whether attention runs over all tokens: there is no projection, or it would not shorten this sequence."""
         return self.rows[0] * self.rows[1] == 0 or self.rows[0] * self.rows[1] >= grid[0] * grid[1]
+
+    def own(self, valid: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What is said of all tokens of an image, (B, P + N, ...), of those that this process has."""
+        if self.band is not None:
+            valid = self.band.tokens(valid, grid, self.num_prefix_tokens)
+        return valid
 
     def split_weights(self, x: Tensor) -> list[Tensor]:
         """Weight (and bias) of the queries, then those of keys and values together, in the dtype that x is computed in.
@@ -252,9 +271,11 @@ class LinformerAttention(nn.Module):
     def reduce_valid(self, x: Tensor, factors: list[Tensor], grid: tuple[int, int], valid: Tensor | None) -> Tensor:
         """E x without the padded tokens: (..., N, D) -> (..., K, D)."""
         if valid is not None:
-            padded = ~valid[:, self.num_prefix_tokens :].unsqueeze(-1)  # (B, N, 1)
+            padded = ~self.own(valid, grid)[:, self.num_prefix_tokens :].unsqueeze(-1)  # (B, N, 1)
             x = x.masked_fill(padded.unsqueeze(1) if self.per_head else padded, self.padding)
             factors = factors + [~padded.squeeze(-1)]
+        if self.band is not None:
+            return self.band.reduce(self.kind, x, factors, grid, self.rows)
         return self.reduce(x, factors, grid, self.rows)
 
     def complete(

@@ -162,9 +162,10 @@ class LinformerBlock(nn.Module):
 
 
 def runs_compiled(block: LinformerBlock, x: Any) -> bool:
-    """Whether a whole block runs compiled: it is told to, and nothing looks into it."""
+    """Whether a whole block runs compiled: it is told to, and nothing looks into it or talks to other processes."""
     inner = (m for m in block.modules() if m is not block)
-    return bool(block.compiles) and isinstance(x, Tensor) and not looked_into(*inner)
+    alone = block.attn.band is None
+    return bool(block.compiles) and alone and isinstance(x, Tensor) and not looked_into(*inner)
 
 
 def whole(

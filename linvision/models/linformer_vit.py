@@ -22,8 +22,10 @@ from timm.layers import PatchDropout, get_norm_layer, to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer, feature_take_indices
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from linvision.autocast import InFp32, in_compute_dtype, is_emulated
+from linvision.models.band import Band, check_shared
 from linvision.models.block import LinformerBlock
 from linvision.models.checks import (
     check_arguments,
@@ -157,6 +159,7 @@ class LinformerVisionTransformer(VisionTransformer):
             for table in (self.pos_embed, self.cls_token, self.reg_token):
                 if table is not None:
                     nn.init.trunc_normal_(table, std=0.02)
+        self.band: Band | None = None  # this process's part of each image, where several share it: see `share_images`
         self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
         self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
@@ -211,6 +214,8 @@ class LinformerVisionTransformer(VisionTransformer):
         super().set_input_size(
             img_size=img_size and to_2tuple(img_size), patch_size=patch_size and to_2tuple(patch_size)
         )
+        if self.band is not None:
+            check_shared(self, self.band.count)
         if self.position is not None:
             self.position.set_grid(self.patch_embed.grid_size)
         if self.projection is not None:
@@ -254,6 +259,31 @@ class LinformerVisionTransformer(VisionTransformer):
         self.chunk_size = chunk_size
 
     @torch.jit.ignore
+    def share_images(self, mesh: DeviceMesh) -> None:
+        """From now on, take a band of rows of each image, and give the logits of the whole image in every process.
+
+        Every process of the mesh calls the model with its own rows of the same images, and of their `key_padding_mask`;
+        `model.band.rows(height)` says which rows of the token grid these are. Results are equal to those of one process
+        but for rounding. The mean of the processes' gradients, as DDP and FSDP2 take it, is the gradient of one process
+        (`band.py` says why). Drop path, and dropout before the head, are drawn in each process: seed them alike.
+
+        Args:
+            mesh: The processes that share an image, in one dimension: that of several which has a name, as in
+                `init_device_mesh('cuda', (2, 4), mesh_dim_names=('data', 'sequence'))['sequence']`.
+
+        Raises:
+            ValueError: The mesh has several dimensions, or the model needs all tokens of an image in one place.
+        """
+        if mesh.ndim != 1:
+            raise ValueError(f'Processes share an image along one dimension of a mesh: choose it by name, got {mesh}.')
+        check_shared(self, mesh.size())
+        self.band = Band(mesh)
+        for module in (self.position, *(block.attn for block in self.blocks)):
+            if module is not None:
+                module.band = self.band
+        self.patch_embed.strict_img_size = False  # it has no say in how large a band is: `check_image` has
+
+    @torch.jit.ignore
     def set_compile(self, backend: str) -> None:
         """Let blocks run compiled: 'inductor', or another backend of `torch.compile`; '' for not.
 
@@ -276,19 +306,29 @@ class LinformerVisionTransformer(VisionTransformer):
 
         Returns:
             Tokens, (B, P + N, D), their grid (height, width), which of them are not padding, (B, P + N) or None, and
-            how many each block is to handle at a time (0 for all).
+            how many each block is to handle at a time (0 for all). Tokens are those of this process's band, where
+            several share an image; grid and padding those of the image.
         """
-        check_image(x, self.patch_embed.img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
-        grid = self.patch_embed.grid_size
+        grid, img_size = self.patch_embed.grid_size, self.patch_embed.img_size
+        own = grid  # of the tokens that this process has
+        if self.band is not None:
+            own = self.band.grid(grid)
+            img_size = (own[0] * self.patch_embed.patch_size[0], img_size[1])
+        check_image(x, img_size, self.in_chans, self.patch_embed.patch_size, self.dynamic_img_size)
         if self.dynamic_img_size:
-            grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+            own = grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         inside: Tensor | None = None
+        all_inside: Tensor | None = None
         if key_padding_mask is not None:
-            check_padding(key_padding_mask, x.shape[0], grid, self.looks_at_padding)
+            check_padding(key_padding_mask, x.shape[0], own, self.looks_at_padding and self.band is None)
             if self.runs_whole:
                 raise ValueError('token_norm takes no key_padding_mask: padding would count in the norms of an image.')
-            inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)
-            x = x.masked_fill(padded_pixels(key_padding_mask, grid, self.patch_embed.patch_size), 0.0)
+            inside = all_inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)
+            if self.band is not None:
+                padding = self.band.whole(key_padding_mask, grid)
+                check_padding(padding, x.shape[0], grid, self.looks_at_padding)
+                all_inside = ~padding.unsqueeze(-1)
+            x = x.masked_fill(padded_pixels(key_padding_mask, own, self.patch_embed.patch_size), 0.0)
         x = self.patch_embed(x)
         if self.dynamic_img_size:
             x = x.flatten(1, 2)  # (B, h, w, D) -> (B, N, D)
@@ -304,6 +344,8 @@ class LinformerVisionTransformer(VisionTransformer):
                     f'{self.patch_drop.prob}.'
                 )
             chunks = choose_chunk_sizes(self.chunk_size, x, list(self.blocks), on_grid=not drops_patches)
+            if self.band is not None and self.chunk_size == 'auto':
+                chunks = self.band.agreed(chunks, x)
         if self.position is not None:
             x = self.position(x, grid, chunks[0])
         if self.dynamic_img_size:
@@ -311,7 +353,7 @@ class LinformerVisionTransformer(VisionTransformer):
         empty = isinstance(x.shape[0], int) and x.shape[0] == 0
         if empty:  # timm's `_pos_embed` cannot tell the shape of no images: zeros stand in for one
             x = torch.cat([x, x.new_zeros([1] + list(x.shape[1:]))])
-        x = self._pos_embed(x)
+        x = self._pos_embed(x) if self.band is None else self.pos_embed_band(x)
         if self.position is not None:
             x = self.pos_drop(x)  # which timm's `_pos_embed` draws only for a table
         if empty:
@@ -324,9 +366,21 @@ class LinformerVisionTransformer(VisionTransformer):
             if idle:  # some layers do not use it; DDP waits for its gradient
                 x = self.projection.zero(x)
         valid: Tensor | None = None
-        if inside is not None:
-            valid = F.pad(inside.squeeze(-1), (self.num_prefix_tokens, 0), value=True)
+        if all_inside is not None:
+            valid = F.pad(all_inside.squeeze(-1), (self.num_prefix_tokens, 0), value=True)
         return x, grid, valid, chunks
+
+    @torch.jit.unused
+    def pos_embed_band(self, x: Tensor) -> Tensor:
+        """timm's `_pos_embed`, whose table has the positions of the whole image, for this process's tokens."""
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*prefix, x], dim=1) if prefix else x
+        if self.pos_embed is None:
+            return x
+        assert self.band is not None, 'it is for a band alone'
+        P = self.num_prefix_tokens
+        table = F.pad(self.pos_embed, (0, 0, P, 0)) if self.no_embed_class else self.pos_embed
+        return x + self.band.tokens(table, self.patch_embed.grid_size, P)
 
     def projection_tensors(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
         """Each layer's projection tensors (see `Projection.forward`); empty without a projection."""
@@ -365,7 +419,11 @@ class LinformerVisionTransformer(VisionTransformer):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens to logits, or to the pooled features before the classifier; padded tokens are left out of the mean."""
-        if isinstance(key_padding_mask, Tensor):
+        if self.band is not None:
+            padding = key_padding_mask if isinstance(key_padding_mask, Tensor) else None
+            how = (self.global_pool, self.num_prefix_tokens, self.patch_embed.grid_size)
+            x = self.band.pool(x, *how, padding, self.pool_include_prefix)
+        elif isinstance(key_padding_mask, Tensor):
             x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask, self.pool_include_prefix)
         else:
             x = self.pool(x)
@@ -444,7 +502,7 @@ class LinformerVisionTransformer(VisionTransformer):
         prefix = [y[:, :P] for y in intermediates]
         maps = [y[:, P:] for y in intermediates]
         if output_fmt == 'NCHW':
-            maps = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in maps]  # (B, D, h, w)
+            maps = [y.unflatten(1, (-1, grid[1])).permute(0, 3, 1, 2).contiguous() for y in maps]  # (B, D, h, w)
         if output_dict:
             result = {'image_intermediates': maps}
             if P > 0 and return_prefix_tokens:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from linvision.streaming.rows import Halo
+
 
 class LocalPath(nn.Module):
     """Depth-wise convolution of the tokens on their grid, zero-padded at the border.
@@ -55,11 +57,23 @@ class LocalPath(nn.Module):
         """Tokens between two taps, down and across."""
         return spacing(grid[0], self.grid[0]), spacing(grid[1], self.grid[1])
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, P + N, D) -> (B, P + N, D)."""
-        P = self.num_prefix_tokens
-        out = self.convolve(x[:, P:], grid, self.step(grid))
+    def forward(self, x: Tensor, grid: tuple[int, int], halo: Halo | None = None) -> Tensor:
+        """(B, P + N, D) -> (B, P + N, D); of a band of the grid's rows with the rows above and below it."""
+        P, step = self.num_prefix_tokens, self.step(grid)
+        tokens = x[:, P:]
+        if halo is None:
+            out = self.convolve(tokens, grid, step)
+        else:
+            above, width = halo.above, grid[1]
+            received = halo.received.transpose(0, 1).flatten(1, 2)  # (B, rows * width, D)
+            tokens = torch.cat([received[:, : above * width], tokens, received[:, above * width :]], dim=1)
+            out = self.convolve(tokens, (tokens.shape[1] // width, width), step)
+            out = out[:, above * width : above * width + x.shape[1] - P]
         return F.pad(out, (0, 0, P, 0)) if P > 0 else out
+
+    def rows_needed(self, grid: tuple[int, int]) -> int:
+        """Rows of the token grid that a token's output reads above and below its own."""
+        return self.reach * self.step(grid)[0]
 
     def convolve(self, x: Tensor, grid: tuple[int, int], step: tuple[int, int]) -> Tensor:
         """The convolution with taps `step` tokens apart, on whole rows of tokens: (B, N, D) -> (B, N, D)."""

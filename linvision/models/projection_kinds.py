@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linvision.models.band import Band
 from linvision.models.dynamic_rows import logits, place_queries, places, weighted_means
 from linvision.models.resize import area_matrix, resize_rows
+from linvision.streaming.parts import Grid
 
 
 class Kind:
@@ -29,8 +31,9 @@ class Kind:
         sized: How many of them depend on N or K.
         pools: Each row is an average, so that a row without tokens is left out and others count their tokens.
         padding: What padded tokens are set to before `reduce`.
-        by_parts: E x can be had from parts of the sequence: `part` gives their factors, `partial` what each part gives,
-            `merge` joins two of these and `finish` makes E x of the whole.
+        by_parts: Streamed blocks make E x chunk by chunk: `partial` is what some rows of the token grid give, `merge`
+            joins two of these and `finish` makes E x of the whole. Without it they make E x of all tokens that the
+            process has. (Processes that share an image take `partial` and `total` of every kind.)
         counts: Like `reduce`, for x of width 1: of ones, the row sums E 1 that scale the biases; of a mask, the part of
             each row that is not padding.
     """
@@ -63,19 +66,27 @@ class Kind:
     counts = reduce
 
     @staticmethod
-    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    def part(factors: list[Tensor], own: slice) -> list[Tensor]:
         """The factors for the tokens of some rows of the token grid."""
         raise NotImplementedError
 
     @classmethod
-    def partial(cls, x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-        """What a part of the sequence gives, (B, n, D) -> (B, K, C), with the factors of that part."""
-        return cls.reduce(x, factors, grid, rows)
+    def partial(cls, x: Tensor, factors: list[Tensor], own: slice, grid: Grid, rows: Grid) -> Tensor:
+        """What the tokens of some rows of the token grid, `own`, give: (..., n, D) -> (..., K, C).
+
+        Factors and `grid` are those of all tokens, but for a last factor that says which of these n are not padding.
+        """
+        return cls.reduce(x, cls.part(factors, own), (own.stop - own.start, grid[1]), rows)
 
     @staticmethod
     def merge(a: Tensor, b: Tensor) -> Tensor:
         """What two parts give together; its gradient by `b` is right for the whole if `a` is the whole."""
         return a + b
+
+    @staticmethod
+    def total(part: Tensor, band: Band) -> Tensor:
+        """What the bands of all processes give together, from that of each: `merge` over processes."""
+        return band.sum(part)
 
     @staticmethod
     def finish(total: Tensor) -> Tensor:
@@ -115,8 +126,8 @@ class Linear(Kind):
     counts = reduce
 
     @staticmethod
-    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
-        return [factors[0][..., start:stop, :]]
+    def part(factors: list[Tensor], own: slice) -> list[Tensor]:
+        return [factors[0][..., own, :]]
 
     @staticmethod
     def grid(weights: list[Tensor]) -> tuple[int, ...]:
@@ -158,8 +169,8 @@ class Separable(Kind):
     counts = reduce
 
     @staticmethod
-    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
-        return [factors[0][..., start:stop], factors[1]]
+    def part(factors: list[Tensor], own: slice) -> list[Tensor]:
+        return [factors[0][..., own], factors[1]]
 
     @staticmethod
     def grid(weights: list[Tensor]) -> tuple[int, ...]:
@@ -202,6 +213,14 @@ class MaxPool(Kind):
 
     counts = reduce
 
+    @classmethod
+    def partial(cls, x: Tensor, factors: list[Tensor], own: slice, grid: Grid, rows: Grid) -> Tensor:
+        return reduce_by_cells(cls, x, factors, own, grid, rows)
+
+    @staticmethod
+    def total(part: Tensor, band: Band) -> Tensor:
+        return band.largest(part)
+
 
 class Conv(Kind):
     """A depth-wise convolution whose kernel and stride are a cell of the token grid: E differs by channel.
@@ -225,6 +244,10 @@ class Conv(Kind):
         return (cells(x, grid, rows, 0.0) * kernel).sum((-4, -2)).flatten(-3, -2)  # (..., K, D)
 
     counts = MaxPool.reduce
+
+    @classmethod
+    def partial(cls, x: Tensor, factors: list[Tensor], own: slice, grid: Grid, rows: Grid) -> Tensor:
+        return reduce_by_cells(cls, x, factors, own, grid, rows)
 
     @staticmethod
     def resize(weights: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> list[Tensor]:
@@ -278,13 +301,13 @@ class Dynamic(Kind):
         return torch.ones_like(x[..., :1, :]).repeat_interleave(rows[0] * rows[1], dim=-2)
 
     @staticmethod
-    def part(factors: list[Tensor], start: int, stop: int) -> list[Tensor]:
-        return [factors[0], factors[1][start:stop]]
+    def part(factors: list[Tensor], own: slice) -> list[Tensor]:
+        return [factors[0], factors[1][own], *factors[2:]]
 
     @classmethod
-    def partial(cls, x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-        """Sums of w x and of w = e^(logit − maximum), and the maximum: (B, n, D) -> (B, K, D + 2)."""
-        scores = logits(x, factors)
+    def partial(cls, x: Tensor, factors: list[Tensor], own: slice, grid: Grid, rows: Grid) -> Tensor:
+        """Sums of w x and of w = e^(logit − maximum), and the maximum: (..., n, D) -> (..., K, D + 2)."""
+        scores = logits(x, cls.part(factors, own))
         top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # all may be padding
         # powers of 2: `exp` by MKL takes eight times as long where it underflows, as it does far from a row's cell
         weights = scores.sub_(top).mul_(1 / math.log(2)).exp2_()
@@ -300,6 +323,11 @@ class Dynamic(Kind):
         top = torch.maximum(a[..., -1:], b[..., -1:])
         a, b = (t[..., :-1] * (t[..., -1:] - top).exp() for t in (a, b))
         return torch.cat([a + b, top], dim=-1)
+
+    @staticmethod
+    def total(part: Tensor, band: Band) -> Tensor:
+        top = band.max(part[..., -1:])
+        return torch.cat([band.sum(part[..., :-1] * (part[..., -1:] - top).exp()), top], dim=-1)
 
     @staticmethod
     def finish(total: Tensor) -> Tensor:
@@ -346,6 +374,17 @@ def cells(x: Tensor, grid: tuple[int, int], rows: tuple[int, int], padding: floa
     if grid[0] % size[0] or grid[1] % size[1]:
         x = F.pad(x, (0, 0, 0, -grid[1] % size[1], 0, -grid[0] % size[0]), value=padding)
     return x.unflatten(-2, (-1, size[1])).unflatten(-4, (-1, size[0]))
+
+
+def reduce_by_cells(kind: type[Kind], x: Tensor, factors: list[Tensor], own: slice, grid: Grid, rows: Grid) -> Tensor:
+    """What some rows of the token grid give to the cells that they lie in, which they may cut; to others nothing."""
+    size = cell_size(grid, rows)
+    first, last, of_all = own.start // size[0], -(-own.stop // size[0]), -(-grid[0] // size[0])  # rows of cells
+    x = x.unflatten(-2, (-1, grid[1]))  # (..., n, w, D)
+    x = F.pad(x, (0, 0, 0, 0, own.start - first * size[0], last * size[0] - own.stop), value=kind.padding)
+    part = kind.reduce(x.flatten(-3, -2), factors, (x.shape[-3], grid[1]), (last - first, rows[1]))
+    width = part.shape[-2] // (last - first)
+    return F.pad(part, (0, 0, first * width, (of_all - last) * width), value=kind.padding)
 
 
 @torch.fx.wrap

@@ -123,7 +123,7 @@ def auto_chunk_size(x: Tensor, hidden: int) -> int:
 
 
 def row_chunks(
-    grid: tuple[int, int], tokens: int, step: int = 1, reach: int = 0
+    grid: tuple[int, int], tokens: int, step: int = 1, reach: int = 0, rows: slice | None = None
 ) -> Iterator[tuple[slice, slice, slice]]:
     """The token grid cut into chunks of whole rows, `step` apart.
 
@@ -132,16 +132,18 @@ def row_chunks(
         tokens: Tokens in a chunk; it has one row at least.
         step: Rows from one row of a chunk to the next.
         reach: How many of such rows above and below a chunk reads besides its own.
+        rows: The rows to cut, all by default; what a chunk reads may lie beside them.
 
     Yields:
         A chunk's own rows, the rows that it reads, and which of these are its own.
     """
-    rows = max(1, tokens // grid[1])
-    for phase in range(min(step, grid[0])):
-        n = len(range(phase, grid[0], step))
-        for first in range(0, n, rows):
-            last = min(first + rows, n)
-            top, bottom = max(0, first - reach), min(n, last + reach)
+    start, stop = (rows.start, rows.stop) if rows is not None else (0, grid[0])
+    each = max(1, tokens // grid[1])
+    for phase in range(start, min(start + step, stop)):
+        n, above, below = len(range(phase, stop, step)), phase // step, len(range(phase, grid[0], step))
+        for first in range(0, n, each):
+            last = min(first + each, n)
+            top, bottom = max(-above, first - reach), min(below, last + reach)
             own = slice(phase + first * step, phase + (last - 1) * step + 1, step)
             context = slice(phase + top * step, phase + (bottom - 1) * step + 1, step)
             yield own, context, slice(first - top, last - top)

@@ -11,10 +11,13 @@ what each chunk gives; then attention, MLP and residuals, chunk by chunk. Notabl
 - Chunks are whole rows of the token grid, or several whole images where images are short (see `chunks.py`).
 - `conv`, `max_pool`, `sharing='none'` and full attention get their keys and values from the whole sequence; all that
   follows is streamed.
+- Where several processes share an image, x are the tokens of this one's band (`models/band.py`): E x is joined over the
+  processes, and so is its gradient. Rows of the token grid are always counted in the image.
 - What a block computes is the block's own `residuals` and its attention's `output`; on CPUs without gradients some
   parts are replaced by oneDNN's products (`cpu_kernels.py`).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,6 +39,7 @@ from linvision.streaming.parts import (
     drop_path_scales,
     scaled,
 )
+from linvision.streaming.rows import Halo, Rows
 
 
 def stream(
@@ -58,9 +62,12 @@ def stream(
         chunk_size: Images × tokens in a chunk; it has one row of the token grid at least.
         out: Where the result goes when there are no gradients; not `x`. By default a new tensor.
     """
-    chunk_size = min(chunk_size, x.shape[0] * x.shape[1])  # oneDNN packs weights for so many, and has no end of them
+    tokens = x.shape[1]
+    if block.attn.band is not None:  # all processes go through the images in the same steps, those of the largest band
+        tokens = block.attn.num_prefix_tokens + math.prod(block.attn.band.grid(grid, 0))
+    chunk_size = min(chunk_size, x.shape[0] * tokens)  # oneDNN packs weights for so many, and has no end of them
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *projection, *block.parameters()))
-    step = max(1, chunk_size // x.shape[1])  # images
+    step = max(1, chunk_size // tokens)  # images
     scales = drop_path_scales(block, x)
     results = []
     for i, images in enumerate(x.split(step)):
@@ -154,7 +161,7 @@ class Chunk(NamedTuple):
     """Some rows of the token grid, or the prefix.
 
     Attributes:
-        own: The rows whose output it gives; None for the prefix.
+        own: The rows whose output it gives, counted in the image; None for the prefix.
         context: The rows that it reads: its own, and those above and below that the local path reaches.
         size: For a local path: rows and width of the context; None for no local path.
         tokens: For a local path: which tokens of the context are its own.
@@ -175,7 +182,7 @@ class TokenChunks:
 
     Args:
         block: The block.
-        x: Their tokens, (B, P + N, D).
+        x: Their tokens, (B, P + N, D); of a band, those that this process has.
         grid: Token grid (height, width).
         chunk_size: Images × tokens in a chunk.
         valid: Which tokens are not padding, (B, P + N), None for all.
@@ -190,6 +197,8 @@ class TokenChunks:
         self.chunk_size = chunk_size // len(x)
         self.scales = scales
         attention = block.attn
+        self.band = attention.band
+        self.own = slice(0, grid[0]) if self.band is None else self.band.rows(grid[0])  # the rows that x are
         self.by_parts = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
 
     # ------------------------------------------------------------------------------------------------- the two passes
@@ -197,6 +206,7 @@ class TokenChunks:
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
+            halo = self.halo(self.x)
             if self.by_parts:
                 key, value, mask = self.key_value(self.reduce(projection), self.x[:, : self.P], projection)
             else:
@@ -206,8 +216,9 @@ class TokenChunks:
                 block: StreamedBlock | BlockWith = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
             else:
                 block = self.block
+            tokens = self.with_halo(self.x, halo)
             for chunk in self.chunks():
-                y = self.output(block, self.rows(self.x, chunk.context).flatten(1, 2), key, value, mask, chunk)
+                y = self.output(block, self.context(tokens, chunk), key, value, mask, chunk)
                 if out is None or out.dtype != y.dtype:
                     out = y.new_empty(self.x.shape)
                 place = self.rows(out, chunk.own)
@@ -236,6 +247,9 @@ class TokenChunks:
                     sums[id(tensor)] = sums[id(tensor)].add_(g) if id(tensor) in sums else g.clone()
             return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
 
+        edges = self.x.detach().requires_grad_()
+        halo = self.halo(edges)
+
         # keys and values, from leaves
         if self.by_parts:
             with torch.no_grad():
@@ -249,12 +263,20 @@ class TokenChunks:
 
         # all that follows, chunk by chunk
         dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
+        dhalo = None if halo is None else halo._replace(received=torch.zeros_like(halo.received))
+        tokens, gradients = self.with_halo(self.x, halo), self.with_halo(dx, dhalo)
         for chunk in self.chunks():
-            x = self.rows(self.x, chunk.context).flatten(1, 2).requires_grad_()
+            x = self.context(tokens, chunk).requires_grad_()
             y = self.output(self.block, x, key, value, made[2], chunk)
-            got = backward([y], [self.rows(grad, chunk.own).flatten(1, 2)], [x, key, value])
-            for total, part in zip((self.rows(dx, chunk.context), dkey, dvalue), got, strict=True):
-                total += part.reshape(total.shape)
+            part, *parts = backward([y], [self.rows(grad, chunk.own).flatten(1, 2)], [x, key, value])
+            if chunk.context is None:
+                dx[:, : self.P] += part
+            else:
+                gradients.add(chunk.context, part.unflatten(1, (-1, self.grid[1])))
+            for total, part in zip((dkey, dvalue), parts, strict=True):
+                total += part
+        if halo is not None and dhalo is not None:
+            dx += torch.autograd.grad(halo.received, edges, dhalo.received)[0]
 
         # back through keys and values to the tokens
         got = backward(list(made[:2]), [dkey.to(made[0].dtype), dvalue.to(made[1].dtype)], sources)
@@ -263,7 +285,9 @@ class TokenChunks:
         else:
             dx[:, : self.P] += got[-1]
             totals = [r.detach() for r in rows]
-            for own, _, _ in row_chunks(self.grid, self.chunk_size):
+            if self.band is not None:  # of all processes' losses
+                got = [self.band.sum(g) for g in got]
+            for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own):
                 x = self.rows(self.x, own).requires_grad_()
                 total = self.rows(dx, own)
                 # a part's share of the whole: the gradient is right, the value counts the part twice
@@ -276,10 +300,10 @@ class TokenChunks:
     def reduce(self, projection: list[Tensor]) -> list[Tensor]:
         """What all chunks give for [E x], or [E x, F x]: (B, K, C) each."""
         total: list[Tensor] = []
-        for own, _, _ in row_chunks(self.grid, self.chunk_size):
+        for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own):
             parts = self.reduce_rows(self.rows(self.x, own), projection, own)
             total = self.merge(total, parts) if total else parts
-        return total
+        return total if self.band is None else [self.block.attn.kind.total(t, self.band) for t in total]
 
     def merge(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
         """What two parts of the tokens give together."""
@@ -292,12 +316,12 @@ class TokenChunks:
         x = self.block.norm1(x).flatten(1, 2)
         inside: list[Tensor] = []
         if self.valid is not None:
-            inside = [self.rows(self.valid, own).flatten(1, 2)]  # (B, n)
+            inside = [self.inside(own)]  # (B, n)
             x = x.masked_fill(~inside[0].unsqueeze(-1), 0.0)
         parts = []
         for i in range(attention.matrices):
-            factors = attention.kind.part(projection[i * n : (i + 1) * n - 1], own.start, own.stop) + inside
-            y = attention.kind.partial(x, factors, (own.stop - own.start, self.grid[1]), attention.rows)
+            factors = projection[i * n : (i + 1) * n - 1] + inside
+            y = attention.kind.partial(x, factors, own, self.grid, attention.rows)
             parts.append(y.to(torch.promote_types(y.dtype, torch.float32)))  # a sum of many
         return parts
 
@@ -316,10 +340,31 @@ class TokenChunks:
     # ------------------------------------------------------------------------------------------ all that follows them
 
     def rows(self, tokens: Tensor, rows: slice | None) -> Tensor:
-        """A view of some rows of the token grid, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
+        """A view of some of this process's rows, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
         if rows is None:
             return tokens[:, : self.P].unsqueeze(1)  # (B, 1, P, …)
-        return tokens[:, self.P :].unflatten(1, self.grid)[:, rows]
+        return self.with_halo(tokens).read(rows)
+
+    def with_halo(self, tokens: Tensor, halo: Halo | None = None) -> Rows:
+        """This process's rows of tokens (B, P + N, …), and those that it has of its neighbours."""
+        return Rows(tokens[:, self.P :].unflatten(1, (-1, self.grid[1])), self.own.start, halo)
+
+    def halo(self, x: Tensor) -> Halo | None:
+        """What the local path reads of the neighbours' tokens; None where it reads nothing."""
+        local = self.block.attn.local
+        if self.band is None or local is None:
+            return None
+        image = x[:, self.P :].unflatten(1, (-1, self.grid[1]))
+        return self.band.halo(image, self.grid[0], local.rows_needed(self.grid))
+
+    def context(self, tokens: Rows, chunk: 'Chunk') -> Tensor:
+        """The tokens that a chunk reads, (B, n, D)."""
+        return self.x[:, : self.P] if chunk.context is None else tokens.read(chunk.context).flatten(1, 2)
+
+    def inside(self, rows: slice) -> Tensor:
+        """Which tokens of some rows are not padding, (B, n)."""
+        assert self.valid is not None
+        return self.valid[:, self.P :].unflatten(1, self.grid)[:, rows].flatten(1)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of the token grid, after the prefix where there is one."""
@@ -327,12 +372,12 @@ class TokenChunks:
         if self.P:
             yield Chunk(None, None)
         if local is None:
-            yield from (Chunk(own, own) for own, _, _ in row_chunks(self.grid, self.chunk_size))
+            yield from (Chunk(own, own) for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own))
             return
         (down, across), width = local.step(self.grid), self.grid[1]
-        for own, context, part in row_chunks(self.grid, self.chunk_size, down, local.reach):
+        for own, context, part in row_chunks(self.grid, self.chunk_size, down, local.reach, self.own):
             size = (len(range(context.start, context.stop, context.step)), width)
-            valid = None if self.valid is None else self.rows(self.valid, context).flatten(1, 2).unsqueeze(-1)
+            valid = None if self.valid is None else self.inside(context).unsqueeze(-1)
             yield Chunk(own, context, size, slice(part.start * width, part.stop * width), (1, across), valid)
 
     def output(

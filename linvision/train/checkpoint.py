@@ -45,6 +45,7 @@ FREE_TO_CHANGE = {
     'accumulate',
     'chunk_size',
     'grad_checkpointing',
+    'sequence',
     'eval_batch_size',
     'on_bad_image',
     'device',
@@ -290,6 +291,8 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
     recipe, found = json.loads(json.dumps(recipe)), json.loads(json.dumps(found))  # tuples as JSON keeps them
     for each in (recipe, found):
         as_dict(each.get('dataset_args')).pop('test_split', None)
+        if each.get('parallel') == 'sequence':  # every process has the whole model, as with DDP
+            each['parallel'] = 'ddp'
     free = FREE_TO_CHANGE if recipe['dataset'].startswith(STREAMS) else {*FREE_TO_CHANGE, 'workers', 'processes'}
     changed = [k for k in recipe if k not in free and found.get(k) != recipe[k]]
     if changed:

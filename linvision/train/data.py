@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import timm
@@ -98,8 +98,16 @@ class TrainingData:
         """This process's share of the batches of a set."""
         wanted = self.recipe.data
         reading = {'workers': wanted.workers, 'on_bad_image': wanted.on_bad_image, **self.cropping}
-        where = (self.processes.device, augmentation, self.processes.rank, self.processes.count)
-        return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
+        where = (self.processes.device, augmentation, self.processes.share, self.processes.shares)
+        return create_batches(images, batch_size, self.mean, self.std, *where, rows=self.rows, **reading)
+
+    @cached_property
+    def rows(self) -> Callable[[int], slice] | None:
+        """The rows of pixels that this process has of images of a size; None for all of them."""
+        if self.processes.sequence == 1:
+            return None
+        patch = empty_model(self.recipe, self.shape, self.stages[-1][0]).patch_embed.patch_size[0]
+        return partial(self.processes.rows, patch=patch)
 
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""

@@ -69,6 +69,8 @@ def evaluate(model: nn.Module, batches: Batches, img_size: int, precision: str =
     if order.count > 1:
         dist.all_reduce(counts)
         dist.all_reduce(loss)
+        sharing = dist.get_world_size() // order.count  # processes that share an image: each has counted it
+        counts, loss = counts // sharing, loss / sharing
     scored, first, among_five = counts.tolist()
     return {
         'top1': first / max(scored, 1),

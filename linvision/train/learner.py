@@ -61,7 +61,7 @@ class Learner:
         self.updates, self.processes, self.classes = updates, processes, classes
         self.fsdp = recipe.run.parallel == 'fsdp'
         model: Any = self.create(img_size)  # Any: timm's factory sets pretrained_cfg, no class declares it
-        check_batch(model, recipe, processes.count)
+        check_batch(model, recipe, processes.shares)
         self.head_kept = False
         if recipe.init:
             self.head_kept = load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
@@ -101,6 +101,7 @@ class Learner:
         model = self.model
         for each in (model, self.ema) if self.ema is not None else (model,):
             self.compiled = compile_blocks(each, self.recipe.run.compile, self.processes.device)
+            self.processes.divide(each)
         if self.fsdp:
             for each in (model, self.ema) if self.ema is not None else (model,):
                 self.processes.shard(each)
@@ -184,8 +185,8 @@ class Learner:
 
     @contextmanager
     def whole_model(self) -> Iterator[VisionTransformer]:
-        """The scored model with all its weights in every process, to export or to look into."""
-        if not self.fsdp:
+        """The scored model, for whole images and with all its weights in every process, to export or to look into."""
+        if not self.fsdp and self.processes.sequence == 1:
             yield self.scored.eval()
             return
         model = self.create(self.scored.patch_embed.img_size[0])

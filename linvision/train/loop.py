@@ -73,10 +73,10 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
     recipe.validate()
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    with processes(recipe.run.device, recipe.run.parallel) as joined, matmul_precision_kept():
+    with processes(recipe.run.device, recipe.run.parallel, recipe.run.sequence) as joined, matmul_precision_kept():
         if joined.device.type == 'cpu':
             keep_freed_memory()
-        recipe.images_at_once(joined.count)
+        recipe.images_at_once(joined.shares)
         if recipe.run.dry_run:
             with memory_advice(recipe, joined, lambda: 'in the first step'):
                 TrainingRun(recipe, joined, None).try_one_step()
@@ -131,6 +131,7 @@ class TrainingRun:
             f'{self.learner.precision}, {torch.get_num_threads()} thread(s)'
             + (', compiled blocks' if self.learner.compiled else '')
             + (f', {joined.count} processes ({recipe.run.parallel})' if joined.count > 1 else '')
+            + (f', {joined.sequence} for each image' if joined.sequence > 1 else '')
             + (f'; resumed at step {self.progress.step}' if found else '')
         )
         head = 'kept: its classes are the same' if self.learner.head_kept else 'new'
@@ -255,7 +256,7 @@ class TrainingRun:
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seed what is drawn in a step, and mix its images."""
-        seed = seed_of(self.recipe.run.seed, self.progress.step, self.processes.rank)
+        seed = seed_of(self.recipe.run.seed, self.progress.step, self.processes.share)
         torch.manual_seed(seed)
         if self.recipe.augment.mixes:
             np.random.seed(seed % 2**32)
@@ -357,6 +358,8 @@ class TrainingRun:
             if joined.main and self.folder:
                 write_metrics(self.folder, metrics)
             for split, batches in scored.items():
+                if joined.sequence > 1:  # of whole images, which no process has
+                    continue
                 self.board.pictures(
                     split, objective.pictures(), model, batches, size, self.data.train_set.classes, step
                 )

@@ -34,7 +34,7 @@ def memory_advice(recipe: Recipe, processes: Processes, where: Callable[[], str]
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        images = recipe.images_at_once(processes.count)
+        images = recipe.images_at_once(processes.shares)
         parts = next((n for n in range(2, images + 1) if images % n == 0), 0)
         model, ways = empty_model(recipe, {}), []
         if parts and not needs_batch(model):

@@ -2,6 +2,10 @@
 
     python recipes/X.py                          one process
     torchrun --nproc-per-node 8 recipes/X.py     eight; DDP, or FSDP2 with --parallel fsdp
+    torchrun --nproc-per-node 8 recipes/X.py --parallel sequence --sequence 4      each image over four of them
+
+Processes that share an image (`models/band.py`) stand side by side: of eight with `--sequence 4`, the first four have
+one half of a batch, and the others the other. To the data such four are one process.
 
 The batch size of a recipe is global: each process takes its share of every batch, and gradients are averaged, so that
 the result is that of one process. Small numbers (clocks, signals) are agreed on over gloo, beside NCCL for tensors.
@@ -11,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,10 +24,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import reduce_tensor
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-PARALLEL = ('ddp', 'fsdp')
+from linvision.models.band import band_rows
+from linvision.models.linformer_vit import LinformerVisionTransformer
+
+PARALLEL = ('ddp', 'fsdp', 'sequence')
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,39 @@ class Processes:
         device: Where it computes.
         rank: Its number, 0 for the one that prints and writes.
         count: How many there are.
+        sequence: How many of them share each image.
     """
 
     device: torch.device
     rank: int = 0
     count: int = 1
+    sequence: int = 1
 
     @property
     def main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def share(self) -> int:
+        """Which share of a batch is this process's."""
+        return self.rank // self.sequence
+
+    @property
+    def shares(self) -> int:
+        """How many shares a batch has."""
+        return self.count // self.sequence
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The processes that share an image with this one."""
+        shape, names = (self.shares, self.sequence), ('data', 'sequence')
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)['sequence']
+
+    def rows(self, img_size: int, patch: int = 1) -> slice:
+        """The rows of pixels that this process has of an image."""
+        own = band_rows(img_size // patch, self.rank % self.sequence, self.sequence)
+        return slice(own.start * patch, own.stop * patch)
 
     def largest(self, *values: float) -> list[float]:
         """The largest of each value over the processes: what all of them then act on."""
@@ -81,6 +112,21 @@ class Processes:
         """Wait for the other processes."""
         self.largest(0.0)
 
+    def divide(self, model: VisionTransformer) -> None:
+        """Let a model take this process's rows of each image, where several share it.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if self.sequence == 1:
+            return
+        if not isinstance(model, LinformerVisionTransformer):
+            raise ValueError(
+                f'Processes can share an image with linformer_vit_* models only, got {type(model).__name__}: leave out '
+                '--sequence and --parallel sequence.'
+            )
+        model.share_images(self.mesh)
+
     def shard(self, model: VisionTransformer) -> None:
         """Shard a model's parameters over the processes with FSDP2, block by block."""
         mesh = init_device_mesh(self.device.type, (self.count,))
@@ -90,19 +136,26 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str, parallel: str) -> Iterator[Processes]:
+def processes(device: str, parallel: str, sequence: int = 0) -> Iterator[Processes]:
     """Join the other processes of the run, where there are any, and leave them at the end.
 
     Args:
         device: Name of a torch device; 'auto' is the accelerator, or the CPU.
-        parallel: 'ddp' or 'fsdp'.
+        parallel: 'ddp', 'fsdp' or 'sequence'.
+        sequence: How many share each image; 0 for one, or with 'sequence' for all.
 
     Raises:
-        ValueError: The device cannot be used.
+        ValueError: The device cannot be used, or there are no such processes to share an image.
     """
     where = choose_device(device)
     count = int(os.environ.get('WORLD_SIZE', 1))
-    if count == 1 and parallel == 'ddp':
+    sequence = sequence or (count if parallel == 'sequence' else 1)
+    if count % sequence:
+        raise ValueError(
+            f'{sequence} processes are to share each image, but {count} cannot be divided so: start a multiple of '
+            f'{sequence} (torchrun --nproc-per-node {sequence} …), or say another --sequence.'
+        )
+    if count == 1 and parallel != 'fsdp':
         yield Processes(where)
         return
     backend = (
@@ -113,7 +166,7 @@ def processes(device: str, parallel: str) -> Iterator[Processes]:
         joined = Processes(where)
     else:
         found = init_distributed_device_so(where.type, dist_backend=backend)
-        joined = Processes(torch.device(found['device']), found['global_rank'], found['world_size'])
+        joined = Processes(torch.device(found['device']), found['global_rank'], found['world_size'], sequence)
     try:
         yield joined
     except BaseException:

@@ -20,13 +20,14 @@ MOMENTS = 2  # numbers that AdamW and its like keep for each parameter
 def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Processes, updates: int) -> str:
     """Model, tokens, multiply-adds, memory, steps and schedule of a run."""
     parameters = sum(p.numel() for p in learner.model.parameters())
-    images = recipe.images_at_once(processes.count)
+    images = recipe.images_at_once(processes.shares)
     batch, optim, length = recipe.data, recipe.optim, recipe.run
     lines = [
         f'model        {recipe.model}, {parameters:,} parameters, {learner.precision}',
         f'data         {data.title}: {len(data.train_set):,} images, {len(data.train_set.classes)} classes'
         + (f', {data.validation.order.n:,} more for validation' if data.validation else ''),
-        f'batch        {batch.batch_size} images = {processes.count} processes × {batch.accumulate} parts × {images}',
+        f'batch        {batch.batch_size} images = {processes.shares} processes × {batch.accumulate} parts × {images}'
+        + f', each image in {processes.sequence} processes' * (processes.sequence > 1),
         f'optimizer    {optim.opt}, learning rate {optim.lr:g}, {optim.sched}, warm-up {100 * optim.warmup:g} %',
     ]
     start = 0.0
@@ -34,7 +35,9 @@ def plan(recipe: Recipe, data: TrainingData, learner: Learner, processes: Proces
         model = empty_model(recipe, data.shape, data.stages[-1][0], img_size)
         end, tokens = start + fraction, count_tokens(model)
         held = held_bytes(recipe, parameters, processes.count)
-        kept = kept_for_backward(recipe, model, images, DTYPES[learner.precision], processes.device)
+        kept = kept_for_backward(
+            recipe, model, images / processes.sequence, DTYPES[learner.precision], processes.device
+        )
         lines.append(
             f'stage        {100 * start:.0f}–{100 * end:.0f} %: {img_size}×{img_size} pixels, {tokens:,} tokens, '
             f'{multiply_adds(model) / 1e9:.2f} G multiply-adds for an image forward, about '
@@ -66,11 +69,11 @@ def held_bytes(recipe: Recipe, parameters: int, processes: int) -> float:
 
 
 def kept_for_backward(
-    recipe: Recipe, model: VisionTransformer, images: int, dtype: torch.dtype, device: torch.device
+    recipe: Recipe, model: VisionTransformer, images: float, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Bytes that the backward pass needs of so many images, at the model's present size."""
+    """Bytes that the backward pass needs of so many images, or parts of one, at the model's present size."""
     run, depth = recipe.run, len(model.blocks)
-    numbers = images * count_tokens(model) * model.embed_dim
+    numbers = round(images * count_tokens(model) * model.embed_dim)
     kept = kept_bytes(numbers, depth, dtype, device)
     whole = whole_blocks(numbers, depth, dtype, device) if run.chunk_size == 'auto' else 0
     if can_stream(model) and run.chunk_size != 0 and whole < depth:

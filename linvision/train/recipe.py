@@ -37,6 +37,7 @@ RULES = {
     'batch_size': at_least(1),
     'accumulate': at_least(1),
     'keep_checkpoints': at_least(1),
+    'sequence': at_least(0),
     'mask_size': at_least(1),
     'freeze': at_least(-1),
     'eval_batch_size': at_least(1),
@@ -164,6 +165,13 @@ class Recipe:
             raise ValueError('masked_pixels looks at no labels: there is no Mixup, CutMix or teacher for it.')
         if self.augment.mixes and data.batch_size % 2:
             raise ValueError(f'Mixup and CutMix need an even batch_size, got {data.batch_size}.')
+        if (run.parallel == 'sequence' or run.sequence > 1) and (
+            self.task == 'masked_pixels' or optim.teacher or self.augment.cutmix
+        ):
+            raise ValueError(
+                'Processes that share an image see some rows of it each: masked_pixels, a teacher and CutMix need all '
+                'of it. Leave these out, or --sequence and --parallel sequence.'
+            )
         if run.parallel == 'fsdp' and run.precision == 'fp16':
             raise ValueError("fp16 needs a loss scaler, which FSDP does not share between processes; use 'bf16'.")
         if optim.teacher and len(data.stages) > 1:

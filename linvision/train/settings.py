@@ -142,7 +142,11 @@ class Run:
     precision: str = 'auto'
     """'auto', 'fp32', 'bf16' or 'fp16'; 'auto' is bf16 where the processor or the card computes in it, else fp32."""
     parallel: str = 'ddp'
-    """How several processes train: 'ddp' (each has the whole model) or 'fsdp' (each has a part of every block)."""
+    """How several processes train: 'ddp' (each has the whole model), 'fsdp' (each has a part of every block) or
+    'sequence' (each has a part of every image, as `sequence` says, and the whole model)."""
+    sequence: int = 0
+    """Processes that share each image, each with some rows of it, under any `parallel` (0: one, or with 'sequence' all
+    of them)."""
     compile: Literal['auto', 'on', 'off'] = 'auto'
     """Compile the blocks with `torch.compile`, whole or in chunks; 'auto' does on CUDA, for linformer_vit_* models."""
     chunk_size: int | Literal['auto'] = 'auto'
