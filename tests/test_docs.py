@@ -111,6 +111,14 @@ def test_convert(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith('True ')
 
 
+def test_adapters(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('peft', reason='needs peft')
+    run('howto/adapters.md', tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert 'trainable params' in said
+    assert all(float(difference) < 1e-5 for difference in re.findall(r'tensor\((.*)\)', said))
+
+
 @pytest.mark.slow
 def test_notebook(tmp_path, monkeypatch, capsys):
     """Its cells, one after the other, as a person runs them."""

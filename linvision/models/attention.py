@@ -5,7 +5,7 @@
 Notable here:
 
 - Same parameters and names as timm's `Attention` (`qkv`, `proj`, …), so that weights of a plain ViT load as they are.
-  `qkv` is never called: its weight and bias are read in parts, so that a wrapper around it is refused.
+  `qkv` is never called: its weight and bias are read in parts, those of a wrapper by `wrapped_linear.py`.
 - E X is computed before the key and value weights; equal to the paper's order, and cheaper (see `projection.py`).
 - Prefix tokens (class, registers) bypass E: they join the K projected rows as exact keys and values.
 - With K >= N, or `projection='none'`, this is full attention over all tokens.
@@ -26,6 +26,7 @@ from linvision.autocast import in_compute_dtype
 from linvision.models.local_conv import LocalPath
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
+from linvision.models.wrapped_linear import wrapped_linear
 
 
 class LinformerAttention(nn.Module):
@@ -147,24 +148,21 @@ class LinformerAttention(nn.Module):
         """Weight (and bias) of the queries, then those of keys and values together, in the dtype that x is computed in.
 
         Raises:
-            TypeError: `qkv` is not an `nn.Linear`, or its `forward` is another's.
+            TypeError: `qkv` is neither an `nn.Linear` nor a wrapper that is linear.
         """
-        if not torch.jit.is_scripting():
-            if type(self.qkv).forward is not nn.Linear.forward:
-                raise TypeError(
-                    'attn.qkv must be an nn.Linear: its weight is read in parts and it is never called, so that what '
-                    f'it does would be lost, got {type(self.qkv)}. Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or '
-                    'change the weight of attn.qkv by torch.nn.utils.parametrize.'
-                )
         D = x.shape[-1]
-        weight = in_compute_dtype(self.qkv.weight)
+        if torch.jit.is_scripting() or type(self.qkv).forward is nn.Linear.forward:
+            weight, bias = self.qkv.weight, self.qkv.bias
+        else:
+            weight, bias = wrapped_linear(self.qkv, self.num_heads * self.head_dim, x)
+        weight = in_compute_dtype(weight)
         if torch.jit.is_scripting():
             query, key_value = weight.split([D, 2 * D])
         else:
             query, key_value = query_and_rest(weight, D)
-        if self.qkv.bias is None:
+        if bias is None:
             return [query, key_value]
-        query_bias, key_value_bias = in_compute_dtype(self.qkv.bias).split([D, 2 * D])
+        query_bias, key_value_bias = in_compute_dtype(bias).split([D, 2 * D])
         return [query, key_value, query_bias, key_value_bias]
 
     def query(self, x: Tensor, weights: list[Tensor]) -> Tensor:

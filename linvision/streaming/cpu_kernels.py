@@ -131,10 +131,6 @@ class FusedAttention:
         """The output projection."""
         return self.products.linear(x, self.packed_proj)
 
-    def split_weights(self, x: Tensor) -> list[Tensor]:
-        """None: they are packed."""
-        return []
-
     def query(self, x: Tensor, weights: list[Tensor]) -> Tensor:
         """The tokens as they are: `attend` makes the queries of one head at a time, which stay in cache."""
         return x.to(self.products.dtype)
