@@ -19,6 +19,11 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 
+def is_open(*sizes: int) -> bool:
+    """Whether sizes are open in a graph that is being exported: what is done must not depend on what they are."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def area_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The share of each of `old` equal cells that each of `new` equal cells covers: (new, old), columns sum to one.
 
@@ -44,7 +49,7 @@ def resize_rows(E: Tensor, rows: int) -> Tensor:
 
 def resize_axis(table: Tensor, length: int) -> Tensor:
     """A table of positions along one image axis (1, n, D) -> (1, length, D), interpolated linearly."""
-    if table.shape[1] == length:
+    if not is_open(length) and table.shape[1] == length:
         return table
     channels = table.transpose(1, 2).to(torch.promote_types(table.dtype, torch.float32))  # (1, D, n)
     return F.interpolate(channels, size=length, mode='linear').transpose(1, 2).to(table.dtype).contiguous()
