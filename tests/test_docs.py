@@ -119,6 +119,13 @@ def test_adapters(tmp_path, monkeypatch, capsys):
     assert all(float(difference) < 1e-5 for difference in re.findall(r'tensor\((.*)\)', said))
 
 
+def test_decoders(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
+    names, _ = run('howto/decoders.md', tmp_path, monkeypatch)
+    assert 'torch.Size([2, 5, 64, 64])' in capsys.readouterr().out
+    assert [m.shape[-1] for m in names['maps']] == [32, 16, 8, 4]
+
+
 @pytest.mark.slow
 def test_notebook(tmp_path, monkeypatch, capsys):
     """Its cells, one after the other, as a person runs them."""
