@@ -11,8 +11,9 @@ Notable here:
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ from linvision.models.padding import check_padding, check_pool, masked_pool, pad
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
+from linvision.models.rotary import create_rope, rope_tensors
 from linvision.rules import is_whole
 from linvision.streaming.chunks import choose_chunk_sizes
 
@@ -75,6 +77,9 @@ class LinformerVisionTransformer(VisionTransformer):
             norm over the channels of a token. Such blocks run whole, and take no padding. The weights have the names of
             those of layer norms: what loads them has to know which they are.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
+        rope: Rotary positions: timm's 'rope_type', 'cat', 'mixed' or 'dinov3', and its arguments (see `rotary.py`);
+            empty for none.
+        gated_attn: Multiply the output of attention by a gate of each token and channel.
         norm_eps: Epsilon of all layer norms, 0 for that of `norm_layer`.
         head_norm: Normalise the pooled features over the images of a batch before the classifier (batch norm without
             weights, as in the linear probe of MAE, arXiv 2111.06377): for images that differ in few tokens, whose means
@@ -110,6 +115,8 @@ class LinformerVisionTransformer(VisionTransformer):
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
+        rope: Mapping[str, Any] = MappingProxyType({}),
+        gated_attn: bool = False,
         norm_eps: float = 0.0,
         head_norm: bool = False,
         device: torch.device | str | None = None,
@@ -123,6 +130,7 @@ class LinformerVisionTransformer(VisionTransformer):
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
         local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
+        rotary = create_rope(rope, embed_dim, depth, num_heads, **dd) if rope else None
 
         def block_fn(depth: int, **arguments: Any) -> LinformerBlock:
             return LinformerBlock(
@@ -134,6 +142,9 @@ class LinformerVisionTransformer(VisionTransformer):
                 local_grid=local_grid,
                 row_norm=row_norm,
                 token_norm=token_norm,
+                rotary=bool(rope),
+                rotate_half=getattr(rotary, 'rotate_half', False),
+                gated=gated_attn,
                 **arguments,
             )
 
@@ -158,6 +169,7 @@ class LinformerVisionTransformer(VisionTransformer):
                 if table is not None:
                     nn.init.trunc_normal_(table, std=0.02)
         self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
+        self.rope = rotary
         self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
         if projection != 'none':
@@ -185,14 +197,14 @@ class LinformerVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: timm's, the projections and the positions."""
-        own = {n for n, _ in self.named_parameters() if n.startswith(('projection.', 'position.'))}
+        own = {n for n, _ in self.named_parameters() if n.startswith(('projection.', 'position.', 'rope.'))}
         return super().no_weight_decay() | own
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth; the projection and the positions belong to the stem."""
         groups = super().group_matcher(coarse=coarse)
-        return dict(groups, stem=groups['stem'] + '|^projection|^position')
+        return dict(groups, stem=groups['stem'] + '|^projection|^position|^rope')
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
@@ -329,11 +341,17 @@ class LinformerVisionTransformer(VisionTransformer):
         return x, grid, valid, chunks
 
     def projection_tensors(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
-        """Each layer's projection tensors (see `Projection.forward`); empty without a projection."""
+        """Each layer's projection tensors (see `Projection.forward`), and its sines and cosines where it rotates."""
+        tensors: list[list[Tensor]] = []
         if self.projection is not None:
-            return self.projection(x, grid)
-        empty: list[Tensor] = []
-        return [empty] * len(self.blocks)
+            tensors = self.projection(x, grid)
+        else:
+            empty: list[Tensor] = []
+            tensors = [empty] * len(self.blocks)
+        if self.rope is not None:
+            ropes = rope_tensors(self.rope, grid, len(tensors))
+            tensors = [[*own, rope] for own, rope in zip(tensors, ropes, strict=False)]  # a pruned model has fewer
+        return tensors
 
     def forward(
         self,

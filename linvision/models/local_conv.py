@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from linvision.models.resize import is_open
+from linvision.models.resize import is_open, open_max
 
 
 class LocalPath(nn.Module):
@@ -111,5 +111,5 @@ def spacing(tokens: int, own: int) -> int:
     steps = (2 * tokens + own) // (2 * own)  # rounded
     if not torch.jit.is_scripting():
         if is_open(tokens):
-            return torch.sym_max(1, steps)
+            return open_max(1, steps)
     return max(1, steps)

@@ -24,6 +24,11 @@ def is_open(*sizes: int) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
+def open_max(a: int, b: int) -> int:
+    """The larger of two sizes that may be open."""
+    return torch.sym_max(a, b)  # type: ignore[return-value]  # an open size is no int
+
+
 def area_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The share of each of `old` equal cells that each of `new` equal cells covers: (new, old), columns sum to one.
 

@@ -6,11 +6,20 @@ are bᵀ and Wᵀ + bᵀ. One row more, of no special form, tells a linear funct
 wrapper to its own parameters. It costs D + 2 rows a forward pass, where a block has thousands.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 REMEDY = 'Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or change the weight of attn.qkv by torch.nn.utils.parametrize.'
+
+
+def weight_and_bias(layer: Any, dim: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Those of an `nn.Linear`, or of what wraps one; arguments and errors as of `wrapped_linear`."""
+    if type(layer).forward is nn.Linear.forward:
+        return layer.weight, layer.bias
+    return wrapped_linear(layer, dim, like)
 
 
 def wrapped_linear(layer: nn.Module, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ class StreamedAttention(Protocol):
 
     rows: Grid
     matrices: int
-    per_head: bool
+    by_head: bool
+    rotary: bool
     num_prefix_tokens: int
     qkv: Any  # modules, or what stands in for them
     q_norm: Any
@@ -50,9 +51,16 @@ class StreamedAttention(Protocol):
     def local(self) -> StreamedLocal | None: ...
     def is_full(self, grid: Grid) -> bool: ...
     def split_weights(self, x: Tensor) -> list[Tensor]: ...
-    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor: ...
+    def query(self, x: Tensor, weights: list[Tensor], rope: Tensor | None = None) -> Tensor: ...
+    def opening(self, x: Tensor) -> Tensor | None: ...
     def key_value(
-        self, x: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None, weights: list[Tensor]
+        self,
+        x: Tensor,
+        projection: list[Tensor],
+        grid: Grid,
+        valid: Tensor | None,
+        weights: list[Tensor],
+        rope: Tensor | None = None,
     ) -> KeysValues: ...
     def key_value_of_rows(
         self,
@@ -64,7 +72,13 @@ class StreamedAttention(Protocol):
         weights: list[Tensor],
     ) -> KeysValues: ...
     def output(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        local: Tensor | None,
+        opening: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -133,6 +133,7 @@ def rest(
     h: Tensor,
     local: Tensor | None,
     weights: list[Tensor],
+    rope: Tensor | None,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
@@ -145,11 +146,12 @@ def rest(
         x, h: The block's input, and that normalised.
         local: The local path's output.
         weights: As `LinformerAttention.split_weights` gives them.
+        rope: Sines and cosines of these tokens, where they are rotated.
         key, value, mask: As `LinformerAttention.key_value` gives them.
     """
     block = scaled(block, scales)
-    query = block.attn.query(h, weights)
-    return block.residuals(x, block.attn.output(query, key, value, mask, local))
+    query = block.attn.query(h, weights, rope)
+    return block.residuals(x, block.attn.output(query, key, value, mask, local, block.attn.opening(h)))
 
 
 class Chunk(NamedTuple):
@@ -192,8 +194,9 @@ class TokenChunks:
         self.chunk_size = chunk_size // len(x)
         self.scales = scales
         attention = block.attn
-        self.by_parts = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
+        self.by_parts = attention.kind.by_parts and not attention.by_head and not attention.is_full(grid)
         self.weights: list[Tensor] = []  # of queries, keys and values: read once for all chunks
+        self.rope: Tensor | None = None  # sines and cosines of all tokens
 
     # ------------------------------------------------------------------------------------------------- the two passes
 
@@ -201,6 +204,7 @@ class TokenChunks:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
             self.weights = self.block.attn.split_weights(self.x)
+            projection = self.take_rope(projection)
             if self.by_parts:
                 key, value, mask = self.key_value(self.reduce(projection), self.x[:, : self.P], projection)
             else:
@@ -226,7 +230,7 @@ class TokenChunks:
             inputs: The block's parameters that learn, then the projection tensors; all leaves.
             grad: Gradient of the output.
         """
-        projection = inputs[sum(p.requires_grad for p in self.block.parameters()) :]
+        projection = self.take_rope(inputs[sum(p.requires_grad for p in self.block.parameters()) :])
         made_weights = self.block.attn.split_weights(self.x)
         self.weights = [w.detach().requires_grad_(w.requires_grad) for w in made_weights]  # leaves
         learning = [t for t in (*inputs, *self.weights) if t.requires_grad]
@@ -288,6 +292,13 @@ class TokenChunks:
 
     # ------------------------------------------------------------------------------------- keys and values from chunks
 
+    def take_rope(self, projection: list[Tensor]) -> list[Tensor]:
+        """The tensors of E; sines and cosines, which come after them, are kept."""
+        if not self.block.attn.rotary:
+            return projection
+        self.rope = projection[-1]
+        return projection[:-1]
+
     def reduce(self, projection: list[Tensor]) -> list[Tensor]:
         """What all chunks give for [E x], or [E x, F x]: (B, K, C) each."""
         total: list[Tensor] = []
@@ -325,7 +336,7 @@ class TokenChunks:
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask for kinds that take no parts, from the whole sequence."""
         attention, h = self.block.attn, self.block.norm1(x)
-        return attention.key_value(h, projection, self.grid, self.valid, self.weights)
+        return attention.key_value(h, projection, self.grid, self.valid, self.weights, self.rope)
 
     # ------------------------------------------------------------------------------------------ all that follows them
 
@@ -372,12 +383,15 @@ class TokenChunks:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
             local = path.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
+        rope: Tensor | None = None
+        if self.rope is not None and chunk.own is not None:
+            rope = self.rope.unflatten(-2, self.grid)[..., chunk.own, :, :].flatten(-3, -2)
         scales = self.scales if block is self.block else []  # a replaced block has none
         # the prefix is a few tokens; dropout must be the same in the backward pass, where it is another graph's
         if chunk.own is None or not self.block.compiles or block is not self.block or draws_dropout(self.block):
-            return rest(block, scales, x, h, local, self.weights, key, value, mask)
+            return rest(block, scales, x, h, local, self.weights, rope, key, value, mask)
         for tensor in (x, h, local):
             open_sizes(tensor, 0, 1)
         for tensor in (key, value, mask, *scales):
             open_sizes(tensor, 0)
-        return compiled(rest, self.block.compiles)(block, scales, x, h, local, self.weights, key, value, mask)
+        return compiled(rest, self.block.compiles)(block, scales, x, h, local, self.weights, rope, key, value, mask)
