@@ -36,6 +36,7 @@ from linvision.models.checks import (
     check_values,
     refuse_mask,
 )
+from linvision.models.mixed_sizes import pooled_features, refuse_padding
 from linvision.models.norms import LayerNorm
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
@@ -363,7 +364,8 @@ class LinformerVisionTransformer(VisionTransformer):
         """Images to logits.
 
         Args:
-            x: Images, (B, C, height, width).
+            x: Images, (B, C, height, width), or a batch of different sizes in timm's NaFlex form, a dictionary (see
+                `mixed_sizes.py`).
             attn_mask: Refused; it is here because timm's models have it.
             is_causal: Refused.
             key_padding_mask: Which tokens are padding, (B, N), boolean, true for those to ignore, as in
@@ -374,6 +376,10 @@ class LinformerVisionTransformer(VisionTransformer):
                 that cannot leave out padding or with a `patch_drop_rate`.
         """
         if not torch.jit.is_scripting():
+            if isinstance(x, dict):
+                refuse_mask(attn_mask, is_causal, key_padding_mask)
+                refuse_padding(key_padding_mask)
+                return self.classify(pooled_features(self, x))
             if is_emulated(x):
                 return InFp32(self, 'forward').compute(x, attn_mask, is_causal, key_padding_mask)
         if isinstance(key_padding_mask, Tensor):
@@ -387,7 +393,10 @@ class LinformerVisionTransformer(VisionTransformer):
             x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask, self.pool_include_prefix)
         else:
             x = self.pool(x)
-        x = self.fc_norm(x)
+        return self.classify(self.fc_norm(x), pre_logits)
+
+    def classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooled and normalised features to logits: (B, D) -> (B, classes)."""
         if self.global_pool:  # tokens that were not pooled are no images' features
             x = self.head_norm(x)
         x = self.head_drop(x)
