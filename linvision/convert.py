@@ -28,9 +28,11 @@ from timm.layers import (
     get_norm_layer,
     to_2tuple,
 )
+from timm.models import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from linvision.eva import eva_arguments, eva_state
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.projection import Projection, row_grid
 from linvision.models.projection_kinds import cell_size
@@ -41,6 +43,7 @@ from linvision.models.resize import resized_table
 ACTIVATIONS = {get_act_layer(name): name for name in ('gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu', 'mish')}
 NORMS = {get_norm_layer(name): name for name in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm')}
 NORMS[nn.LayerNorm] = 'layernorm'
+QKV = ('.attn.qkv', '.attn.q_proj', '.attn.k_proj', '.attn.v_proj')
 DATA = ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'label_names', 'license')
 
 
@@ -78,11 +81,13 @@ def from_vit(
             raise ValueError(f'{name} is {arguments[name]!r} in the original, and cannot become {value!r}.')
     own = {'proj_len': proj_len, 'projection': projection, 'sharing': sharing, 'local_size': 0, 'row_norm': False}
     arguments |= own | kwargs
+    weight = original.patch_embed.proj.weight
     ours: Any = timm.create_model(entry_point(arguments), **arguments)
+    ours = ours.to(torch.promote_types(weight.dtype, torch.float32))  # else fp64 would lose digits on its way
     refuse_difference(ours, original)
     if projection == 'conv':
         refuse_cut_cells(ours.projection)
-    state = original.state_dict()
+    state = eva_state(original) if type(original) is Eva else original.state_dict()
     if original.pos_embed is not None:
         state['pos_embed'] = resized_table(original.pos_embed.detach(), ours, original.patch_embed.grid_size)
     result = ours.load_state_dict(state, strict=False)
@@ -97,7 +102,6 @@ def from_vit(
     kept = {k: cfg[k] for k in DATA if cfg.get(k) is not None}
     kept['input_size'] = (original.patch_embed.proj.in_channels, *original.patch_embed.img_size)
     ours.pretrained_cfg = {**ours.pretrained_cfg, 'tag': None, 'num_classes': original.num_classes, **kept}
-    weight = original.patch_embed.proj.weight
     converted: LinformerVisionTransformer = ours.to(weight.device, weight.dtype).train(original.training)
     return converted
 
@@ -110,19 +114,20 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
     """
     if isinstance(model, LinformerVisionTransformer):
         raise ValueError('The model is a Linformer ViT already.')
-    refuse_type(model, VisionTransformer, 'the model')
+    eva = type(model) is Eva
+    if not eva:
+        refuse_type(model, VisionTransformer, 'the model')
     refuse_type(model.patch_embed, PatchEmbed, 'its patch embedding')
     if model.patch_embed.dynamic_img_pad:
         raise ValueError('The model cannot be converted: it pads images of any size (dynamic_img_pad), ours does not.')
     blocks: list[Any] = list(model.blocks)
-    for block in blocks:
+    for block in blocks if not eva else []:
         refuse_type(block, Block, 'a block')
         refuse_type(block.attn, Attention, 'an attention')
     block = blocks[0]
     attn, mlp = block.attn, block.mlp
-    if attn.gate is not None:
-        raise ValueError('The attention cannot be converted: its output is gated, for which a Linformer has no part.')
-    if attn.attn_dim != model.embed_dim:
+    own = eva_arguments(model, is_part) if eva else vit_arguments(model)
+    if attn.num_heads * attn.head_dim != model.embed_dim:
         raise ValueError(
             f'The attention cannot be converted: its {attn.num_heads} heads of {attn.head_dim} are not as wide as the '
             f'tokens, {model.embed_dim}.'
@@ -136,16 +141,12 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
         'embed_dim': model.embed_dim,
         'depth': len(model.blocks),
         'num_heads': attn.num_heads,
-        'qkv_bias': attn.qkv.bias is not None,
         'qk_norm': is_part(attn.q_norm),
         'scale_attn_norm': is_part(attn.norm),
         'scale_mlp_norm': is_part(mlp.norm),
-        'proj_bias': attn.proj.bias is not None,
-        'class_token': model.has_class_token,
-        'reg_tokens': model.num_reg_tokens,
+        'gated_attn': attn.gate is not None,
         'pos_embed': 'none' if model.pos_embed is None else 'learn',
         'no_embed_class': model.no_embed_class,
-        'pool_include_prefix': model.pool_include_prefix,
         'token_norm': False,
         'head_norm': False,
         'dynamic_img_size': model.dynamic_img_size,
@@ -153,15 +154,29 @@ def architecture(model: VisionTransformer) -> dict[str, Any]:
         'final_norm': is_part(model.norm) or is_part(model.fc_norm),
         'fc_norm': is_part(model.fc_norm),
         **mlp_arguments(mlp, model.embed_dim),
+        **own,
     }
-    if isinstance(block.ls1, LayerScale):
-        arguments['init_values'] = 1.0  # the weights come from the original
     norm = block.norm1
     if type(norm) is not LayerNorm or norm.eps != 1e-6:
         arguments['norm_layer'] = NORMS.get(type(norm), type(norm))
         if hasattr(norm, 'eps'):
             arguments['norm_eps'] = norm.eps
     return arguments
+
+
+def vit_arguments(model: Any) -> dict[str, Any]:
+    """Those of the arguments that `Eva` spells otherwise (see `eva.py`)."""
+    block = model.blocks[0]
+    return {
+        'qkv_bias': block.attn.qkv.bias is not None,
+        'proj_bias': block.attn.proj.bias is not None,
+        'class_token': model.has_class_token,
+        'reg_tokens': model.num_reg_tokens,
+        'pool_include_prefix': model.pool_include_prefix,
+        'rope': {},
+        # the weights come from the original
+        **({'init_values': 1.0} if isinstance(block.ls1, LayerScale) else {}),
+    }
 
 
 def mlp_arguments(mlp: Any, dim: int) -> dict[str, Any]:
@@ -199,7 +214,13 @@ def refuse_difference(ours: nn.Module, theirs: nn.Module) -> None:
     """Raise ValueError where a layer of the original has no equal: another epsilon, activation or shape."""
     own = dict(ours.named_modules())
     for name, module in theirs.named_modules():
+        heads = [getattr(part, 'num_heads', 0) for part in (module, own.get(name))]
+        if heads[0] != heads[1] and name in own:  # no weight and no repr tells them
+            raise ValueError(
+                f'{name} cannot be converted: it has {heads[0]} heads, and a Linformer ViT has {heads[1]}.'
+            )
         leaf = not any(module.children()) and not type(module).__name__.startswith(('Drop', 'PatchDrop'))
+        leaf = leaf and not (type(theirs) is Eva and name.endswith(QKV))  # whose weights are put together
         if leaf and is_part(module) and repr(own.get(name)) != repr(module):
             raise ValueError(f'{name} cannot be converted: it is {module}, and a Linformer ViT has {own.get(name)}.')
 

@@ -237,13 +237,39 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Bent(nn.Linear):
+    """No linear function, though its weight says so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.relu())
+
+
+@pytest.mark.parametrize('chunk_size', [0, 64])
+def test_a_linear_wrapper_of_qkv_counts(chunk_size):
+    model = timm.create_model('test_linformer_vit', chunk_size=chunk_size, dtype=torch.float64).eval()
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.blocks[1].attn.qkv.parameters():
+            parameter *= 2
+    doubled = Doubled(32, 96, dtype=torch.float64)
+    doubled.load_state_dict(model.blocks[1].attn.qkv.state_dict())
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for wrapped in (doubled, nn.Sequential(changed.blocks[1].attn.qkv)):
+        model.blocks[1].attn.qkv = wrapped
+        torch.testing.assert_close(model(images), changed(images))
+
+
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('chunk_size', [0, 64])
-def test_a_wrapper_of_qkv_that_would_be_lost_is_refused(chunk_size, training):
+def test_a_wrapper_of_qkv_that_is_not_linear_is_refused(chunk_size, training):
     model = timm.create_model('test_linformer_vit', chunk_size=chunk_size)
-    for wrapped in (Doubled(32, 96), nn.Sequential(model.blocks[1].attn.qkv)):
+    qkv = model.blocks[1].attn.qkv
+    for wrapped, words in (
+        (Bent(32, 96), r'must be an nn\.Linear.*and that of.*Bent.*attn\.proj'),
+        (nn.Sequential(nn.Dropout(0.1), qkv), r'0 drops a share of 0\.1.*set its rate to 0'),
+    ):
         model.blocks[1].attn.qkv = wrapped
-        with torch.set_grad_enabled(training), pytest.raises(TypeError, match=r'qkv must be an nn\.Linear.*attn\.proj'):
+        with torch.set_grad_enabled(training), pytest.raises(TypeError, match=words):
             model(torch.randn(1, 3, 16, 16))
 
 

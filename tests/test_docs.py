@@ -111,6 +111,21 @@ def test_convert(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith('True ')
 
 
+def test_adapters(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('peft', reason='needs peft')
+    run('howto/adapters.md', tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert 'trainable params' in said
+    assert all(float(difference) < 1e-5 for difference in re.findall(r'tensor\((.*)\)', said))
+
+
+def test_decoders(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
+    names, _ = run('howto/decoders.md', tmp_path, monkeypatch)
+    assert 'torch.Size([2, 5, 64, 64])' in capsys.readouterr().out
+    assert [m.shape[-1] for m in names['maps']] == [32, 16, 8, 4]
+
+
 @pytest.mark.slow
 def test_notebook(tmp_path, monkeypatch, capsys):
     """Its cells, one after the other, as a person runs them."""

@@ -60,6 +60,41 @@ def test_a_file_says_how_images_are_read_and_what_the_classes_are(suffix, tmp_pa
     assert all(found[name] == json.loads(json.dumps(report[name])) for name in found)
 
 
+FREE = {
+    'pixels': {},
+    'linear': {'projection': 'linear', 'sharing': 'key_value', 'proj_len': (9, 16)},
+    'dynamic': {'projection': 'dynamic', 'pos_embed': 'separable'},
+    'none': {'projection': 'none', 'patch_size': 2, 'local_size': 0},
+    'positions': {'pos_embed': 'learn', 'class_token': True, 'local_size': 5, 'local_grid': 4},
+}
+
+
+@pytest.mark.parametrize('suffix, name', slow_but([('.pt2', 'pixels')], itertools.product(export.FORMATS, FREE)))
+@pytest.mark.filterwarnings('ignore')  # as above
+@torch.no_grad()
+def test_a_file_of_free_size_gives_the_models_outputs_at_every_size(suffix, name, tmp_path):
+    if suffix == '.onnx':
+        pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
+    model = timm.create_model('test_linformer_vit', depth=2, dynamic_img_size=True, **FREE[name]).eval()
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)  # the local path starts at zero
+    report = export.export(model, tmp_path / f'model{suffix}', free_size=True)
+    assert report['input'] == ['batch', 3, 'height', 'width'] and len(report['sizes']) == 3
+    run = export.FORMATS[suffix][1](tmp_path / f'model{suffix}')
+    for size in (report['at_least'], (16, 16), (44, 28)):  # the last: taps of a local path further apart
+        images = torch.randn(3, 3, *size)
+        torch.testing.assert_close(run(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['conv', 'mean_pool', 'max_pool'])
+def test_cells_of_the_grid_are_not_exported_for_free_sizes(kind, tmp_path):
+    model = timm.create_model('test_linformer_vit', projection=kind, dynamic_img_size=True)
+    with pytest.raises(ValueError, match=f"'none': '{kind}' cuts the token grid into cells.*without --free-size"):
+        export.export(model, tmp_path / 'model.pt2', free_size=True)
+    with pytest.raises(ValueError, match='made with dynamic_img_size=True; this one is not'):
+        export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.pt2', free_size=True)
+
+
 def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
     model = timm.create_model('test_linformer_vit')
     for spoil, words in (

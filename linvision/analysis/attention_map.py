@@ -113,7 +113,7 @@ def matrices_of_tokens(
     if tokens is None:
         return Dynamic.matrix(None, E), Dynamic.matrix(None, F)
     key = value = tokens[:, model.num_prefix_tokens :]
-    if attention.per_head:
+    if attention.by_head:
         key, value = attention.heads_key_value(key, attention.split_weights(key))
     return Dynamic.matrix(key, E), Dynamic.matrix(value, F)
 
@@ -152,6 +152,7 @@ def projections(
         means = MeanPool.factors([], grid, attention.rows, like)
         return MeanPool.reduce, means, means
     tensors = model.projection_tensors(like, grid)[block]
+    tensors = tensors[:-1] if attention.rotary else tensors
     n = len(tensors) // attention.matrices
     return attention.reduce, tensors[: n - 1], tensors[-n:-1]
 

@@ -127,6 +127,8 @@ def attention_layers(model: nn.Module) -> list[Any]:
             f'{type(model).__name__} has no attention that can be looked into: plain ViTs (vit_*, deit_*, and '
             f'linformer_vit_*) can, this is {", ".join(kinds)}.'
         )
+    if any(getattr(layer, 'rotary', False) for layer in layers):
+        raise ValueError('The spectrum is of attention without rotary positions, and this model has them.')
     return layers
 
 

@@ -1,17 +1,20 @@
 """A model as a file that needs neither linvision nor timm: `torch.export` (.pt2) or ONNX, for any number of images.
 
     linvision export linformer_vit_pico_patch1_32.fashion_mnist --output outputs/pico.onnx
+    linvision export linformer_vit_pico_patch1_32.fashion_mnist --output outputs/pico.onnx --free-size
     linvision export outputs/demo --output outputs/demo.pt2
 
 The first argument is the folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights. ONNX needs
 `pip install 'linvision[onnx]'`. Before it reports success the file is read again, by `torch.export.load` or
 onnxruntime, and must give the model's own outputs on batches of one, two and five images; a file that does not is
-removed. How images are to be read and what the classes are is written into the file, ONNX's metadata or the extra file
+removed. With `--free-size` images may have any height and width from a least on, and the three batches have three
+sizes. How images are to be read and what the classes are is written into the file, ONNX's metadata or the extra file
 `images.json` of `torch.export`, and printed as one line of JSON, with the largest difference found.
 """
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -26,19 +29,51 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linvision.cli.pretrained import load_vit
+from linvision.models.projection_kinds import PROJECTIONS
+from linvision.rules import SIDE
 
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4  # of the largest output, in fp32
+OPEN = ('linear', 'separable', 'dynamic', 'none')  # projections that are the same equation at every size
 
 
-def dynamic_batch() -> tuple[dict[int, Any]]:
-    """Any number of images."""
-    return ({0: torch.export.Dim('batch')},)
+def open_axes(model: Any, facts: dict[str, Any]) -> tuple[dict[int, Any]]:
+    """The axes of images that the file leaves open: those that are said by a name."""
+    axes: dict[int, Any] = {0: torch.export.Dim('batch')}
+    for axis, name in enumerate(facts['input']):
+        if axis > 1 and isinstance(name, str):
+            patch = model.patch_embed.patch_size[axis - 2]
+            tokens = torch.export.Dim(f'{name}_tokens', min=least_side(model), max=SIDE // patch)
+            axes[axis] = tokens if patch == 1 else patch * tokens
+    return (axes,)
+
+
+def least_side(model: Any) -> int:
+    """Tokens in a side of the smallest images of a file of open sizes: above K in all, so that no layer is full."""
+    return 1 + math.isqrt(max(1, *(math.prod(getattr(block.attn, 'rows', ())) for block in model.blocks)))
+
+
+def refuse_fixed_cells(model: Any) -> None:
+    """Raise ValueError for a projection whose equation depends on the image size, and so cannot be left open."""
+    kind = None if getattr(model, 'projection', None) is None else model.projection.kind
+    name = next((name for name, known in PROJECTIONS.items() if known is kind), 'none')
+    if name not in OPEN:
+        raise ValueError(
+            f'Of free size are exports with projection={", ".join(map(repr, OPEN))}: {name!r} cuts the token grid into '
+            'cells, whose number changes with its size. Export it without --free-size, once for each size.'
+        )
+
+
+def grids(model: Any) -> list[tuple[int, int]]:
+    """Three token grids to compare on: about the model's own, flatter and wider."""
+    least = least_side(model)
+    h, w = (max(side, least) for side in model.patch_embed.grid_size)
+    return [(h, w), (max(least, h // 2 + 1), w), (h, w + w // 2 + 1)]
 
 
 def write_pt2(model: nn.Module, images: Tensor, file: Path, facts: dict[str, Any]) -> None:
     """The model as an exported program, with what a user needs to know as the extra file `images.json`."""
-    program = torch.export.export(model, (images,), dynamic_shapes=dynamic_batch())
+    program = torch.export.export(model, (images,), dynamic_shapes=open_axes(model, facts))
     torch.export.save(program, file, extra_files={'images.json': json.dumps(facts)})
 
 
@@ -53,7 +88,7 @@ def write_onnx(model: nn.Module, images: Tensor, file: Path, facts: dict[str, An
     with warnings.catch_warnings(), quiet('onnxscript.optimizer'):
         warnings.simplefilter('ignore')  # what onnxscript and its packages deprecate among themselves
         program = torch.onnx.export(
-            model, (images,), dynamo=True, dynamic_shapes=dynamic_batch(), verbose=False, **names
+            model, (images,), dynamo=True, dynamic_shapes=open_axes(model, facts), verbose=False, **names
         )
     assert program is not None  # of dynamo
     program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
@@ -83,17 +118,17 @@ def read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 FORMATS = {'.pt2': (write_pt2, read_pt2), '.onnx': (write_onnx, read_onnx)}
 
 
-def largest_difference(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """How far a file's outputs are from the model's, relative to the largest, in batches of several sizes.
+def largest_difference(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:
+    """How far a file's outputs are from the model's, relative to the largest, on several batches of images.
 
     Raises:
         ValueError: Too far.
     """
     largest = 0.0
-    for count in BATCHES:
-        wanted, found = model(images[:count]), run(images[:count])
+    for images in batches:
+        wanted, found = model(images), run(images)
         if found.shape != wanted.shape:
-            raise ValueError(f'The file gave {tuple(found.shape)} outputs for {count} images: removed.')
+            raise ValueError(f'The file gave {tuple(found.shape)} outputs for {len(images)} images: removed.')
         error = (found - wanted).abs().max().item() / (wanted.abs().max().item() or 1.0)  # all zero: of no training
         if not error <= TOLERANCE:
             raise ValueError(f'The file gave outputs {error:.1e} from those of the model: removed.')
@@ -107,19 +142,20 @@ def say(words: str) -> None:
 
 
 @torch.no_grad()
-def export(model: Any, file: Path) -> dict[str, Any]:
+def export(model: Any, file: Path, free_size: bool = False) -> dict[str, Any]:
     """Write a file and check it.
 
     Args:
         model: The model; it is put into eval mode.
         file: Where to; the suffix says the format.
+        free_size: Leave height and width open; the model must be made with `dynamic_img_size=True`.
 
     Returns:
         What a user of the file needs to know.
 
     Raises:
-        ValueError: An unknown suffix, a model without tokens, or a file whose outputs are not the model's; it is
-            removed, and one that was there before stays.
+        ValueError: An unknown suffix, a model without tokens, a projection whose size cannot be left open, or a file
+            whose outputs are not the model's; it is removed, and one that was there before stays.
     """
     if file.suffix not in FORMATS:
         raise ValueError(f'The name of the file must end in {" or ".join(FORMATS)}, got {file.name!r}.')
@@ -131,20 +167,30 @@ def export(model: Any, file: Path) -> dict[str, Any]:
     model.eval()
     if hasattr(model, 'set_chunk_size'):
         model.set_chunk_size(0)  # whole blocks, which can be traced
-    images = torch.randn(max(BATCHES), model.in_chans, *model.patch_embed.img_size)
+    patch, sizes = model.patch_embed.patch_size, [tuple(model.patch_embed.img_size)] * len(BATCHES)
+    if free_size:
+        refuse_fixed_cells(model)
+        if not model.dynamic_img_size:
+            raise ValueError('A file of free size is of a model made with dynamic_img_size=True; this one is not.')
+        sizes = [(h * patch[0], w * patch[1]) for h, w in grids(model)]
+    batches = [torch.randn(n, model.in_chans, *size) for n, size in zip(BATCHES, sizes, strict=True)]
+    images = batches[-1][:2]  # which the graph is traced with
     file.parent.mkdir(parents=True, exist_ok=True)
     config = resolve_model_data_config(model)
     facts = {
-        'input': ['batch', model.in_chans, *model.patch_embed.img_size],
+        'input': ['batch', model.in_chans, *(('height', 'width') if free_size else model.patch_embed.img_size)],
         **{k: config[k] for k in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')},
         'classes': list(model.pretrained_cfg.get('label_names') or ()),
     }
+    if free_size:
+        facts |= {'multiple_of': list(patch), 'at_least': [least_side(model) * side for side in patch]}
     part = file.with_name(f'part-{file.name}')  # nobody shall find what is not known to be right
     try:
         say(f'tracing and writing {file}')
-        write(model, images[:2], part, facts)
-        say(f'comparing it with the model on batches of {", ".join(map(str, BATCHES))} images')
-        difference = largest_difference(model, read(part), images)
+        write(model, images, part, facts)
+        shapes = [list(batch.shape) for batch in batches]
+        say(f'comparing it with the model on images of shape {", ".join(map(str, shapes))}')
+        difference = largest_difference(model, read(part), batches)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
@@ -154,19 +200,21 @@ def export(model: Any, file: Path) -> dict[str, Any]:
         **facts,
         'largest_relative_difference': difference,
         'batches': list(BATCHES),
+        'sizes': [list(size) for size in dict.fromkeys(sizes)],
     }
 
 
-def main(model: tyro.conf.Positional[str], output: Path = Path('outputs/model.onnx')) -> None:
+def main(model: tyro.conf.Positional[str], output: Path = Path('outputs/model.onnx'), free_size: bool = False) -> None:
     """Export a model.
 
     Args:
         model: Folder of a run or a model, `hf-hub:OWNER/MODEL`, or a name with weights.
         output: The file; `.onnx` or `.pt2` says the format.
+        free_size: Leave height and width open; E and positions are resized inside the file.
     """
-    original = load_vit(model, '', 0)
+    original = load_vit(model, '', 0, **({'dynamic_img_size': True} if free_size else {}))
     try:
-        report = export(original, output)
+        report = export(original, output, free_size)
     except RuntimeError as error:  # torch's, of a model that cannot be traced
         raise ValueError(f'{model} cannot be exported: {error}') from error
     print(json.dumps(report))

@@ -29,8 +29,8 @@ def load_model(name: str | Path) -> Any:
     return model
 
 
-def load_vit(name: str, checkpoint: str, img_size: int) -> Any:
-    """The original: a timm name or a folder, with its own weights or those of a file, in eval mode.
+def load_vit(name: str, checkpoint: str, img_size: int, **arguments: Any) -> Any:
+    """A timm name or a folder, with its own weights or those of a file, and other arguments, in eval mode.
 
     Raises:
         ValueError: Neither is there, or the weights are not to be loaded.
@@ -38,6 +38,6 @@ def load_vit(name: str, checkpoint: str, img_size: int) -> Any:
     if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
     check_weights_file(checkpoint)
-    size: dict[str, Any] = {'img_size': img_size} if img_size else {}
+    arguments |= {'img_size': img_size} if img_size else {}
     what = f'The weights of {checkpoint or name} cannot be loaded'
-    return load_source(name, what, weights=not checkpoint, checkpoint_path=checkpoint, **size).eval()
+    return load_source(name, what, weights=not checkpoint, checkpoint_path=checkpoint, **arguments).eval()

@@ -5,12 +5,13 @@
 Notable here:
 
 - Same parameters and names as timm's `Attention` (`qkv`, `proj`, …), so that weights of a plain ViT load as they are.
-  `qkv` is never called: its weight and bias are read in parts, so that a wrapper around it is refused.
+  `qkv` is never called: its weight and bias are read in parts, those of a wrapper by `wrapped_linear.py`.
 - E X is computed before the key and value weights; equal to the paper's order, and cheaper (see `projection.py`).
 - Prefix tokens (class, registers) bypass E: they join the K projected rows as exact keys and values.
 - With K >= N, or `projection='none'`, this is full attention over all tokens.
 - Padded tokens are set to zero before E and the local path, biases included; rows of pooling projections without any
   other token, and padded tokens themselves in full attention, are left out of the softmax.
+- Rotary positions (`rotary.py`) keep the paper's order; a gate multiplies the heads' output, token by token.
 - An optional local path, a depth-wise convolution of the block's input on the token grid, joins the attention's output
   before the output projection. It starts at zero: a plain Linformer.
 """
@@ -27,6 +28,8 @@ from linvision.models.band import Band
 from linvision.models.local_conv import LocalPath
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
+from linvision.models.rotary import rotated
+from linvision.models.wrapped_linear import weight_and_bias
 from linvision.streaming.rows import Halo
 
 
@@ -50,7 +53,10 @@ class LinformerAttention(nn.Module):
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows, as a layer norm without parameters: rows of the block's input before
-            the key and value weights, but with `sharing='none'` rows of each head's keys and values.
+            the key and value weights, but where the paper's order is kept rows of each head's keys and values.
+        rotary: Rotate queries and keys; the layer's sines and cosines come last of its projection tensors.
+        rotate_half: In timm's layout 'half', else 'interleaved'.
+        gated: Multiply the heads' output by the sigmoid of a linear layer of the block's input.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.
@@ -76,6 +82,9 @@ class LinformerAttention(nn.Module):
         local_size: int = 0,
         local_grid: tuple[int, int] = (0, 0),
         row_norm: bool = False,
+        rotary: bool = False,
+        rotate_half: bool = False,
+        gated: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,6 +100,8 @@ class LinformerAttention(nn.Module):
         self.rows = rows
         self.num_prefix_tokens = num_prefix_tokens
         self.per_head = sharing == 'none'
+        self.rotary, self.rotate_half = rotary, rotate_half
+        self.by_head = self.per_head or rotary  # keys and values before E, the paper's order
         self.matrices = SHARING[sharing]  # 1: E = F; 2: E and F
         self.kind = PROJECTIONS.get(projection, PROJECTIONS['mean_pool'])  # 'none' is always full and never calls it
         self.reduce, self.counts = self.kind.reduce, self.kind.counts
@@ -103,6 +114,7 @@ class LinformerAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.local = LocalPath(dim, local_size, local_grid, num_prefix_tokens, **dd) if local_size else None
         self.norm = norm_layer(dim, **dd) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, dim, bias=qkv_bias, **dd) if gated else None
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -132,12 +144,23 @@ class LinformerAttention(nn.Module):
                 image = tokens[:, self.num_prefix_tokens :].unflatten(1, (-1, grid[1]))
                 halo = self.band.halo(image, grid[0], self.local.rows_needed(grid))
         weights = self.split_weights(x)
-        key, value, mask = self.key_value(x, projection, grid, valid, weights)
+        rope: Tensor | None = None
+        if self.rotary:
+            rope, projection = projection[-1], projection[:-1]
+        key, value, mask = self.key_value(x, projection, grid, valid, weights, rope)
         if self.local is not None:
             local = self.local(tokens, grid, halo)
-        return self.output(self.query(x, weights), key, value, mask, local)
+        return self.output(self.query(x, weights, rope), key, value, mask, local, self.opening(x))
 
-    def output(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
+    def output(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        local: Tensor | None,
+        opening: Tensor | None = None,
+    ) -> Tensor:
         """What becomes of each token once keys and values are known: (B, H, n, D/H) -> (B, n, D).
 
         Args:
@@ -146,11 +169,21 @@ class LinformerAttention(nn.Module):
             value: Values, (B, H, P + K, D/H).
             mask: Which of them to attend to, (B, 1, 1, P + K), None for all.
             local: The local path's output for these tokens, (B, n, D).
+            opening: How far the gate is open for them, (B, n, D).
         """
         out = self.attend(query, key, value, mask)
         if local is not None:
             out = out + local
-        return self.proj_drop(self.proj(self.norm(out)))
+        out = self.norm(out)
+        if opening is not None:
+            out = out * opening
+        return self.proj_drop(self.proj(out))
+
+    def opening(self, x: Tensor) -> Tensor | None:
+        """How far the gate is open for some tokens, (B, n, D); None without a gate."""
+        if self.gate is None:
+            return None
+        return self.gate(x).sigmoid()
 
     def is_full(self, grid: tuple[int, int]) -> bool:
         """Whether attention runs over all tokens: there is no projection, or it would not shorten this sequence."""
@@ -166,30 +199,29 @@ class LinformerAttention(nn.Module):
         """Weight (and bias) of the queries, then those of keys and values together, in the dtype that x is computed in.
 
         Raises:
-            TypeError: `qkv` is not an `nn.Linear`, or its `forward` is another's.
+            TypeError: `qkv` is neither an `nn.Linear` nor a wrapper that is linear.
         """
-        if not torch.jit.is_scripting():
-            if type(self.qkv).forward is not nn.Linear.forward:
-                raise TypeError(
-                    'attn.qkv must be an nn.Linear: its weight is read in parts and it is never called, so that what '
-                    f'it does would be lost, got {type(self.qkv)}. Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or '
-                    'change the weight of attn.qkv by torch.nn.utils.parametrize.'
-                )
         D = x.shape[-1]
-        weight = in_compute_dtype(self.qkv.weight)
+        if torch.jit.is_scripting():
+            weight: Tensor = self.qkv.weight
+            bias: Tensor | None = self.qkv.bias
+        else:
+            weight, bias = weight_and_bias(self.qkv, self.num_heads * self.head_dim, x)
+        weight = in_compute_dtype(weight)
         if torch.jit.is_scripting():
             query, key_value = weight.split([D, 2 * D])
         else:
             query, key_value = query_and_rest(weight, D)
-        if self.qkv.bias is None:
+        if bias is None:
             return [query, key_value]
-        query_bias, key_value_bias = in_compute_dtype(self.qkv.bias).split([D, 2 * D])
+        query_bias, key_value_bias = in_compute_dtype(bias).split([D, 2 * D])
         return [query, key_value, query_bias, key_value_bias]
 
-    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor:
-        """Queries by head: (B, n, D) -> (B, H, n, D/H)."""
+    def query(self, x: Tensor, weights: list[Tensor], rope: Tensor | None = None) -> Tensor:
+        """Queries by head, rotated by the sines and cosines of the last tokens: (B, n, D) -> (B, H, n, D/H)."""
         query = F.linear(x, weights[0], weights[2] if len(weights) > 2 else None)
-        return self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        return query if rope is None else rotated(query, rope, self.rotate_half)
 
     def key_value(
         self,
@@ -198,6 +230,7 @@ class LinformerAttention(nn.Module):
         grid: tuple[int, int],
         valid: Tensor | None,
         weights: list[Tensor],
+        rope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the prefix tokens and the K projected rows (of all tokens where K >= N).
 
@@ -207,19 +240,21 @@ class LinformerAttention(nn.Module):
         n = len(projection) // self.matrices
         mask: Tensor | None = None
         full = self.is_full(grid)
-        if not full and not self.per_head:  # compress first
+        if not full and not self.by_head:  # compress first
             tokens = x[:, self.num_prefix_tokens :]
             rows = [self.reduce_valid(tokens, projection[: n - 1], grid, valid)]
             if self.matrices == 2:
                 rows.append(self.reduce_valid(tokens, projection[n:-1], grid, valid))
             return self.key_value_of_rows(rows, x[:, : self.num_prefix_tokens], projection, grid, valid, weights)
         key, value = self.heads_key_value(x, weights)
-        if not full:  # every head has its own E: the paper's order, keys and values before the projection
+        if rope is not None:
+            key = rotated(self.k_norm(key), rope, self.rotate_half)
+        if not full:  # the paper's order, keys and values before the projection
             key, _, mask = self.project(key, projection[:n], grid, valid)
-            value, _, _ = self.project(value, projection[n:], grid, valid)
+            value, _, _ = self.project(value, projection[-n:], grid, valid)
         elif valid is not None:
             mask = valid.unsqueeze(1).unsqueeze(1)
-        return self.k_norm(key), value, mask
+        return self.k_norm(key) if rope is None else key, value, mask
 
     def heads_key_value(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Keys (not yet normalised) and values of every token by head: (B, n, D) -> (B, H, n, D/H) each."""
@@ -272,7 +307,7 @@ class LinformerAttention(nn.Module):
         """E x without the padded tokens: (..., N, D) -> (..., K, D)."""
         if valid is not None:
             padded = ~self.own(valid, grid)[:, self.num_prefix_tokens :].unsqueeze(-1)  # (B, N, 1)
-            x = x.masked_fill(padded.unsqueeze(1) if self.per_head else padded, self.padding)
+            x = x.masked_fill(padded.unsqueeze(1) if self.by_head else padded, self.padding)
             factors = factors + [~padded.squeeze(-1)]
         if self.band is not None:
             return self.band.reduce(self.kind, x, factors, grid, self.rows)
@@ -296,10 +331,10 @@ class LinformerAttention(nn.Module):
                 part = self.counts(inside.to(rows.dtype), factors, grid, self.rows)  # (B, K, 1), share of real tokens
                 empty = part == 0.0
                 used = F.pad(~empty.squeeze(-1), (P, 0), value=True).unsqueeze(1).unsqueeze(1)
-                if self.per_head:
+                if self.by_head:
                     part, empty = part.unsqueeze(1), empty.unsqueeze(1)
                 rows = (rows / part.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
-            elif not self.per_head:
+            elif not self.by_head:
                 sums = self.counts(inside.to(sums.dtype), factors, grid, self.rows).squeeze(-1)  # (B, K)
         if self.row_norm:
             rows = F.layer_norm(rows, (rows.shape[-1],))
@@ -348,5 +383,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
-# a function of another module, which a trace calls as it is
+# functions of another module, which a trace calls as they are
 torch.fx.wrap('in_compute_dtype')
+torch.fx.wrap('rotated')

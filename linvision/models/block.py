@@ -39,6 +39,7 @@ class LinformerBlock(nn.Module):
         local_size: Side of the local path's kernel, 0 for none.
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows.
+        rotary, rotate_half, gated: As in `LinformerAttention`.
         token_norm: Normalise each channel over an image's tokens, in place of `norm_layer` before attention and MLP.
         mlp_layer: A class of timm's, or its name in `MLPS`.
         attn_layer: Must stay timm's default: the attention of this block is its own.
@@ -59,6 +60,9 @@ class LinformerBlock(nn.Module):
         local_grid: tuple[int, int] = (0, 0),
         row_norm: bool = False,
         token_norm: bool = False,
+        rotary: bool = False,
+        rotate_half: bool = False,
+        gated: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         qk_norm: bool = False,
@@ -101,6 +105,9 @@ class LinformerBlock(nn.Module):
             local_size=local_size,
             local_grid=local_grid,
             row_norm=row_norm,
+            rotary=rotary,
+            rotate_half=rotate_half,
+            gated=gated,
             **dd,
         )
         self.ls1 = scale()

@@ -15,6 +15,7 @@ from linvision.installed_memory import installed_gib
 from linvision.models.block import MLPS
 from linvision.models.position import POSITIONS
 from linvision.models.projection_kinds import PROJECTIONS
+from linvision.models.rotary import check_rope
 from linvision.nearest import nearest
 from linvision.rules import COUNT, DEEP, FLAG, MANY, POSITIVE, RATE, SIDE, Rule, check, is_number, is_whole, positive
 
@@ -52,6 +53,7 @@ RULES = {
     'mlp_ratio': Rule(f'a finite number above 0 and at most {MANY:,}', lambda x: is_number(x, 0, MANY) and x > 0),
     'norm_eps': Rule('a finite number of at least 0', partial(is_number, low=0)),
     'init_values': Rule('a finite number, or None', lambda x: x is None or is_number(x)),
+    'rope': Rule("a mapping with a 'rope_type'", lambda x: isinstance(x, Mapping)),
     'fc_norm': Rule('True, False or None', lambda x: x is None or isinstance(x, bool)),
     'drop_rate': RATE,
     'pos_drop_rate': RATE,
@@ -125,6 +127,7 @@ def check_arguments(model: type[VisionTransformer], values: dict[str, Any]) -> N
     embed_dim, num_heads = values['embed_dim'], values['num_heads']
     if embed_dim % num_heads:
         raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')
+    check_rope(values)
     mlp_ratio, step = values.get('mlp_ratio', 4.0), 2 if values.get('mlp_layer') in ('glu', 'swiglu_packed') else 1
     hidden = int(embed_dim * mlp_ratio)
     if hidden < 1 or hidden % step:

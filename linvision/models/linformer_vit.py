@@ -11,8 +11,9 @@ Notable here:
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,11 +38,13 @@ from linvision.models.checks import (
     check_values,
     refuse_mask,
 )
+from linvision.models.mixed_sizes import pooled_features, refuse_padding
 from linvision.models.norms import LayerNorm
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
+from linvision.models.rotary import create_rope, rope_tensors
 from linvision.rules import is_whole
 from linvision.streaming.chunks import choose_chunk_sizes
 
@@ -77,6 +80,9 @@ class LinformerVisionTransformer(VisionTransformer):
             norm over the channels of a token. Such blocks run whole, and take no padding. The weights have the names of
             those of layer norms: what loads them has to know which they are.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
+        rope: Rotary positions: timm's 'rope_type', 'cat', 'mixed' or 'dinov3', and its arguments (see `rotary.py`);
+            empty for none.
+        gated_attn: Multiply the output of attention by a gate of each token and channel.
         norm_eps: Epsilon of all layer norms, 0 for that of `norm_layer`.
         head_norm: Normalise the pooled features over the images of a batch before the classifier (batch norm without
             weights, as in the linear probe of MAE, arXiv 2111.06377): for images that differ in few tokens, whose means
@@ -112,6 +118,8 @@ class LinformerVisionTransformer(VisionTransformer):
         pos_embed: str = 'learn',
         class_token: bool = True,
         reg_tokens: int = 0,
+        rope: Mapping[str, Any] = MappingProxyType({}),
+        gated_attn: bool = False,
         norm_eps: float = 0.0,
         head_norm: bool = False,
         device: torch.device | str | None = None,
@@ -125,6 +133,7 @@ class LinformerVisionTransformer(VisionTransformer):
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         grid = tuple(s // p for s, p in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
         local_grid = tuple(to_2tuple(local_grid)) if local_grid else grid
+        rotary = create_rope(rope, embed_dim, depth, num_heads, **dd) if rope else None
 
         def block_fn(depth: int, **arguments: Any) -> LinformerBlock:
             return LinformerBlock(
@@ -136,6 +145,9 @@ class LinformerVisionTransformer(VisionTransformer):
                 local_grid=local_grid,
                 row_norm=row_norm,
                 token_norm=token_norm,
+                rotary=bool(rope),
+                rotate_half=getattr(rotary, 'rotate_half', False),
+                gated=gated_attn,
                 **arguments,
             )
 
@@ -161,6 +173,7 @@ class LinformerVisionTransformer(VisionTransformer):
                     nn.init.trunc_normal_(table, std=0.02)
         self.band: Band | None = None  # this process's part of each image, where several share it: see `share_images`
         self.position = POSITIONS[pos_embed](embed_dim, grid, local_grid, **dd) if pos_embed in POSITIONS else None
+        self.rope = rotary
         self.head_norm = nn.BatchNorm1d(embed_dim, affine=False, **dd) if head_norm else nn.Identity()
         self.projection = None
         if projection != 'none':
@@ -188,14 +201,14 @@ class LinformerVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: timm's, the projections and the positions."""
-        own = {n for n, _ in self.named_parameters() if n.startswith(('projection.', 'position.'))}
+        own = {n for n, _ in self.named_parameters() if n.startswith(('projection.', 'position.', 'rope.'))}
         return super().no_weight_decay() | own
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth; the projection and the positions belong to the stem."""
         groups = super().group_matcher(coarse=coarse)
-        return dict(groups, stem=groups['stem'] + '|^projection|^position')
+        return dict(groups, stem=groups['stem'] + '|^projection|^position|^rope')
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
@@ -383,11 +396,17 @@ class LinformerVisionTransformer(VisionTransformer):
         return x + self.band.tokens(table, self.patch_embed.grid_size, P)
 
     def projection_tensors(self, x: Tensor, grid: tuple[int, int]) -> list[list[Tensor]]:
-        """Each layer's projection tensors (see `Projection.forward`); empty without a projection."""
+        """Each layer's projection tensors (see `Projection.forward`), and its sines and cosines where it rotates."""
+        tensors: list[list[Tensor]] = []
         if self.projection is not None:
-            return self.projection(x, grid)
-        empty: list[Tensor] = []
-        return [empty] * len(self.blocks)
+            tensors = self.projection(x, grid)
+        else:
+            empty: list[Tensor] = []
+            tensors = [empty] * len(self.blocks)
+        if self.rope is not None:
+            ropes = rope_tensors(self.rope, grid, len(tensors))
+            tensors = [[*own, rope] for own, rope in zip(tensors, ropes, strict=False)]  # a pruned model has fewer
+        return tensors
 
     def forward(
         self,
@@ -399,7 +418,8 @@ class LinformerVisionTransformer(VisionTransformer):
         """Images to logits.
 
         Args:
-            x: Images, (B, C, height, width).
+            x: Images, (B, C, height, width), or a batch of different sizes in timm's NaFlex form, a dictionary (see
+                `mixed_sizes.py`).
             attn_mask: Refused; it is here because timm's models have it.
             is_causal: Refused.
             key_padding_mask: Which tokens are padding, (B, N), boolean, true for those to ignore, as in
@@ -410,6 +430,10 @@ class LinformerVisionTransformer(VisionTransformer):
                 that cannot leave out padding or with a `patch_drop_rate`.
         """
         if not torch.jit.is_scripting():
+            if isinstance(x, dict):
+                refuse_mask(attn_mask, is_causal, key_padding_mask)
+                refuse_padding(key_padding_mask)
+                return self.classify(pooled_features(self, x))
             if is_emulated(x):
                 return InFp32(self, 'forward').compute(x, attn_mask, is_causal, key_padding_mask)
         if isinstance(key_padding_mask, Tensor):
@@ -427,7 +451,10 @@ class LinformerVisionTransformer(VisionTransformer):
             x = masked_pool(x, self.global_pool, self.num_prefix_tokens, key_padding_mask, self.pool_include_prefix)
         else:
             x = self.pool(x)
-        x = self.fc_norm(x)
+        return self.classify(self.fc_norm(x), pre_logits)
+
+    def classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooled and normalised features to logits: (B, D) -> (B, classes)."""
         if self.global_pool:  # tokens that were not pooled are no images' features
             x = self.head_norm(x)
         x = self.head_drop(x)

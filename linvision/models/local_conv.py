@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from linvision.models.resize import is_open, open_max
 from linvision.streaming.rows import Halo
 
 
@@ -81,6 +82,9 @@ class LocalPath(nn.Module):
         # a dilated kernel is a plain one. PyTorch's dilation is not safe in bf16 on CPUs: torch 2.14 died in the
         # backward pass at 256 × 256 tokens and dilation 16.
         down, across = step
+        if not torch.jit.is_scripting():
+            if is_open(down, across):
+                return self.sum_of_taps(x.unflatten(1, grid), down, across).flatten(1, 2)
         weight: Tensor = self.weight
         image = x.unflatten(1, grid)  # (B, h, w, D)
         if grid[0] % down or grid[1] % across:
@@ -100,7 +104,25 @@ class LocalPath(nn.Module):
             out = out[:, : grid[0], : grid[1]]
         return out.flatten(1, 2)
 
+    @torch.jit.unused
+    def sum_of_taps(self, image: Tensor, down: int, across: int) -> Tensor:
+        """The convolution where an exported graph leaves the step open: (B, h, w, D) -> (B, h, w, D)."""
+        r, (h, w) = self.reach, image.shape[1:3]
+        padded = F.pad(image, (0, 0, r * across, r * across, r * down, r * down))
+        taps = self.weight.squeeze(1).permute(1, 2, 0)  # (size, size, D)
+        out = torch.zeros_like(image)
+        for i in range(2 * r + 1):
+            for j in range(2 * r + 1):
+                out = out + padded.narrow(1, i * down, h).narrow(2, j * across, w) * taps[i, j]
+        return out
+
 
 def spacing(tokens: int, own: int) -> int:
     """Tokens between two taps of a kernel made for an axis of `own` tokens, on an axis of `tokens`."""
-    return max(1, int(tokens / own + 0.5)) if own > 0 else 1
+    if own == 0:
+        return 1
+    steps = (2 * tokens + own) // (2 * own)  # rounded
+    if not torch.jit.is_scripting():
+        if is_open(tokens):
+            return open_max(1, steps)
+    return max(1, steps)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from linvision.models.projection_kinds import PROJECTIONS
+from linvision.models.resize import is_open
 from linvision.nearest import nearest
 from linvision.rules import MANY, Rule, is_whole
 
@@ -155,7 +156,7 @@ class Projection(nn.Module):
             for i in range(layer * self.matrices, (layer + 1) * self.matrices):
                 own = weights[i * n : (i + 1) * n]
                 if not torch.jit.is_scripting():
-                    if grid != self.grid:
+                    if is_open(*grid) or grid != self.grid:
                         own = self.kind.resize(own, grid, rows)
                 factors = [factor.to(x.dtype) for factor in self.factors(own, grid, rows, x)]  # once for all layers
                 sums = self.counts(ones.to(factors[0].dtype) if len(factors) > 0 else ones, factors, grid, rows)

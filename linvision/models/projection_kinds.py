@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linvision.models.band import Band
 from linvision.models.dynamic_rows import logits, place_queries, places, weighted_means
-from linvision.models.resize import area_matrix, resize_rows
+from linvision.models.resize import area_matrix, is_open, resize_rows
 from linvision.streaming.parts import Grid
 
 
@@ -158,7 +158,10 @@ class Separable(Kind):
     def reduce(x: Tensor, factors: list[Tensor], grid: tuple[int, int], rows: tuple[int, int]) -> Tensor:
         E_h, E_w = for_each_image(factors[0], x), factors[1].unsqueeze(-3)  # (..., K_h, h), (..., 1, K_w, w)
         x = x.unflatten(-2, grid)  # (..., h, w, D)
-        if grid[1] > grid[0]:  # the longer axis first: fewer products
+        across = grid[1] > grid[0]
+        if not torch.jit.is_scripting():
+            across = not is_open(*grid) and bool(across)
+        if across:  # the longer axis first: fewer products
             x = (E_w @ x).flatten(-2)  # (..., h, K_w*D)
             x = (E_h @ x).unflatten(-1, (E_w.shape[-2], -1))  # (..., K_h, K_w, D)
         else:

@@ -14,13 +14,16 @@ classes a model has that is created without any.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from linvision.models.checks import check_indices
 from linvision.models.linformer_vit import LinformerVisionTransformer
+from linvision.models.pyramid import FeaturePyramid
 from linvision.models.resize import checkpoint_filter_fn
 from linvision.rules import POSITIVE
 
@@ -120,6 +123,15 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
     own = {k: v for k, v in told.items() if k not in SHAPE}
     depth = kwargs.get('depth', defaults['depth'])
     indices = kwargs.pop('out_indices', None)
+    features: dict[str, Any] = {'feature_cls': 'getter'}
+    refuse_output_stride(variant, {**defaults, **kwargs})
+    kwargs.pop('output_stride', None)
+    if 'reductions' in kwargs:
+        features = {'feature_cls': FeaturePyramid, 'reductions': kwargs.pop('reductions')}
+        if not kwargs.get('features_only'):
+            raise ValueError('reductions are of the maps of features_only=True; give both, or neither.')
+        if indices is None and isinstance(features['reductions'], Sequence):
+            indices = len(features['reductions'])
     if POSITIVE.holds(depth):  # which the model itself says, if not
         indices = min(3, depth) if indices is None else indices
         check_indices(indices, depth)
@@ -128,12 +140,22 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': indices, 'feature_cls': 'getter'},
+        feature_cfg={'out_indices': indices, **features},
         **{**defaults, **own, **kwargs},
     )
     if own:
         model._model_args = own  # what an export of the model must repeat; timm adds what it was asked for
     return model
+
+
+def refuse_output_stride(variant: str, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for another output stride than the one that the model has."""
+    stride, patch = arguments.get('output_stride'), arguments['patch_size']
+    if stride is not None and to_2tuple(stride) != to_2tuple(patch):
+        raise ValueError(
+            f'The output stride of {variant} is its patch size, {patch}, in every block, got {stride}: choose a '
+            f'patch_size, or with features_only=True coarser maps by reductions=(…).'
+        )
 
 
 def _pixels(img_size: int, patch_size: int, proj_len: int, **kwargs: Any) -> dict[str, Any]:

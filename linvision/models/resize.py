@@ -19,6 +19,16 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 
+def is_open(*sizes: int) -> bool:
+    """Whether sizes are open in a graph that is being exported: what is done must not depend on what they are."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def open_max(a: int, b: int) -> int:
+    """The larger of two sizes that may be open."""
+    return torch.sym_max(a, b)  # type: ignore[return-value]  # an open size is no int
+
+
 def area_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The share of each of `old` equal cells that each of `new` equal cells covers: (new, old), columns sum to one.
 
@@ -44,7 +54,7 @@ def resize_rows(E: Tensor, rows: int) -> Tensor:
 
 def resize_axis(table: Tensor, length: int) -> Tensor:
     """A table of positions along one image axis (1, n, D) -> (1, length, D), interpolated linearly."""
-    if table.shape[1] == length:
+    if not is_open(length) and table.shape[1] == length:
         return table
     channels = table.transpose(1, 2).to(torch.promote_types(table.dtype, torch.float32))  # (1, D, n)
     return F.interpolate(channels, size=length, mode='linear').transpose(1, 2).to(table.dtype).contiguous()

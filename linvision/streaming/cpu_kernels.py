@@ -122,7 +122,7 @@ class FusedAttention:
 
     def __init__(self, attention: Any, products: Products, key: Tensor, value: Tensor) -> None:
         self.attention, self.products = attention, products
-        self.norm, self.proj_drop = attention.norm, attention.proj_drop
+        self.norm, self.proj_drop, self.opening = attention.norm, attention.proj_drop, attention.opening
         weight, bias, d = attention.qkv.weight, attention.qkv.bias, key.shape[-1]
         heads = [slice(i * d, (i + 1) * d) for i in range(key.shape[1])]
         self.queries = [products.pack(weight[s], None if bias is None else bias[s]) for s in heads]
@@ -134,11 +134,7 @@ class FusedAttention:
         """The output projection."""
         return self.products.linear(x, self.packed_proj)
 
-    def split_weights(self, x: Tensor) -> list[Tensor]:
-        """None: they are packed."""
-        return []
-
-    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+    def query(self, x: Tensor, weights: list[Tensor], rope: None = None) -> Tensor:
         """The tokens as they are: `attend` makes the queries of one head at a time, which stay in cache."""
         return x.to(self.products.dtype)
 
@@ -153,10 +149,18 @@ class FusedAttention:
             images.append(torch.cat(heads, dim=-1))
         return torch.cat(images) if len(images) > 1 else images[0]
 
-    def output(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None) -> Tensor:
+    def output(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        local: Tensor | None,
+        opening: Tensor | None = None,
+    ) -> Tensor:
         """The attention's own equation, with the products that are here."""
         equation: Callable[..., Tensor] = type(self.attention).output
-        return equation(self, query, key, value, mask, local)
+        return equation(self, query, key, value, mask, local, opening)
 
 
 class FusedMlp:
@@ -184,7 +188,7 @@ def fused(block: StreamedBlock, tokens: int, x: Tensor, key: Tensor, value: Tens
     """
     products = Products(compute_dtype(x), tokens)
     parts: dict[str, Any] = {'mlp': FusedMlp(block.mlp, products)}
-    if x.shape[1] >= LONG and key.shape[-2] <= MAX_ROWS:
+    if x.shape[1] >= LONG and not block.attn.rotary and key.shape[-2] <= MAX_ROWS:
         parts['attn'] = FusedAttention(block.attn, products, key, value)
     return BlockWith(block, **parts)
 

@@ -37,7 +37,8 @@ class StreamedAttention(Protocol):
 
     rows: Grid
     matrices: int
-    per_head: bool
+    by_head: bool
+    rotary: bool
     num_prefix_tokens: int
     band: Any  # this process's part of each image (`models/band.py`); None for all of it
     qkv: Any  # modules, or what stands in for them
@@ -52,9 +53,16 @@ class StreamedAttention(Protocol):
     def local(self) -> StreamedLocal | None: ...
     def is_full(self, grid: Grid) -> bool: ...
     def split_weights(self, x: Tensor) -> list[Tensor]: ...
-    def query(self, x: Tensor, weights: list[Tensor]) -> Tensor: ...
+    def query(self, x: Tensor, weights: list[Tensor], rope: Tensor | None = None) -> Tensor: ...
+    def opening(self, x: Tensor) -> Tensor | None: ...
     def key_value(
-        self, x: Tensor, projection: list[Tensor], grid: Grid, valid: Tensor | None, weights: list[Tensor]
+        self,
+        x: Tensor,
+        projection: list[Tensor],
+        grid: Grid,
+        valid: Tensor | None,
+        weights: list[Tensor],
+        rope: Tensor | None = None,
     ) -> KeysValues: ...
     def key_value_of_rows(
         self,
@@ -66,7 +74,13 @@ class StreamedAttention(Protocol):
         weights: list[Tensor],
     ) -> KeysValues: ...
     def output(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, local: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        local: Tensor | None,
+        opening: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -139,6 +139,8 @@ def rest(
     x: Tensor,
     h: Tensor,
     local: Tensor | None,
+    weights: list[Tensor],
+    rope: Tensor | None,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
@@ -150,11 +152,13 @@ def rest(
         scales: Those of drop path.
         x, h: The block's input, and that normalised.
         local: The local path's output.
+        weights: As `LinformerAttention.split_weights` gives them.
+        rope: Sines and cosines of these tokens, where they are rotated.
         key, value, mask: As `LinformerAttention.key_value` gives them.
     """
     block = scaled(block, scales)
-    query = block.attn.query(h, block.attn.split_weights(h))
-    return block.residuals(x, block.attn.output(query, key, value, mask, local))
+    query = block.attn.query(h, weights, rope)
+    return block.residuals(x, block.attn.output(query, key, value, mask, local, block.attn.opening(h)))
 
 
 class Chunk(NamedTuple):
@@ -199,7 +203,9 @@ class TokenChunks:
         attention = block.attn
         self.band = attention.band
         self.own = slice(0, grid[0]) if self.band is None else self.band.rows(grid[0])  # the rows that x are
-        self.by_parts = attention.kind.by_parts and not attention.per_head and not attention.is_full(grid)
+        self.by_parts = attention.kind.by_parts and not attention.by_head and not attention.is_full(grid)
+        self.weights: list[Tensor] = []  # of queries, keys and values: read once for all chunks
+        self.rope: Tensor | None = None  # sines and cosines of all tokens
 
     # ------------------------------------------------------------------------------------------------- the two passes
 
@@ -207,6 +213,8 @@ class TokenChunks:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
             halo = self.halo(self.x)
+            self.weights = self.block.attn.split_weights(self.x)
+            projection = self.take_rope(projection)
             if self.by_parts:
                 key, value, mask = self.key_value(self.reduce(projection), self.x[:, : self.P], projection)
             else:
@@ -233,8 +241,10 @@ class TokenChunks:
             inputs: The block's parameters that learn, then the projection tensors; all leaves.
             grad: Gradient of the output.
         """
-        projection = inputs[sum(p.requires_grad for p in self.block.parameters()) :]
-        learning = [t for t in inputs if t.requires_grad]
+        projection = self.take_rope(inputs[sum(p.requires_grad for p in self.block.parameters()) :])
+        made_weights = self.block.attn.split_weights(self.x)
+        self.weights = [w.detach().requires_grad_(w.requires_grad) for w in made_weights]  # leaves
+        learning = [t for t in (*inputs, *self.weights) if t.requires_grad]
         dx = torch.zeros_like(self.x)
         sums: dict[int, Tensor] = {}  # gradients by the identity of what learns
 
@@ -244,7 +254,8 @@ class TokenChunks:
             for tensor, g in zip(learning, got[len(inputs) :], strict=True):
                 if g is not None:
                     # a copy first: autograd may hand the same tensor out twice
-                    sums[id(tensor)] = sums[id(tensor)].add_(g) if id(tensor) in sums else g.clone()
+                    wide = torch.promote_types(g.dtype, torch.float32)
+                    sums[id(tensor)] = sums[id(tensor)].add_(g) if id(tensor) in sums else g.to(wide, copy=True)
             return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
 
         edges = self.x.detach().requires_grad_()
@@ -293,9 +304,24 @@ class TokenChunks:
                 # a part's share of the whole: the gradient is right, the value counts the part twice
                 shares = self.merge(totals, self.reduce_rows(x, projection, own))
                 total += backward(shares, got[:-1], [x])[0]
-        return [dx, *(sums.get(id(t)) for t in inputs)]
+        # and through the weights, which a wrapper may have made of others
+        used = [
+            (w, sums[id(leaf)].to(w.dtype))
+            for w, leaf in zip(made_weights, self.weights, strict=True)
+            if id(leaf) in sums
+        ]
+        if used:
+            backward([w for w, _ in used], [g for _, g in used], [])
+        return [dx, *(sums[id(t)].to(t.dtype) if id(t) in sums else None for t in inputs)]
 
     # ------------------------------------------------------------------------------------- keys and values from chunks
+
+    def take_rope(self, projection: list[Tensor]) -> list[Tensor]:
+        """The tensors of E; sines and cosines, which come after them, are kept."""
+        if not self.block.attn.rotary:
+            return projection
+        self.rope = projection[-1]
+        return projection[:-1]
 
     def reduce(self, projection: list[Tensor]) -> list[Tensor]:
         """What all chunks give for [E x], or [E x, F x]: (B, K, C) each."""
@@ -329,13 +355,12 @@ class TokenChunks:
         """Keys, values and mask from what all chunks give for [E x] or [E x, F x], and the prefix tokens."""
         attention, prefix = self.block.attn, self.block.norm1(prefix)
         rows = [attention.kind.finish(r).to(prefix.dtype) for r in rows]
-        weights = attention.split_weights(prefix)
-        return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, weights)
+        return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, self.weights)
 
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask for kinds that take no parts, from the whole sequence."""
         attention, h = self.block.attn, self.block.norm1(x)
-        return attention.key_value(h, projection, self.grid, self.valid, attention.split_weights(h))
+        return attention.key_value(h, projection, self.grid, self.valid, self.weights, self.rope)
 
     # ------------------------------------------------------------------------------------------ all that follows them
 
@@ -403,12 +428,15 @@ class TokenChunks:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
             local = path.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
+        rope: Tensor | None = None
+        if self.rope is not None and chunk.own is not None:
+            rope = self.rope.unflatten(-2, self.grid)[..., chunk.own, :, :].flatten(-3, -2)
         scales = self.scales if block is self.block else []  # a replaced block has none
         # the prefix is a few tokens; dropout must be the same in the backward pass, where it is another graph's
         if chunk.own is None or not self.block.compiles or block is not self.block or draws_dropout(self.block):
-            return rest(block, scales, x, h, local, key, value, mask)
+            return rest(block, scales, x, h, local, self.weights, rope, key, value, mask)
         for tensor in (x, h, local):
             open_sizes(tensor, 0, 1)
         for tensor in (key, value, mask, *scales):
             open_sizes(tensor, 0)
-        return compiled(rest, self.block.compiles)(block, scales, x, h, local, key, value, mask)
+        return compiled(rest, self.block.compiles)(block, scales, x, h, local, self.weights, rope, key, value, mask)
