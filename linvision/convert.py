@@ -32,6 +32,7 @@ from timm.models import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from linvision.analysis.watched import watched
 from linvision.eva import eva_arguments, eva_state
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.projection import Projection, row_grid
@@ -287,7 +288,7 @@ def fit_projection(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     errors = []
     for images in islice(batches, steps):
-        seen = attention_of(original, images)
+        seen = watched(original, [block.attn for block in original.blocks], images)
         tensors = model.projection_tensors(images, grid)
         terms = []
         for block, own, (x, wanted) in zip(model.blocks, tensors, seen, strict=True):
@@ -301,22 +302,6 @@ def fit_projection(
     for weight in weights:
         weight.grad = None
     return errors
-
-
-@torch.no_grad()
-def attention_of(model: VisionTransformer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of every layer's attention, in eval mode: each (B, P + N, D)."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    blocks: list[Any] = list(model.blocks)
-    hooks = [b.attn.register_forward_hook(lambda _, x, out: seen.append((x[0], out))) for b in blocks]
-    training = model.training
-    try:
-        model.eval().forward_features(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return seen
 
 
 @torch.no_grad()

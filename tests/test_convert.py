@@ -15,9 +15,10 @@ from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
+from linvision.analysis.watched import watched
 from linvision.cli import convert
 from linvision.cli.images import ImagesOf
-from linvision.convert import agreement, attention_of, fit_projection, from_vit
+from linvision.convert import agreement, fit_projection, from_vit
 from linvision.data import create_batches, create_dataset
 from linvision.train import Recipe, train
 
@@ -79,7 +80,7 @@ def test_with_as_many_rows_as_tokens_projected_attention_equals_the_original(kin
 def test_pooling_attends_to_the_means_of_cells():
     original = vit(depth=1, class_token=False, global_pool='avg')
     converted = from_vit(original, 4)
-    ((x, _),) = attention_of(original, images(2))
+    ((x, _),) = watched(original, [b.attn for b in original.blocks], images(2))
     query, key, value = original.blocks[0].attn.qkv(x).unflatten(-1, (3, 2, 24)).unbind(2)  # (B, N, H, D/H)
     cells = [[r * 4 + c for r in rows for c in columns] for rows in ((0, 1), (2, 3)) for columns in ((0, 1), (2, 3))]
     key, value = (torch.stack([y[:, cell].mean(1) for cell in cells], 1).transpose(1, 2) for y in (key, value))
@@ -115,7 +116,7 @@ def test_fitting_brings_outputs_nearer_and_changes_nothing_but_the_projection(ki
 def test_the_first_error_of_fitting_is_that_of_brute_force():
     original = vit(depth=1)
     converted = from_vit(original, 4)
-    ((x, wanted),) = attention_of(original, images(2))
+    ((x, wanted),) = watched(original, [b.attn for b in original.blocks], images(2))
     ((_, found),) = attention_of_converted(converted, x)
     (error,) = fit_projection(converted, original, [images(2)])
     assert error == pytest.approx(((found - wanted).norm() / wanted.norm()).item(), rel=1e-4)

@@ -9,7 +9,8 @@ from timm.layers import apply_rot_embed_cat
 from timm.models import save_for_hf
 
 from linvision.analysis.attention_map import attention_maps
-from linvision.convert import agreement, attention_of, fit_projection, from_vit
+from linvision.analysis.watched import watched
+from linvision.convert import agreement, fit_projection, from_vit
 
 SMALL = {'img_size': 32, 'patch_size': 8, 'embed_dim': 48, 'depth': 2, 'num_heads': 2, 'num_classes': 7}
 NAMES = [  # timm's, each for a part that others lack
@@ -96,7 +97,7 @@ def test_with_as_many_rows_as_tokens_projected_attention_equals_the_original(nam
 def test_rotated_keys_are_projected_in_the_papers_order():
     original = vit(depth=1, class_token=False, num_reg_tokens=0, global_pool='avg')
     converted = from_vit(original, 4)
-    ((x, _),) = attention_of(original, images())
+    ((x, _),) = watched(original, [b.attn for b in original.blocks], images())
     rope = original.rope.get_embed(shape=[4, 4])
     query, key, value = converted.blocks[0].attn.qkv(x).unflatten(-1, (3, 2, 24)).permute(2, 0, 3, 1, 4)
     query, key = (apply_rot_embed_cat(t, rope, half=True) for t in (query, key))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linvision.analysis.watched import watched
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.projection_kinds import Conv, Dynamic, MaxPool, MeanPool
 
@@ -121,15 +122,8 @@ def matrices_of_tokens(
 @torch.no_grad()
 def tokens_of_images(model: LinformerVisionTransformer, images: Tensor, block: int) -> Tensor:
     """What a block's attention reads of some images, (B, P + N, D), in eval mode."""
-    seen: list[Tensor] = []
-    attention, training = model.blocks[block].attn, model.training
-    hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        model.eval().forward_features(images)
-    finally:
-        hook.remove()
-        model.train(training)
-    return seen[0]
+    ((tokens, _),) = watched(model, [model.blocks[block].attn], images)
+    return tokens
 
 
 def difference_between_images(E: Tensor) -> float:

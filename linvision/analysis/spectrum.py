@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from linvision.analysis.attention_map import projection_matrices
+from linvision.analysis.watched import watched
 from linvision.models.attention import LinformerAttention
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.projection import row_grid
@@ -139,16 +140,7 @@ def queries_and_keys(
 
     Third is what they were made of, with the prefix tokens: (B, P + N, D).
     """
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers]
-    training = model.training
-    try:
-        model.eval().forward_features(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    for layer, x in zip(layers, seen, strict=True):
+    for layer, (x, _) in zip(layers, watched(model, layers, images), strict=True):
         both = layer.qkv(x[:, model.num_prefix_tokens :]).unflatten(-1, (3, layer.num_heads, -1))  # (B, N, 3, H, D/H)
         query, key, _ = both.permute(2, 0, 3, 1, 4)
         dtype = torch.promote_types(x.dtype, torch.float32)  # there is no decomposition below
