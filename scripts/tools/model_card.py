@@ -2,9 +2,10 @@
 
     python -m scripts.tools.model_card linformer_vit_pico_patch1_32.fashion_mnist
 
-Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Beside the score
-stand softmax regression and a plain CNN of equal size, which are trained once and kept in `baselines.json`: remove that
-to train them again. A `note` there, by hand, says what their figures do not.
+Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Where a run began
+with the weights of another (`--init`), `first_run.json` is the metrics of that one. Beside the score stand softmax
+regression and a plain CNN of equal size, which are trained once and kept in `baselines.json`: remove that to train them
+again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
@@ -55,14 +56,45 @@ def row(title: str, scores: dict[str, Any]) -> str:
     )
 
 
-def card(name: str, config: dict[str, Any], metrics: dict[str, Any], others: dict[str, Any]) -> str:
-    """The card as Markdown, with the front matter of the Hugging Face Hub."""
-    recipe, cfg, cnn, tag = metrics['recipe'], config['pretrained_cfg'], others['plain CNN'], name.partition('.')[2]
-    file = f'recipes/{Path(recipe["output_dir"]).name}.py'
-    channels, height, width = cfg['input_size']
+def schedule(recipe: dict[str, Any]) -> str:
+    """How a run trained, in words."""
     of = 'time' if recipe['max_minutes'] else 'steps'
     stages = ', then '.join(f'{100 * share:.0f} % of the {of} at {size}×{size}' for size, share in recipe['stages'])
     length = f'{recipe["max_minutes"]:g} minutes' if recipe['max_minutes'] else f'{recipe["epochs"]:g} epochs'
+    return (
+        f'{length}; {stages}; batches of {recipe["batch_size"]}, {recipe["opt"]}, learning rate {recipe["lr"]:g}, flips'
+    )
+
+
+def going_on(recipe: dict[str, Any], folder: str) -> str:
+    """The flags of a run by the clock that begins with the weights of another."""
+    stages = ' '.join(f'{size} {share:g}' for size, share in recipe['stages'])
+    return f'--init {folder} --max-minutes {recipe["max_minutes"]:g} --lr {recipe["lr"]:g} --stages {stages}'
+
+
+def card(
+    name: str, config: dict[str, Any], metrics: dict[str, Any], others: dict[str, Any], first: dict[str, Any] | None
+) -> str:
+    """The card as Markdown, with the front matter of the Hugging Face Hub.
+
+    Args:
+        name: Name of the weights.
+        config: Their `config.json`.
+        metrics: Those of the run that made them.
+        others: Scores to compare with, and a note.
+        first: Metrics of the run that this one began with, where there is one.
+    """
+    recipe, cfg, cnn, tag = metrics['recipe'], config['pretrained_cfg'], others['plain CNN'], name.partition('.')[2]
+    file = f'recipes/{Path(recipe["output_dir"]).name}.py'
+    channels, height, width = cfg['input_size']
+    commands = [f'python {file} --threads {metrics["threads"]} --precision {metrics["precision"]}']
+    trained = [f'- **Recipe**: `{file}`: {schedule(first["recipe"] if first else recipe)}.']
+    if first:
+        commands[0] += ' --output-dir outputs/first'
+        commands.append(f'python {file} --threads {metrics["threads"]} {going_on(recipe, "outputs/first")}')
+        trained.append(f'- **Then**, from the {100 * first["top1"]:.2f} % of that run: {schedule(recipe)}.')
+        metrics = metrics | {field: metrics[field] + first[field] for field in ('train_minutes', 'images_seen')}
+    commands = [f'    {command}' for command in commands]
     note = others.pop('note', '')
     described = f'{tag} ({metrics["data_note"]})' if 'data_note' in metrics else tag
     time, seen = (cnn[field] / metrics[field] for field in ('train_minutes', 'images_seen'))
@@ -94,12 +126,11 @@ One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precisio
 {metrics['versions']['torch']}. The plain CNN (`scripts/tools/plain_cnn.py`): {cnn['threads']} CPU thread(s), fp32,
 torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw {seen:.0%} of its images. {note}
 
-    python {file} --threads {metrics['threads']} --precision {metrics['precision']}
+{chr(10).join(commands)}
     linvision evaluate {name} --data-dir data
     python -m scripts.tools.model_card {name} --minutes {cnn['train_minutes']:.0f}
 
-- **Recipe**: `{file}`: {length}; {stages}; batches of {recipe['batch_size']}, {recipe['opt']},
-  learning rate {recipe['lr']:g}, flips.
+{chr(10).join(trained)}
 - **Data**: {described}, all training images; {LICENCES[tag]}. Normalised by mean
   {cfg['mean']} and deviation {cfg['std']}.
 - **Licence of the weights**: {cfg['license']}.
@@ -131,7 +162,8 @@ def main(
     config, metrics = json.loads((folder / 'config.json').read_text()), read_metrics(folder / 'metrics.json')
     dataset, data_dir, _ = recorded_data(folder, metrics, dataset, data_dir)
     others = baselines(folder, dataset, data_dir, minutes, metrics['recipe']['shift'])
-    (folder / 'README.md').write_text(card(name, config, metrics, others))
+    first = read_metrics(folder / 'first_run.json') if (folder / 'first_run.json').is_file() else None
+    (folder / 'README.md').write_text(card(name, config, metrics, others, first))
 
 
 if __name__ == '__main__':
