@@ -130,6 +130,7 @@ def test_an_adapter_under_autocast_has_at_most_twice_the_error_of_the_merged_wei
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.slow
 def test_a_model_with_adapters_is_compiled_in_one_graph():
     model = adapted(small(depth=1), 'all-linear', False)  # dynamo cannot read peft's DoRA
     wanted = gradients(model, images())

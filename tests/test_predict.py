@@ -144,6 +144,15 @@ def test_a_model_is_named_as_timm_names_it(model_folder, tmp_path):
         load_model('nowhere')
 
 
+def test_a_name_without_a_tag_says_which_weights_it_has(tmp_path, caplog):
+    Image.new('L', (28, 28)).save(tmp_path / 'black.png')
+    pico = 'linformer_vit_pico_patch1_32'
+    for name, said in ((pico, ['fashion_mnist']), (f'{pico}.cifar10', [])):
+        caplog.clear()
+        run(name, tmp_path / 'black.png')
+        assert [message.rpartition('.')[2] for message in caplog.messages] == said
+
+
 def test_a_truncated_image_is_named(model_folder, tmp_path):
     path = tmp_path / 'half.png'
     Image.effect_noise((64, 64), 50).save(path)

@@ -67,6 +67,7 @@ def runs(tmp_path_factory):
     return folder, found, recipes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('parallel', ['sequence', 'fsdp'])
 def test_processes_that_share_images_give_the_losses_and_scores_of_one(runs, parallel):
     folder, found, recipes = runs
@@ -79,6 +80,7 @@ def test_processes_that_share_images_give_the_losses_and_scores_of_one(runs, par
         assert metrics[name] == pytest.approx(found[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_that_share_images_goes_on_in_one(runs):
     folder, _, recipes = runs
     assert len(curve(folder / 'stopped')) == 5

@@ -144,3 +144,8 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     save_for_hf(timm.create_model('test_vit'), str(tmp_path), safe_serialization=True)
     with pytest.raises(ValueError, match="got VisionTransformer: see timm's AttentionExtract"):
         visualize.main(str(tmp_path), [tmp_path])
+
+
+def test_maps_are_alike_whatever_their_scale_and_mean_are():
+    maps = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert visualize.are_alike([maps[:1], 2 * maps[:1] + 1]) and not visualize.are_alike([maps[:1], maps[1:]])

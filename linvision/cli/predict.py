@@ -21,6 +21,7 @@ from linvision.cli.images import caption, class_names, find_images
 from linvision.cli.pretrained import load_model
 from linvision.data.image_file import read_image
 from linvision.data.timm_transform import changed, timm_transform
+from linvision.train.pretrained import tagged
 
 PICTURES = ('.png', '.jpg', '.pdf', '.svg')
 LARGEST = 60  # images in a picture
@@ -119,6 +120,8 @@ def main(
     if picture_file is not None and picture_file.suffix not in PICTURES:
         raise ValueError(f'The name of the picture must end in {", ".join(PICTURES)}, got {picture_file.name!r}.')
     net = load_model(model)
+    if (found := tagged(model)) != model:
+        _logger.warning(f'{model} has weights of {net.pretrained_cfg["tag"]} by default: {found}')
     results = predict(net, find_images(images), topk, on_bad_image=on_bad_image)
     if not results:
         raise OSError('None of the images could be read.')

@@ -35,6 +35,7 @@ from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.position import SeparablePosition
 from linvision.models.projection import Projection
 
+ALIKE = 0.95  # correlation of two maps
 SIGNED = 'the weight of each token, lifted from K rows by E: signed, not normalised; red above zero, blue below'
 Panel = tuple[Tensor, str, bool]  # what is drawn, (h, w) or (h, w, 3), its title, and whether it is signed
 
@@ -73,9 +74,15 @@ def titles(model: Any, images: Tensor, paths: list[Path]) -> list[str]:
     return [caption(path, classes[label], probability) for path, label, probability in found]
 
 
-def attention_of_blocks(model: LinformerVisionTransformer, images: Tensor, names: list[str], looks: Tensor) -> Any:
+def are_alike(maps: list[Tensor]) -> bool:
+    """Whether the attention of all blocks and images looks the same, but for scale and mean: (B, h, w) a block."""
+    flat = torch.cat(maps).flatten(1)
+    flat = F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+    return (flat @ flat.T).abs().min().item() > ALIKE
+
+
+def attention_of_blocks(maps: list[Tensor], names: list[str], looks: Tensor) -> Any:
     """Each image and the attention of each block."""
-    maps = [attention_maps(model, images, block) for block in range(len(model.blocks))]
     rows = [
         [(looks[i], name, False), *((m[i], f'block {b}', True) for b, m in enumerate(maps))]
         for i, name in enumerate(names)
@@ -169,8 +176,9 @@ def main(
     paths = find_images(images)[: limit or None]
     batch = torch.stack([changed(transform, read_image(path, net.in_chans), path) for path in paths])
     looks, names = shown(batch, config['mean'], config['std']), titles(net, batch, paths)
+    maps = [attention_maps(net, batch, i) for i in range(len(net.blocks))]
     figures: dict[str, Callable[[], Any]] = {
-        'attention_blocks': lambda: attention_of_blocks(net, batch, names, looks),
+        'attention_blocks': lambda: attention_of_blocks(maps, names, looks),
         'attention_heads': lambda: attention_of_heads(net, batch, names, looks, block),
     }
     if (owner := net.projection) is not None and not net.blocks[block].attn.is_full(net.patch_embed.grid_size):
@@ -185,4 +193,5 @@ def main(
             figure.savefig(output_dir / f'{name}.png', dpi=110)
             writer.add_figure(name, figure)
             meter.say(str(output_dir / f'{name}.png'))
-        meter.say('Maps that look alike in every block and image show E, and that the model has learnt little yet.')
+        if are_alike(maps):
+            meter.say('All maps are alike: they show the projection E, and that the model has learnt little yet.')

@@ -10,7 +10,7 @@ from linvision.data.augmentation import Augmentation
 from linvision.data.datasets import Images
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
-from linvision.data.loader_batches import BadImages, LoaderBatches, evaluation_transform, name_of
+from linvision.data.loader_batches import BadImages, LoaderBatches, available_cpus, evaluation_transform, name_of
 from linvision.data.order import Order
 from linvision.data.preparation import Preparation
 from linvision.data.stream_batches import StreamBatches
@@ -69,6 +69,8 @@ def create_batches(
     if isinstance(images, ImageSet) and (preparation.augments or not augmentation.active):
         return DeviceBatches(images, order, preparation, bad_images)
     kind = StreamBatches if isinstance(images, TimmStream) else LoaderBatches
+    if kind is LoaderBatches:  # whose draws depend on no number of workers; of more than CPUs, torch warns
+        workers = min(workers, available_cpus())
     batches = kind(images, order, preparation, augmentation, crop_pct, crop_mode, workers, on_bad_image)
     batches.bad_images.update(bad_images)
     return batches

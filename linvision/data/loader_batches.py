@@ -107,8 +107,7 @@ class LoaderBatches:
         self.images = images.on_canvas(preparation.mean) if isinstance(images, ImageSet) else images
         self.absent = len(images.unreadable) if isinstance(images, ImageSet) else 0  # beside those met while reading
         self.order, self.preparation, self.augmentation = order, preparation, augmentation
-        self.workers = min(workers, available_cpus())  # of more, torch warns, and draws depend on no number of them
-        self.bad_images = BadImages(on_bad_image)
+        self.workers, self.bad_images = workers, BadImages(on_bad_image)
         self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode}
         self.loaders: dict[int, DataLoader] = {}  # of evaluation, by size: their workers stay
 

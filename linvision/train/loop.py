@@ -44,6 +44,7 @@ from linvision.train.optimizer import CLOCK_UPDATES
 from linvision.train.parallel import Processes, processes
 from linvision.train.plan import plan
 from linvision.train.precision import choose_precision, matmul_precision_kept, use_tf32
+from linvision.train.pretrained import tagged
 from linvision.train.progress import Progress, stage_at
 from linvision.train.recipe import Recipe
 
@@ -135,7 +136,7 @@ class TrainingRun:
             + (f'; resumed at step {self.progress.step}' if found else '')
         )
         head = 'kept: its classes are the same' if self.learner.head_kept else 'new'
-        notes = [f'weights from {recipe.init}; the head is {head}'] if recipe.init and not found else []
+        notes = [f'weights from {tagged(recipe.init)}; the head is {head}'] if recipe.init and not found else []
         for note in [*self.notes, *self.data.notes, *notes]:
             self.board.say(note)
 

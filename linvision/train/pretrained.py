@@ -31,6 +31,12 @@ def is_source(name: str) -> bool:
     return Path(name).is_dir() or ':' in name or timm.is_model(name)
 
 
+def tagged(name: str) -> str:
+    """A name of timm's with the tag that timm chooses where none is said; a folder or a hub's name as it is."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return f'{cfg.architecture}.{cfg.tag}' if cfg is not None and cfg.tag else name
+
+
 def check_source(name: str) -> None:
     """Raise ValueError for what can hold no weights."""
     if not is_source(name):

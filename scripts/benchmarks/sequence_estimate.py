@@ -17,6 +17,8 @@ microseconds, are assumptions.
 
 from math import sqrt
 
+from linvision.guard import guarded
+
 LAYERS, WIDTH, ROWS = 12, 192, 256
 MS_PER_TOKEN = 96.2 / (8 * 65536)
 LAUNCH_MS = 7.1
@@ -53,4 +55,5 @@ def table() -> str:
 
 
 if __name__ == '__main__':
-    print(table())
+    with guarded():
+        print(table())
