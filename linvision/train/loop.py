@@ -49,7 +49,7 @@ from linvision.train.progress import Progress, stage_at
 from linvision.train.recipe import Recipe
 
 LOG_MINUTES = 0.5  # of training without a line, at most
-FEW_PASSES = 5  # over the images: most models have learnt little by then
+FEW_STEPS = 100  # most models have learnt little by then
 
 
 def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -202,10 +202,10 @@ class TrainingRun:
         skipped = len(self.data.bad_images())
         left_out = f'; {skipped:,} of the training images could not be read and were left out' * bool(skipped)
         passes = self.progress.step * self.recipe.data.batch_size / len(self.data.train_set)
-        few = ', which is little: try more --max-minutes, or a smaller --img-size' if passes < FEW_PASSES else ''
-        few *= bool(self.recipe.run.max_minutes)
+        few = self.recipe.run.max_minutes > 0 and self.progress.step < FEW_STEPS
+        hint = ', which is little (try more --max-minutes, or a smaller --img-size)' * few
         self.board.say(
-            f'{self.progress.step} steps are taken, {passes:.3g} passes over the images{few}{left_out}; scoring'
+            f'{self.progress.step} steps are taken{hint}, {passes:.3g} passes over the images{left_out}; scoring'
         )
         return self.finish()
 
