@@ -26,13 +26,13 @@ GOLDEN = {  # logits of the ramp below, fp32, torch 2.14.1
         *(-3.2363343, 2.1212339, -7.3743868, 8.8493624, -2.3217034),
     ],
     'linformer_vit_pico_patch1_32.cifar10': [
-        *(3.8876252, -3.5686491, 4.150064, 0.7789291, 1.4603615),
-        *(0.0354376, -1.7031045, -3.3892639, -2.4352496, -3.8151834),
+        *(3.7524707, -3.0796616, 4.2846789, -0.1802786, 0.3034488),
+        *(-0.1160076, -1.0045338, -3.8156662, 0.8493803, -3.0330887),
     ],
 }
 SLICE = {  # test images, and how many of them are right; of CIFAR-10 those of the JPEG copy
     'linformer_vit_pico_patch1_32.fashion_mnist': (400, 375),
-    'linformer_vit_pico_patch1_32.cifar10': (400, 325),
+    'linformer_vit_pico_patch1_32.cifar10': (400, 345),
 }
 
 
