@@ -69,7 +69,7 @@ def test_finetune(tmp_path, monkeypatch, capsys):
     names, printed = run('finetune.md', tmp_path, monkeypatch)
     assert list(names['model'].pretrained_cfg['label_names']) == list('0123456789')
     assert names['model'].patch_embed.grid_size == (16, 16)
-    assert '"num_samples": 355' in printed[2]
+    assert '355 images' in printed[2] and 'test images of image_folder' in printed[2]
 
 
 def test_pixel_features(tmp_path, monkeypatch):
@@ -102,8 +102,9 @@ def test_start(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_export(tmp_path, monkeypatch):
-    names, (printed,) = run('howto/export.md', tmp_path, monkeypatch)
-    assert names['model'](torch.zeros(7, 1, 32, 32)).shape == (7, 10) and '"batches"' in printed
+    names, printed = run('howto/export.md', tmp_path, monkeypatch)
+    assert names['model'](torch.zeros(7, 1, 32, 32)).shape == (7, 10) and '"batches"' in printed[0]
+    assert names['free'](torch.zeros(7, 1, 24, 40)).shape == (7, 10) and '"at_least"' in printed[1]
 
 
 def test_convert(tmp_path, monkeypatch, capsys):
