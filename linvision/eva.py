@@ -44,16 +44,11 @@ def eva_arguments(model: Any, is_part: Callable[[Any], bool]) -> dict[str, Any]:
         ValueError: It has a part that a Linformer ViT does not have.
     """
     block = model.blocks[0]
-    attn, state = block.attn, model.state_dict()
+    state = model.state_dict()
     if type(block).__name__ != 'EvaBlock':
         raise ValueError(f'A block cannot be converted: a {type(block).__name__} has its norms after its branches.')
     if any(getattr(b.attn, 'num_kv_groups', 1) > 1 for b in model.blocks):
         raise ValueError('The attention cannot be converted: groups of heads share keys and values.')
-    if attn.head_dim * attn.num_heads != model.embed_dim:
-        raise ValueError(
-            f'The attention cannot be converted: its {attn.num_heads} heads of {attn.head_dim} are not as wide as the '
-            f'tokens, {model.embed_dim}.'
-        )
     if block.gamma_1 is not None and block.gamma_2 is None:
         raise ValueError('A block cannot be converted: its layer scale is of the attention alone.')
     if is_part(model.norm) and is_part(model.fc_norm):

@@ -25,6 +25,6 @@ NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict -
 
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac
-echo "== pytest${marked:+, the slow tests too} (5 minutes on 2 cores${marked:+ without the slow ones})"
+echo "== pytest${marked:+, the slow tests too} (7 minutes on 2 cores${marked:+ without the slow ones})"
 export OMP_NUM_THREADS=1 # two processes, one core each; a file's tests in one of them, which makes their fixtures once
 "$python" -m pytest -n 2 --dist loadfile ${marked[@]+"${marked[@]}"} "$@"

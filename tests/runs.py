@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,13 @@ def save_folder(images: ImageSet, folder: Path) -> list[Path]:
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(paths[-1])
     return paths
+
+
+def free_port() -> int:
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return int(free.getsockname()[1])
 
 
 def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:

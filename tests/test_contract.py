@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from runs import in_two_processes
+from runs import free_port, in_two_processes
 from timm.layers import set_fused_attn, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import AttentionExtract, ModelEmaV3
@@ -298,11 +297,8 @@ def shard(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope='module')
 def sharded(tmp_path_factory):
     """A folder with the gradients of two processes, one file for each of `WAYS`."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp('gradients')
-    in_two_processes(shard, port, str(folder))
+    in_two_processes(shard, free_port(), str(folder))
     return folder
 
 

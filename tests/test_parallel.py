@@ -2,14 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import events, in_two_processes, small, weights
+from runs import events, free_port, in_two_processes, small, weights
 
 from linvision.train import Recipe, train
 from linvision.train.model import check_batch, empty_model
@@ -47,10 +46,7 @@ def runs(tmp_path_factory):
     fsdp = one.replace(output_dir=folder / 'fsdp', parallel='fsdp')
     stopped = fsdp.replace(output_dir=folder / 'stopped', max_steps=2)
     found = {'one': train(one)}
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    in_two_processes(process, 2, port, [ddp, fsdp, stopped])
+    in_two_processes(process, 2, free_port(), [ddp, fsdp, stopped])
     return folder, found, {'one': one, 'ddp': ddp, 'fsdp': fsdp, 'stopped': stopped}
 
 

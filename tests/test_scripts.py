@@ -191,8 +191,13 @@ def test_evaluate_gives_exactly_the_score_that_training_reported(finished_run, c
 @pytest.mark.parametrize('tag', ['cifar10', 'fashion_mnist'])
 def test_weights_of_the_package_know_their_data_by_their_name(tag):
     name = f'linformer_vit_pico_patch1_32.{tag}'
-    metrics = evaluate.data_of(evaluate.folder_of(name, load_model(name)))
+    metrics = evaluate.data_of(evaluate.folder_of(name))
     assert metrics['recipe']['dataset'] == tag and metrics['top1'] > 0.8
+
+
+def test_a_model_of_a_hub_does_not_say_where_its_data_lies(model_folder):
+    assert evaluate.folder_of('hf-hub:someone/model') is None
+    assert evaluate.folder_of(f'local-dir:{model_folder}') == evaluate.folder_of(str(model_folder)) == model_folder
 
 
 def test_a_model_of_classes_without_names_is_scored_on_as_many_only(tmp_path):

@@ -1,7 +1,6 @@
 """Processes that share an image give the logits and gradients of one; what they send a layer does not grow with N."""
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +175,9 @@ def process(rank: int, folder: Path, port: int, cases: dict[str, dict[str, Any]]
 
 
 def in_processes(folder: Path, cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    mp.start_processes(process, (folder, port, cases), nprocs=COUNT, start_method='forkserver')
+    from runs import free_port  # not above: every process imports this file
+
+    mp.start_processes(process, (folder, free_port(), cases), nprocs=COUNT, start_method='forkserver')
     return [torch.load(folder / f'{rank}.pt') for rank in range(COUNT)]
 
 

@@ -1,7 +1,6 @@
 """A recipe whose images processes share has the losses of one process, and goes on in another number of them."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
-from runs import events, in_two_processes, small, weights
+from runs import events, free_port, in_two_processes, small, weights
 from torch import Tensor
 
 from linvision.data import Augmentation
@@ -30,12 +29,6 @@ def process(rank: int, count: int, port: int, recipes: list[Recipe]) -> None:
     for i, recipe in enumerate(recipes):
         os.environ['MASTER_PORT'] = str(port + i)
         train(recipe)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope='module')

@@ -6,14 +6,13 @@ import os
 import pickle
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import small, weights
+from runs import free_port, small, weights
 from test_streams import CLASSES, write_shards
 
 from linvision.cli import evaluate
@@ -212,12 +211,9 @@ def test_a_command_that_the_user_names_prints_shards(tmp_path, marker):
 def sharded(tmp_path_factory):
     """A run under FSDP in one process, stopped after 4 steps, with a moving average."""
     recipe = small(tmp_path_factory.mktemp('sharded') / 'run', parallel='fsdp', ema_decay=0.9, batch_size=64)
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-        free.close()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv('MASTER_ADDR', 'localhost')
-        patch.setenv('MASTER_PORT', str(port))
+        patch.setenv('MASTER_PORT', str(free_port()))
         for name, value in {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}.items():
             patch.setenv(name, str(value))
         train(recipe.replace(max_steps=2))

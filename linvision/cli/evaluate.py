@@ -29,16 +29,20 @@ from linvision.train.evaluate import evaluate, score_words
 from linvision.train.model import count_tokens, set_size
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
-from linvision.train.pretrained import model_folder
+from linvision.train.pretrained import model_folder, registered
 from linvision.train.recipe import RULES
 
 
-def folder_of(name: str, model: Any) -> Path | None:
-    """The folder that a model was loaded from, where there is one: that of a run, of a model, or of the weights."""
-    if Path(name).is_dir():
-        return model_folder(Path(name))
-    file = model.pretrained_cfg.get('file')
-    return Path(file).parent if file else None
+def folder_of(name: str) -> Path | None:
+    """The folder of a model, where there is one: that of a run or of a model, or of weights that are registered.
+
+    A file that the model's own config names says nothing of its data: the config may be a stranger's.
+    """
+    folder = Path(name.removeprefix('local-dir:'))
+    if folder.is_dir():
+        return model_folder(folder)
+    cfg = registered(name)
+    return Path(cfg.file).parent if cfg is not None and cfg.file else None
 
 
 def data_of(folder: Path) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def main(
     where = choose_device(device)
     net = load_model(model).to(where)
     config = resolve_model_data_config(net)
-    folder = folder_of(model, net)
+    folder = folder_of(model)
     metrics = data_of(folder) if folder else {}
     dataset, data_dir, arguments = recorded_data(folder or Path(model), metrics, dataset, data_dir, dataset_args)
     try:

@@ -33,7 +33,6 @@ from linvision.data.timm_transform import changed, timm_transform
 from linvision.meter import Meter
 from linvision.models.linformer_vit import LinformerVisionTransformer
 from linvision.models.position import SeparablePosition
-from linvision.models.projection import Projection
 
 ALIKE = 0.95  # correlation of two maps
 SIGNED = 'the weight of each token, lifted from K rows by E: signed, not normalised; red above zero, blue below'
@@ -108,16 +107,15 @@ def attention_of_heads(
     return picture(f'Attention of block {which} by head, of all tokens and of the one in the middle: {SIGNED}', rows)
 
 
-def projection_rows(
-    model: LinformerVisionTransformer, owner: Projection, images: Tensor, block: int, count: int = 64
-) -> Any:
-    """Rows of a block's E, of the first image where each has its own."""
+def projection_rows(model: LinformerVisionTransformer, images: Tensor, block: int, count: int = 64) -> Any:
+    """Rows of the E of a block that does not run full attention, of the first image where each has its own."""
+    assert model.projection is not None, 'a block without E runs full attention'
     grid = model.patch_embed.grid_size
     _, matrix = projection_matrices(model, block, tokens_of_images(model, images[:1], block))
     matrix = matrix.reshape(-1, *matrix.shape[-2:])[0]  # of the first head
     rows = [(row.detach().unflatten(-1, grid), f'row {k}', True) for k, row in enumerate(matrix[:count])]
     title = (
-        f'The first {len(rows)} of {len(matrix)} rows of E ({owner.extra_repr()}): with which weight each '
+        f'The first {len(rows)} of {len(matrix)} rows of E ({model.projection.extra_repr()}): with which weight each '
         'token enters a row; red above zero, blue below'
     )
     return picture(title, [rows[i : i + 8] for i in range(0, len(rows), 8)])
@@ -181,8 +179,8 @@ def main(
         'attention_blocks': lambda: attention_of_blocks(maps, names, looks),
         'attention_heads': lambda: attention_of_heads(net, batch, names, looks, block),
     }
-    if (owner := net.projection) is not None and not net.blocks[block].attn.is_full(net.patch_embed.grid_size):
-        figures['projection'] = lambda: projection_rows(net, owner, batch, block)
+    if not net.blocks[block].attn.is_full(net.patch_embed.grid_size):
+        figures['projection'] = lambda: projection_rows(net, batch, block)
     if (table := position_table(net)) is not None:
         figures['positions'] = lambda: position_similarity(table, net.patch_embed.grid_size)
     output_dir.mkdir(parents=True, exist_ok=True)

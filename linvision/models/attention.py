@@ -141,8 +141,7 @@ class LinformerAttention(nn.Module):
             if valid is not None:
                 tokens = x.masked_fill(~self.own(valid, grid).unsqueeze(-1), 0.0)
             if self.band is not None:  # on its way while keys and values are made
-                image = tokens[:, self.num_prefix_tokens :].unflatten(1, (-1, grid[1]))
-                halo = self.band.halo(image, grid[0], self.local.rows_needed(grid))
+                halo = self.band.halo(tokens[:, self.num_prefix_tokens :], grid, self.local.rows_needed(grid))
         weights = self.split_weights(x)
         rope: Tensor | None = None
         if self.rotary:

@@ -100,14 +100,16 @@ class Band:
         """
         return self.max(torch.tensor(chunks, device=self.asks_on or x.device)).tolist()
 
-    def halo(self, x: Tensor, height: int, reach: int) -> Halo:
+    def halo(self, x: Tensor, grid: Grid, reach: int) -> Halo:
         """The rows above and below this band, `reach` of each, no more than the image has; on their way meanwhile.
 
         Args:
-            x: This process's rows, (B, rows, width, D).
-            height: Rows of the image.
+            x: This process's tokens, (B, n, D).
+            grid: Token grid of the image.
             reach: Rows that are read above and below; they may lie in more than the next band.
         """
+        height, width = grid
+        x = x.unflatten(1, (-1, width))  # (B, rows, width, D)
         own, others = self.rows(height), [self.rows(height, rank) for rank in range(self.count)]
         gives = [common(own, reached(other, reach)) if other != own else slice(0, 0) for other in others]
         takes = [common(other, reached(own, reach)) if other != own else slice(0, 0) for other in others]
@@ -217,8 +219,7 @@ def check_shared(model: Any, count: int) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            what, _, advice = reason.partition('. ')
-            raise ValueError(f'Several processes cannot share an image with this model: {what}. {advice}.')
+            raise ValueError(f'Several processes cannot share an image with this model: {reason}.')
 
 
 def some(layers: Sequence[int]) -> str:

@@ -80,7 +80,7 @@ class ConvPosition(nn.Module):
                 return self.by_chunks(x, grid, chunk_size)
         halo: Halo | None = None
         if self.band is not None:
-            halo = self.band.halo(x.unflatten(1, (-1, grid[1])), grid[0], self.local.rows_needed(grid))
+            halo = self.band.halo(x, grid, self.local.rows_needed(grid))
         return x + self.local(x, grid, halo)
 
     @torch.jit.unused
@@ -89,7 +89,7 @@ class ConvPosition(nn.Module):
         step, own = self.local.step(grid), slice(0, grid[0])
         image, halo = x.unflatten(1, (-1, grid[1])), None  # (B, h, w, D)
         if self.band is not None:
-            own, halo = self.band.rows(grid[0]), self.band.halo(image, grid[0], self.local.rows_needed(grid))
+            own, halo = self.band.rows(grid[0]), self.band.halo(x, grid, self.local.rows_needed(grid))
         read, written = Rows(image, own.start, halo), Rows(torch.empty_like(image), own.start)
         for mine, context, part in row_chunks(grid, chunk_size // x.shape[0], step[0], self.local.reach, own):
             rows = read.read(context)

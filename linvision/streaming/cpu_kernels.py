@@ -149,18 +149,10 @@ class FusedAttention:
             images.append(torch.cat(heads, dim=-1))
         return torch.cat(images) if len(images) > 1 else images[0]
 
-    def output(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        local: Tensor | None,
-        opening: Tensor | None = None,
-    ) -> Tensor:
+    def output(self, *tensors: Tensor | None) -> Tensor:
         """The attention's own equation, with the products that are here."""
         equation: Callable[..., Tensor] = type(self.attention).output
-        return equation(self, query, key, value, mask, local, opening)
+        return equation(self, *tensors)
 
 
 class FusedMlp:

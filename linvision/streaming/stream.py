@@ -379,8 +379,7 @@ class TokenChunks:
         local = self.block.attn.local
         if self.band is None or local is None:
             return None
-        image = x[:, self.P :].unflatten(1, (-1, self.grid[1]))
-        return self.band.halo(image, self.grid[0], local.rows_needed(self.grid))
+        return self.band.halo(x[:, self.P :], self.grid, local.rows_needed(self.grid))
 
     def context(self, tokens: Rows, chunk: 'Chunk') -> Tensor:
         """The tokens that a chunk reads, (B, n, D)."""

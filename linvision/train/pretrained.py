@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -31,9 +32,14 @@ def is_source(name: str) -> bool:
     return Path(name).is_dir() or ':' in name or timm.is_model(name)
 
 
+def registered(name: str) -> PretrainedCfg | None:
+    """What timm has registered of a name's weights; None for a folder or a hub's name."""
+    return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+
+
 def tagged(name: str) -> str:
     """A name of timm's with the tag that timm chooses where none is said; a folder or a hub's name as it is."""
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    cfg = registered(name)
     return f'{cfg.architecture}.{cfg.tag}' if cfg is not None and cfg.tag else name
 
 

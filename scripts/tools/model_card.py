@@ -94,7 +94,8 @@ def card(
         commands.append(f'python {file} --threads {metrics["threads"]} {going_on(recipe, "outputs/first")}')
         trained.append(f'- **Then**, from the {100 * first["top1"]:.2f} % of that run: {schedule(recipe)}.')
         metrics = metrics | {field: metrics[field] + first[field] for field in ('train_minutes', 'images_seen')}
-    commands = [f'    {command}' for command in commands]
+    command_lines = '\n'.join(f'    {command}' for command in commands)
+    recipe_lines = '\n'.join(trained)
     note = others.pop('note', '')
     described = f'{tag} ({metrics["data_note"]})' if 'data_note' in metrics else tag
     time, seen = (cnn[field] / metrics[field] for field in ('train_minutes', 'images_seen'))
@@ -126,11 +127,11 @@ One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precisio
 {metrics['versions']['torch']}. The plain CNN (`scripts/tools/plain_cnn.py`): {cnn['threads']} CPU thread(s), fp32,
 torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw {seen:.0%} of its images. {note}
 
-{chr(10).join(commands)}
+{command_lines}
     linvision evaluate {name} --data-dir data
     python -m scripts.tools.model_card {name} --minutes {cnn['train_minutes']:.0f}
 
-{chr(10).join(trained)}
+{recipe_lines}
 - **Data**: {described}, all training images; {LICENCES[tag]}. Normalised by mean
   {cfg['mean']} and deviation {cfg['std']}.
 - **Licence of the weights**: {cfg['license']}.
