@@ -14,6 +14,11 @@ def test_the_page_has_the_table_of_the_estimate():
     assert sequence_estimate.table() in (ROOT / 'docs/sequence.md').read_text()
 
 
+def test_the_page_has_the_table_of_the_measurement():
+    rows = json.loads((ROOT / 'scripts/benchmarks/results/sequence.json').read_text())['rows']
+    assert sequence.table(rows) in (ROOT / 'docs/sequence.md').read_text()
+
+
 def test_the_estimate_starts_from_the_count_for_one_gpu():
     row = next(line for line in (ROOT / 'docs/gpu_count.md').read_text().splitlines() if 'tiny, 65,536 | auto' in line)
     _, _, _, kernels, _, _, modelled_ms, launch_ms, _ = row.split('|')
@@ -22,7 +27,7 @@ def test_the_estimate_starts_from_the_count_for_one_gpu():
 
 
 def test_the_table_has_the_ratio_to_one_process():
-    way = dict(tokens=256, training=False, precision='fp32', threads=2)
+    way = dict(model='pico', tokens=256, training=False, precision='fp32', threads=2)
     rows = [
         dict(way, processes=1, seconds=2.0, peak_gib=4.0),
         dict(way, processes=2, seconds=1.0, peak_gib=3.0),

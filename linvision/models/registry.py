@@ -83,6 +83,7 @@ default_cfgs = generate_default_cfgs(
         'linformer_vit_pico_patch2_32.untrained': _cfg(32),
         'linformer_vit_pico_patch4_32.untrained': _cfg(32),
         'linformer_vit_tiny_patch2_32.untrained': _cfg(32),
+        'linformer_vit_pico_patch2_64.untrained': _cfg(64),
         'linformer_vit_pico_patch1_64.untrained': _cfg(64),
         'linformer_vit_pico_patch1_128.untrained': _cfg(128),
         'linformer_vit_pico_patch1_256.untrained': _cfg(256),
@@ -304,6 +305,13 @@ def linformer_vit_pico_patch2_32(pretrained: bool = False, **kwargs: Any) -> Lin
     """Linformer ViT pico: 256 tokens of 2×2 pixels, K = 64."""
     defaults = _pixels(32, 2, 64, **SIZES['pico'])
     return _create('linformer_vit_pico_patch2_32', pretrained, defaults, kwargs)
+
+
+@register_model
+def linformer_vit_pico_patch2_64(pretrained: bool = False, **kwargs: Any) -> LinformerVisionTransformer:
+    """Linformer ViT pico: 1,024 tokens of 2×2 pixels, K = 64."""
+    defaults = _pixels(64, 2, 64, **SIZES['pico'])
+    return _create('linformer_vit_pico_patch2_64', pretrained, defaults, kwargs)
 
 
 @register_model

@@ -1,17 +1,18 @@
 """One image over several processes against one process of as many threads: time, and memory of each process.
 
     python -m scripts.benchmarks.sequence                                  # writes outputs/sequence.json
-    python -m scripts.benchmarks.sequence --tokens 65536 --no-training
+    python -m scripts.benchmarks.sequence --tokens 65536 --model linformer_vit_tiny_patch1_256
     python -m scripts.benchmarks.sequence --tokens 4194304 --no-training --no-alone     # two processes only
 
-The model is tiny of `contenders.py` (patch 1, K = 256, separable E), from pixels to logits, in processes on one machine
-that talk over gloo. A training step is forward, backward and the mean of the gradients by DDP. Both ways take turns.
-Times are medians, of the slowest process. Memory is the peak of the resident set in a step, above what a process held
-with its model and its pixels made, of the process that took most. Leave the cores idle.
+The model goes from pixels to logits (K = 256, separable E), in processes on one machine that talk over gloo. A training
+step is forward, backward and the mean of the gradients by DDP. Both ways take turns. Times are medians, of the slowest
+process. Memory is the peak of the resident set in a step, above what a process held with its model and its pixels made,
+of the process that took most. Leave the cores idle.
 """
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import statistics
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,11 +32,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import linvision  # noqa: F401  (registers the models)
 from linvision.guard import guarded
 from linvision.models.band import band_rows
 from linvision.train.precision import DTYPES
 from scripts import ROOT
-from scripts.benchmarks.contenders import Case, build
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.speed import memory_gib
 
@@ -44,13 +46,15 @@ class Way:
     """How an image is handled.
 
     Attributes:
-        tokens: N, a square number.
+        model: A registered name.
+        tokens: N, a square number; every pixel is a token.
         training: Forward and backward under autocast, instead of forward in the precision itself.
         precision: 'fp32' or 'bf16'.
         processes: How many share the image.
         threads: Of each.
     """
 
+    model: str
     tokens: int
     training: bool
     precision: str
@@ -62,15 +66,15 @@ def work(way: Way, rank: int, port: int, steps: int) -> None:
     """Take steps in one of the processes; a line of JSON for each."""
     torch.set_num_threads(way.threads)
     torch.manual_seed(0)
-    case, dtype = Case('linvision', way.tokens, way.training, way.precision), DTYPES[way.precision]
-    model: Any = build(case).train(way.training)
+    dtype, side = DTYPES[way.precision], math.isqrt(way.tokens)
+    model: Any = timm.create_model(way.model, img_size=side).train(way.training)
     learner = model
     if way.processes > 1:
         dist.init_process_group('gloo', f'tcp://localhost:{port}', rank=rank, world_size=way.processes)
         model.share_images(init_device_mesh('cpu', (way.processes,)))
         learner = DistributedDataParallel(model) if way.training else model
-    own = band_rows(case.img_size, rank, way.processes)
-    x = torch.randn(1, 3, own.stop - own.start, case.img_size)
+    own = band_rows(side, rank, way.processes)
+    x = torch.randn(1, 3, own.stop - own.start, side)
     if not way.training:
         model, x = model.to(dtype), x.to(dtype)
 
@@ -147,19 +151,20 @@ def measure(ways: list[Way], rounds: int, steps: int, say: Any) -> list[dict[str
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, with their ratio to one process."""
-    lines = ['| tokens | | processes × threads | seconds | GiB each | time | memory |', '|' + ' --- |' * 7]
+    lines = ['| model | tokens | | processes × threads | seconds | GiB each | time | memory |', '|' + ' --- |' * 8]
     for row in rows:
-        same = [r for r in rows if r['processes'] == 1 and all(r[k] == row[k] for k in ('tokens', 'training'))]
+        same = [r for r in rows if r['processes'] == 1 and all(r[k] == row[k] for k in ('model', 'tokens', 'training'))]
         ratios = [f'{row[k] / same[0][k]:.2f}' if same else '' for k in ('seconds', 'peak_gib')]
         lines.append(
-            f'| {row["tokens"]:,} | {"training" if row["training"] else "forward"}, {row["precision"]} | '
-            f'{row["processes"]} × {row["threads"]} | {row["seconds"]:.2f} | {row["peak_gib"]:.2f} | '
-            f'{" | ".join(ratios)} |'
+            f'| {row["model"]} | {row["tokens"]:,} | {"training" if row["training"] else "forward"}, '
+            f'{row["precision"]} | {row["processes"]} × {row["threads"]} | {row["seconds"]:.2f} | '
+            f'{row["peak_gib"]:.2f} | {" | ".join(ratios)} |'
         )
     return '\n'.join(lines)
 
 
 def main(
+    model: str = 'linformer_vit_pico_patch1_256',
     tokens: tuple[int, ...] = (65536, 1048576),
     processes: int = 2,
     precision: str = 'bf16',
@@ -175,6 +180,7 @@ def main(
     """Measure.
 
     Args:
+        model: A registered model of one token a pixel.
         tokens: Tokens of an image, square numbers.
         processes: Processes that share it, of one thread each.
         precision: 'fp32' or 'bf16'.
@@ -193,8 +199,8 @@ def main(
     rows = []
     for n in tokens:
         for learns in (False, True)[: 1 + training]:
-            ways = [Way(n, learns, precision, processes, 1)]
-            ways += [Way(n, learns, precision, 1, processes)] * alone
+            ways = [Way(model, n, learns, precision, processes, 1)]
+            ways += [Way(model, n, learns, precision, 1, processes)] * alone
             rows += measure(ways[::-1], rounds, steps, tqdm.write)
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps({**machine(processes), 'rows': rows}, indent=2) + '\n')
