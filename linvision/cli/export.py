@@ -12,6 +12,7 @@ sizes. How images are to be read and what the classes are is written into the fi
 `images.json` of `torch.export`, and printed as one line of JSON, with the largest difference found.
 """
 
+import importlib
 import json
 import logging
 import math
@@ -116,6 +117,7 @@ def read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 
 
 FORMATS = {'.pt2': (write_pt2, read_pt2), '.onnx': (write_onnx, read_onnx)}
+PACKAGES = {'.pt2': (), '.onnx': ('onnxscript', 'onnxruntime')}  # which a format needs: asked for first
 
 
 def largest_difference(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:
@@ -163,6 +165,8 @@ def export(model: Any, file: Path, free_size: bool = False) -> dict[str, Any]:
         raise ValueError(
             f'Exports are of models with a patch_embed, whose image size is known, got {type(model).__name__}.'
         )
+    for package in PACKAGES[file.suffix]:
+        importlib.import_module(package)
     write, read = FORMATS[file.suffix]
     model.eval()
     if hasattr(model, 'set_chunk_size'):

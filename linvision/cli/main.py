@@ -44,25 +44,36 @@ def main(words: Sequence[str] | None = None) -> None:
         words: The command and its arguments; those of the program by default.
     """
     words = list(sys.argv[1:] if words is None else words)
-    if words in ([], ['-h'], ['--help']):
-        print(usage())
-        sys.exit(0 if words else 2)
-    if words == ['--version']:
-        print(__version__)
-        return
-    name, *rest = words
-    if name not in COMMANDS:
-        end(f'{nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
-    with guarded(), needed(f'linvision {name}'):
+    with guarded():
         logging.basicConfig(format='%(levelname)s: %(message)s')
-        if name == 'train':  # its flags are known once the recipe is
-            importlib.import_module('linvision.cli.train').main(rest)
+        if words in ([], ['-h'], ['--help']):
+            print(usage())
+            sys.exit(0 if words else 2)
+        if words == ['--version']:
+            print(__version__)
             return
-        import tyro  # before torch, which takes seconds: it may be missing
+        name, *rest = words
+        if name not in COMMANDS:
+            end(f'{nearest("command", name, COMMANDS, n=len(COMMANDS))} linvision --help shows what they do.')
+        with needed(f'linvision {name}'):
+            run(name, rest)
 
-        importlib.import_module('linvision.models.registry')  # see program.py
-        module = importlib.import_module(f'linvision.cli.{name}')
-        tyro.cli(module.main, prog=f'linvision {name}', description=module.__doc__, args=rest)
+
+def run(name: str, words: Sequence[str]) -> None:
+    """Import the module of a command and run it.
+
+    Args:
+        name: One of `COMMANDS`.
+        words: Its arguments.
+    """
+    if name == 'train':  # its flags are known once the recipe is
+        importlib.import_module('linvision.cli.train').main(words)
+        return
+    import tyro  # before torch, which takes seconds: it may be missing
+
+    importlib.import_module('linvision.models.registry')  # see program.py
+    module = importlib.import_module(f'linvision.cli.{name}')
+    tyro.cli(module.main, prog=f'linvision {name}', description=module.__doc__, args=words)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,8 @@
     linvision models --pretrained
     linvision models --output docs/models.md
 
-Nothing is computed: the models are built, and their multiply-adds counted, on torch's meta device.
+`trunk` in the JSON is parameters without those of the projection and the positions. Nothing is computed: the models are
+built, and their multiply-adds counted, on torch's meta device.
 """
 
 import json

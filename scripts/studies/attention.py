@@ -58,10 +58,10 @@ def variants_of(tokens: int, epochs: float) -> Changes:
     return {name: {**own, 'model_args': model_args | span} for name, model_args in models.items()}
 
 
-def smallest_of_the_best(scores: dict[float, float]) -> float:
-    """The smallest learning rate whose score lies within a standard error of the best."""
+def smallest_of_the_best(scores: dict[float, float], images: int = VALIDATION) -> float:
+    """The smallest learning rate whose score, on so many images, lies within a standard error of the best."""
     best = max(scores.values())
-    error = math.sqrt(best * (1 - best) / VALIDATION)
+    error = math.sqrt(best * (1 - best) / images)
     return min(lr for lr, score in scores.items() if score >= best - error)
 
 

@@ -22,6 +22,7 @@ from scripts.studies import changes
 MODULES = {
     'parity': 'attention',
     'sharing': 'attention',
+    'photographs': 'photographs',
     'pretraining': 'pretraining',
     'transfer': 'transfer',
     'conversion': 'conversion',
