@@ -26,5 +26,5 @@ NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict -
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac
 echo "== pytest${marked:+, the slow tests too} (7 minutes on 2 cores${marked:+ without the slow ones})"
-export OMP_NUM_THREADS=1 # two processes, one core each; a file's tests in one of them, which makes their fixtures once
-"$python" -m pytest -n 2 --dist loadfile ${marked[@]+"${marked[@]}"} "$@"
+export OMP_NUM_THREADS=1 # two processes, one core each: half of the files each, until one helps the other out
+"$python" -m pytest -n 2 --dist worksteal ${marked[@]+"${marked[@]}"} "$@"

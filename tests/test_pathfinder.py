@@ -102,7 +102,7 @@ def test_the_label_says_whether_the_markers_are_on_one_path(size):
 
 
 def test_both_labels_are_rejected_equally_often_and_equally_long_and_bright():
-    of, n = images(), 400
+    of, n = images(), 200
     labels = np.array([of.label(i) for i in range(n)])
     scenes = [of.scene(i) for i in range(n)]
     measures = {

@@ -210,7 +210,7 @@ def test_a_study_leaves_its_figures_and_its_table_between_the_marks_of_its_page(
 def test_the_plain_network_is_as_large_as_pico_and_learns():
     network = plain_cnn.plain_cnn(1, 10)
     assert sum(p.numel() for p in network.parameters()) == 202_073
-    found = plain_cnn.train_cnn('fake', Path(), minutes=0.1)
+    found = plain_cnn.train_cnn('fake', Path(), minutes=0.05)
     assert found['top1'] > 0.9 and found['num_samples'] == 100
 
 

@@ -32,7 +32,7 @@ GOLDEN = {  # logits of the ramp below, fp32, torch 2.14.1
 }
 SLICE = {  # test images, and how many of them are right; of CIFAR-10 those of the JPEG copy
     'linformer_vit_pico_patch1_32.fashion_mnist': (400, 375),
-    'linformer_vit_pico_patch1_32.cifar10': (400, 345),
+    'linformer_vit_pico_patch1_32.cifar10': (200, 174),
 }
 
 

@@ -26,6 +26,7 @@ MODULES = {
     'pretraining': 'pretraining',
     'transfer': 'transfer',
     'conversion': 'conversion',
+    'rotary': 'rotary',
     'segmentation': 'segmentation',
     'pathfinder': 'pathfinder',
 }
