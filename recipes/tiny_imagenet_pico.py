@@ -4,9 +4,9 @@
 
 Result: not yet run. It is scored on the 10,000 validation images; a slice of the training set is there to choose on.
 
-The set is decoded once and lives on the device as uint8 (1.2 GB); kornia changes it there. Coarse to fine, by the clock:
-three fifths of the time on images of 16×16 and 32×32 pixels. Every pixel a token: `--model linformer_vit_pico_patch1_64`
-(4,096 tokens).
+The set is decoded once and lives on the device as uint8 (1.2 GB); kornia changes it there. Coarse to fine, by the
+clock: three fifths of the time on images of 16×16 and 32×32 pixels. Every pixel a token:
+`--model linformer_vit_pico_patch1_64` (4,096 tokens).
 """
 
 from pathlib import Path

@@ -94,15 +94,13 @@ def muon_in_stacks(params: list[Tensor], grads: list[Tensor], momentum_bufs: lis
 
 
 def create_schedule(optim: Optim, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
-    """The learning rate over `updates` updates, from a linear warm-up down to zero."""
+    """The learning rate over `updates` updates, after a linear warm-up."""
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=optim.sched,
         num_epochs=updates,
         warmup_epochs=round(updates * optim.warmup),
         warmup_lr=0.0,
-        decay_rate=1.0 if optim.sched == 'poly' else 0.1,
-        decay_epochs=updates / 3 if optim.sched == 'step' else None,
     )
     return schedule
 

@@ -23,7 +23,7 @@ from linvision.train.parallel import PARALLEL
 from linvision.train.settings import Augment, Data, Optim, Run
 
 GROUPS = {'data': Data, 'optim': Optim, 'augment': Augment, 'run': Run}
-SCHEDULES = ('cosine', 'tanh', 'poly', 'step', 'wsd', 'rsqrt', 'constant')
+SCHEDULES = ('cosine', 'constant')
 COMPILE = ('auto', 'on', 'off')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 

@@ -58,7 +58,7 @@ class Optim:
     layer_decay: float = 1.0
     """Factor on the learning rate from each layer to the one before it (1: the same for all)."""
     sched: str = 'cosine'
-    """Name of a timm schedule of the learning rate."""
+    """How the learning rate goes on after the warm-up: 'cosine', down to zero, or 'constant'."""
     warmup: float = 0.05
     """Share of the run with a rising learning rate."""
     clip_grad: float = 1.0

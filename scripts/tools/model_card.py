@@ -40,6 +40,8 @@ LIMITS = {
     'a wrong one. Take it as a backbone.',
 }
 
+SCORED = {'tiny_imagenet': 'validation'}  # images that scores are of, where they are not called test images
+
 
 def baselines(
     folder: Path, dataset: str, data_dir: Path, minutes: float, shift: int = 0, softmax: bool = True
@@ -130,7 +132,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 names = model.pretrained_cfg['label_names']
 ```
 
-| {metrics['num_samples']:,} test images | top-1 | parameters | images seen | training |
+| {metrics['num_samples']:,} {SCORED.get(tag, 'test')} images | top-1 | parameters | images seen | training |
 | --- | --- | --- | --- | --- |
 {rows}
 
