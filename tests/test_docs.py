@@ -76,8 +76,8 @@ def test_pixel_features(tmp_path, monkeypatch):
     names, _ = run('pixel_features.md', tmp_path, monkeypatch)
     assert names['last'].shape == (1, 64, 32, 32) and names['maps'].shape == (1, 2, 32, 32)
     alike = np.asarray(Image.open(tmp_path / 'outputs/alike.png'))
-    assert alike[128, 128] >= 254  # itself
-    assert alike[100:220, 100:160].mean() > alike[:, :20].mean() + 20  # the shirt; the ground
+    assert alike[196, 132] >= 254  # itself
+    assert alike[160:240, 40:220].mean() > alike[10:80, 200:240].mean() + 10  # the uniform; the sky
     weights = names['weights']['blocks.0.attn.attn_drop']
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1024))
     assert names['cam'].min() >= 0 and names['cam'].max() > 0
