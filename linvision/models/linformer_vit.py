@@ -475,7 +475,7 @@ class LinformerVisionTransformer(VisionTransformer):
             if isinstance(x, dict):
                 refuse_mask(attn_mask, is_causal, key_padding_mask)
                 refuse_padding(key_padding_mask)
-                return token_features(self, x)  # type: ignore[return-value]  # TorchScript knows one type
+                return token_features(self, x)
             if is_emulated(x):
                 return InFp32(self, 'forward_features').compute(x, attn_mask, is_causal, key_padding_mask)
         refuse_mask(attn_mask, is_causal, key_padding_mask)

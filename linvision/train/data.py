@@ -104,8 +104,8 @@ class TrainingData:
         wanted = self.recipe.data
         reading = {'workers': wanted.workers, 'on_bad_image': wanted.on_bad_image, **self.cropping}
         where = (self.processes.device, augmentation, self.processes.share, self.processes.shares)
-        forms = {'rows': self.rows, 'native': self.native}
-        return create_batches(images, batch_size, self.mean, self.std, *where, **forms, **reading)
+        reading |= {'rows': self.rows, 'native': self.native}
+        return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
 
     @cached_property
     def native(self) -> NativeSizes | None:
