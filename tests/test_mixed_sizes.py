@@ -6,6 +6,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import Patchify
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
 from linvision.models.mixed_sizes import collate, padding_share, token_batches
 from linvision.models.projection_kinds import PROJECTIONS
@@ -87,6 +88,71 @@ def test_what_is_no_whole_image_is_refused(change, words):
     model, (batch, _) = create(patch_size=2), collate(samples(), (2, 2))
     with pytest.raises(ValueError, match=words):
         model(change(batch))
+
+
+@pytest.mark.parametrize('class_token', [True, False])
+@torch.no_grad()
+def test_features_are_those_of_each_image_where_its_patches_stand(class_token):
+    model = create(patch_size=2, class_token=class_token, global_pool='avg')
+    P, (batch, _) = model.num_prefix_tokens, collate(samples(), (2, 2))
+    order = torch.randperm(75)
+    batch = {name: entry[:, order] for name, entry in batch.items()}
+    found = model.forward_features(batch)
+    result = model.forward_intermediates(
+        batch, indices=[0, 1], output_fmt='NLC', output_dict=True, return_prefix_tokens=True
+    )
+    assert torch.equal(found['patch_valid'], batch['patch_valid']) and torch.equal(
+        result['image_features'], found['patches']
+    )
+    for i, (image, _) in enumerate(samples()):
+        valid, coord = batch['patch_valid'][i], batch['patch_coord'][i]
+        place = (coord[:, 0] * (image.shape[2] // 2) + coord[:, 1])[valid]
+        alone = model.forward_features(image.unsqueeze(0))[0]
+        torch.testing.assert_close(found['patches'][i, :P], alone[:P])
+        torch.testing.assert_close(found['patches'][i, P:][valid], alone[P:][place])
+        assert not found['patches'][i, P:][~valid].any()
+        maps = model.forward_intermediates(image.unsqueeze(0), indices=[0, 1], intermediates_only=True)
+        for layer, one in zip(result['image_intermediates'], maps, strict=True):
+            torch.testing.assert_close(layer[i][valid], one[0].flatten(1).T[place])
+    head = model.forward_head(found['patches'], key_padding_mask=~found['patch_valid'])
+    torch.testing.assert_close(head, model(batch))
+
+
+@torch.no_grad()
+def test_features_have_the_form_of_timms_naflexvit():
+    cfg = NaFlexVitCfg(patch_size=2, embed_dim=32, depth=2, num_heads=2, class_token=True)
+    theirs, ours = NaFlexVit(cfg).double().eval(), create(patch_size=2, class_token=True)
+    batch = collate(samples(), (2, 2))[0]
+
+    def form(value):
+        if isinstance(value, dict):
+            return {name: form(entry) for name, entry in value.items()}
+        return list(value.shape) if isinstance(value, torch.Tensor) else (type(value), [form(x) for x in value])
+
+    assert form(ours.forward_features(batch)) == form(theirs.forward_features(**batch))
+    for how in (
+        dict(),
+        dict(return_prefix_tokens=True),
+        dict(intermediates_only=True, indices=1),
+        dict(output_dict=True, return_prefix_tokens=True),
+        dict(output_dict=True, intermediates_only=True),
+    ):
+        found = [model.forward_intermediates(batch, output_fmt='NLC', **how) for model in (ours, theirs)]
+        assert form(found[0]) == form(found[1]), how
+    for model in (ours, theirs):
+        with pytest.raises(ValueError, match='NLC'):
+            model.forward_intermediates(batch)
+    dropping = create(patch_size=2, patch_drop_rate=0.5, projection='none', local_size=0).train()
+    with pytest.raises(ValueError, match='patch_drop_rate must be 0 for features'):
+        dropping.forward_features(batch)
+    assert dropping(batch).shape == (5, 5)
+
+
+def test_a_batch_is_divided_as_its_images_are():
+    model, (batch, _) = create(patch_size=2), collate(samples(), (2, 2))
+    parts = batch.chunk(2)
+    assert [len(part['patches']) for part in parts] == [3, 2] and parts[0].device == batch.device
+    torch.testing.assert_close(torch.cat([model(part) for part in parts]), model(batch))
 
 
 def test_models_of_one_size_and_without_pooling_refuse_mixed_sizes():

@@ -21,6 +21,7 @@ from timm.data import resolve_model_data_config
 from linvision.cli.pretrained import load_model
 from linvision.data import Images, ImageSet, create_batches, create_dataset, part
 from linvision.data.folders import ImageFiles, split_folders
+from linvision.data.native_sizes import NativeSizes
 from linvision.data.recorded import read_metrics, recorded_data
 from linvision.nearest import nearest
 from linvision.rules import at_least, check
@@ -153,7 +154,8 @@ def main(
     size = img_size or net.patch_embed.img_size[0]
     set_size(net, size)
     cropping = {'crop_pct': config['crop_pct'], 'crop_mode': config['crop_mode']}
-    reading = {'workers': workers, 'on_bad_image': on_bad_image, **cropping}
+    native = NativeSizes.read_by(net) if isinstance(images, ImageFiles) else None  # else they have one size
+    reading = {'workers': workers, 'on_bad_image': on_bad_image, 'native': native, **cropping}
     batches = create_batches(images, batch_size, config['mean'], config['std'], where, **reading)
     scores = evaluate(net, batches, size, precision)
     data = {'dataset': dataset, 'data_dir': str(data_dir), 'split': split}
@@ -164,4 +166,5 @@ def main(
         print(json.dumps({'model': model, **data, 'img_size': size, 'tokens': tokens, **scores}))
         return
     note = f' ({data["data_note"]})' if 'data_note' in data else ''
-    print(f'{split} images of {dataset}{note} at {size}×{size}, {tokens:,} tokens: {score_words(scores)}')
+    shape = 'in their own shape, at most' if native else f'at {size}×{size},'
+    print(f'{split} images of {dataset}{note} {shape} {tokens:,} tokens: {score_words(scores)}')

@@ -3,7 +3,8 @@
     linvision predict outputs/demo IMAGE_OR_FOLDER... [--topk 5] [--json] [--on-bad-image skip]
     linvision predict linformer_vit_pico_patch1_32.cifar10 MY_IMAGES --picture outputs/predictions.png
 
-Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation.
+Images are read as the model's `config.json` says: channels, size, border, mean and standard deviation; in their own
+shape where it was trained so.
 """
 
 import json
@@ -15,12 +16,16 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from timm.data import resolve_model_data_config
+from torchvision.transforms import v2
 
 from linvision.analysis.figure_text import literal
 from linvision.cli.images import caption, class_names, find_images
 from linvision.cli.pretrained import load_model
+from linvision.data import Augmentation
 from linvision.data.image_file import read_image
+from linvision.data.native_sizes import NativeSizes, NativeTransform
 from linvision.data.timm_transform import changed, timm_transform
+from linvision.models.mixed_sizes import collate
 from linvision.train.pretrained import tagged
 
 PICTURES = ('.png', '.jpg', '.pdf', '.svg')
@@ -45,7 +50,16 @@ def predict(
     Returns:
         For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
     """
-    transform = timm_transform(**resolve_model_data_config(model))
+    config, native = resolve_model_data_config(model), NativeSizes.read_by(model)
+    transform: Any = timm_transform(**config)
+    if native is not None:
+        transform = v2.Compose(
+            [
+                NativeTransform(native, Augmentation(), config['mean']),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(config['mean'], config['std']),
+            ]
+        )
     names = class_names(model)
     results = []
     for start in range(0, len(paths), batch_size):
@@ -59,7 +73,8 @@ def predict(
                 _logger.warning(f'left out: {error}')
         if not read:
             continue
-        batch = torch.stack([image for _, image in read])  # (B, C, height, width)
+        images = [image for _, image in read]  # (C, height, width) each
+        batch: Any = torch.stack(images) if native is None else collate([(x, 0) for x in images], native.patch_size)[0]
         probabilities, labels = model(batch).softmax(-1).topk(min(topk, model.num_classes))  # (B, topk) each
         for (path, _), row, columns in zip(read, probabilities.tolist(), labels.tolist(), strict=True):
             classes = [{'name': names[i], 'label': i, 'probability': p} for p, i in zip(row, columns, strict=True)]

@@ -86,15 +86,17 @@ class TorchvisionTransform:
 
     Args:
         augmentation: What is changed.
-        size: Side of the images that come out.
+        size: Side of the images that come out, or their height and width.
         mean: Mean of each channel, on the scale 0..1.
     """
 
-    def __init__(self, augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> None:
+    def __init__(self, augmentation: Augmentation, size: int | tuple[int, int], mean: tuple[float, ...]) -> None:
         a, fill = augmentation, fill_colour(mean).flatten().tolist()
         steps: list[Any] = [v2.ToImage()]
         if a.crops:
-            steps.append(v2.RandomResizedCrop(size, a.crop_scale, RATIO, v2.InterpolationMode.BICUBIC))
+            shape = size[1] / size[0] if isinstance(size, tuple) else 1.0
+            ratio = (shape * RATIO[0], shape * RATIO[1])
+            steps.append(v2.RandomResizedCrop(size, a.crop_scale, ratio, v2.InterpolationMode.BICUBIC))
         else:
             steps += [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
         if a.rand_augment:

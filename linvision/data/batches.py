@@ -11,6 +11,7 @@ from linvision.data.datasets import Images
 from linvision.data.device_batches import DeviceBatches
 from linvision.data.image_set import ImageSet
 from linvision.data.loader_batches import BadImages, LoaderBatches, available_cpus, evaluation_transform, name_of
+from linvision.data.native_sizes import NativeBatches, NativeSizes, grouped
 from linvision.data.order import Order
 from linvision.data.preparation import Preparation
 from linvision.data.stream_batches import StreamBatches
@@ -34,6 +35,7 @@ def create_batches(
     workers: int = 0,
     on_bad_image: str = 'stop',
     rows: Callable[[int], slice] | None = None,
+    native: NativeSizes | None = None,
 ) -> Batches:
     """Batches of a set, for training (`stream`) or evaluation (`ordered`), normalised on the device.
 
@@ -51,6 +53,7 @@ def create_batches(
         workers: Worker processes.
         on_bad_image: 'stop' or 'skip' what cannot be read.
         rows: Which rows of pixels this process has of images of a size, where several share an image; all by default.
+        native: For image files that keep their shape, to which size each is brought; batches are then `MixedBatch`es.
 
     Raises:
         OSError: An image of a set in memory could not be read, with 'stop'.
@@ -62,6 +65,10 @@ def create_batches(
         )
     augmentation = augmentation or Augmentation()
     augmentation.check(images.in_chans)
+    if native is not None:
+        order_by_size = grouped(images, native, batch_size, rank, count)
+        reading = (min(workers, available_cpus()), on_bad_image)
+        return NativeBatches(images, native, order_by_size, mean, std, device, augmentation, *reading)
     order = Order(len(images), batch_size, rank, count)
     preparation = Preparation(mean, std, device, augmentation, order, rows)
     bad_images = BadImages(on_bad_image)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SUFFIXES = (*IMG_EXTENSIONS, '.gif')
@@ -56,6 +56,17 @@ def opened(source: Any) -> Image.Image:
     if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
         raise OSError('it is no regular file')
     return Image.open(source)
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image as `read_image` gives it, by its header.
+
+    Raises:
+        OSError: And all else in `UNREADABLE`, where it cannot be read.
+    """
+    with opened(path) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # a photograph that is turned by a quarter
+        return image.size if lies else image.size[::-1]
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -105,7 +116,7 @@ def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...], size: int
         size: Size of the images that are trained on.
     """
     longest = max(image.size)
-    if crop_mode == 'center' or min(image.size) == longest:
+    if crop_mode not in ('border', 'squash') or min(image.size) == longest:
         return middle(image)
     side = min(longest, DETAIL * size)
     if crop_mode == 'squash':

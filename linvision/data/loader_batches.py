@@ -110,6 +110,7 @@ class LoaderBatches:
         self.workers, self.bad_images = workers, BadImages(on_bad_image)
         self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': crop_mode}
         self.loaders: dict[int, DataLoader] = {}  # of evaluation, by size: their workers stay
+        self.collate: Callable[[list[Any]], Any] | None = None  # how images become a batch; torch's by default
 
     def stream(self, seed: int, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches without end; see `DeviceBatches.stream`."""
@@ -118,7 +119,11 @@ class LoaderBatches:
         places = self.order.shuffled(seed, step)
         pairs = Pairs(lambda: ((epoch, index) for epoch, _, index in self.order.shuffled(seed, step)))
         loader = create_loader(
-            KeyedImages(self.images, transform, seed), self.workers, self.preparation, batch_sampler=pairs
+            KeyedImages(self.images, transform, seed),
+            self.workers,
+            self.preparation,
+            batch_sampler=pairs,
+            collate_fn=self.collate,
         )
         for (epoch, number, _), (images, labels, complaints) in zip(places, batches_of(loader), strict=True):
             self.bad_images.note(complaints)
@@ -133,6 +138,10 @@ class LoaderBatches:
             changes, size = Augmentation(), round(size * margin)
         return Squared(self.cropping['crop_mode'], mean, size, TRANSFORMS[changes.library](changes, size, mean))
 
+    def evaluation_transform(self, size: int) -> Transform:
+        """How an image is read in evaluation."""
+        return evaluation_transform(self.preparation.mean, size, **self.cropping)
+
     def ordered(self, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share in order, never augmented, for evaluation; a label of -1 does not count."""
         order = self.order
@@ -143,12 +152,13 @@ class LoaderBatches:
             self.loaders.clear()  # the workers of another size go
             # not self in here: a loader in a cycle of references could not end its workers
             pairs = Pairs(lambda: ((0, index) for index, _ in order.in_order()))
-            change = evaluation_transform(self.preparation.mean, img_size, **self.cropping)
+            change = self.evaluation_transform(img_size)
             self.loaders[img_size] = create_loader(
                 KeyedImages(self.images, change),
                 self.workers,
                 self.preparation,
                 batch_sampler=pairs,
+                collate_fn=self.collate,
                 persistent_workers=self.workers > 0,
             )
         counted = (counts for _, counts in order.in_order())

@@ -49,13 +49,17 @@ class Order:
             yield epoch, start
             epoch, start = epoch + 1, 0
 
+    def permutation(self, seed: int, epoch: int) -> Tensor:
+        """The positions in the order of an epoch."""
+        return torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
     def shuffled(self, seed: int, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """Epoch, number and this process's positions of each batch, without end from a step of the run on.
 
         The last, incomplete batch of an epoch is left out.
         """
         for epoch, start in self.epochs(step):
-            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+            order = self.permutation(seed, epoch)
             for i in range(start, len(self)):
                 yield epoch, i, order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.count]
 

@@ -20,7 +20,7 @@ def timm_transform(**config: Any) -> Callable[[Any], Any]:
     for step in transform.transforms:
         if isinstance(step, ResizeKeepRatio):
             step.get_params = pixels  # type: ignore[method-assign]  # a method of one object, not of timm's class
-    if (config.get('crop_mode') or 'center') == 'center':
+    if config.get('crop_mode') not in ('border', 'squash'):
         transform.transforms.insert(0, middle)
     return transform
 

@@ -38,7 +38,7 @@ from linvision.models.checks import (
     check_values,
     refuse_mask,
 )
-from linvision.models.mixed_sizes import pooled_features, refuse_padding
+from linvision.models.mixed_sizes import pooled_features, refuse_padding, token_features, token_intermediates
 from linvision.models.norms import LayerNorm
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
@@ -467,8 +467,15 @@ class LinformerVisionTransformer(VisionTransformer):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D); arguments as in `forward`."""
+        """Images to normalised tokens: (B, C, height, width) -> (B, P + N, D); arguments as in `forward`.
+
+        Of images of different sizes it gives what timm's naflexvit does: see `mixed_sizes.token_features`.
+        """
         if not torch.jit.is_scripting():
+            if isinstance(x, dict):
+                refuse_mask(attn_mask, is_causal, key_padding_mask)
+                refuse_padding(key_padding_mask)
+                return token_features(self, x)
             if is_emulated(x):
                 return InFp32(self, 'forward_features').compute(x, attn_mask, is_causal, key_padding_mask)
         refuse_mask(attn_mask, is_causal, key_padding_mask)
@@ -506,12 +513,17 @@ class LinformerVisionTransformer(VisionTransformer):
 
         Returns:
             Maps (B, D, h, w) at token resolution (or tokens (B, N, D) with `output_fmt='NLC'`), and the final tokens.
+            Of images of different sizes tokens alone: see `mixed_sizes.token_intermediates`.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         if not torch.jit.is_scripting():
             check_indices(indices, len(self.blocks))
+            if isinstance(x, dict):
+                refuse_padding(key_padding_mask)
+                how = (output_fmt, intermediates_only, output_dict, return_prefix_tokens)
+                return token_intermediates(self, x, *how, indices=indices, norm=norm, stop_early=stop_early)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, grid, valid, chunks = self.embed(x, key_padding_mask if isinstance(key_padding_mask, Tensor) else None)
         projection = self.projection_tensors(x, grid)

@@ -83,7 +83,7 @@ class Board:
 
     def batch(self, images: Tensor, step: int) -> None:
         """The first images of an augmented batch as a picture, each stretched to 0..1."""
-        if not self.shows:
+        if not self.shows or not isinstance(images, Tensor):  # of one size
             return
         from torchvision.utils import make_grid
 

@@ -1,6 +1,7 @@
 """The data of a run: the training set, its validation slice and the test set, cut into this process's batches."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -9,12 +10,14 @@ from typing import Any
 import timm
 from timm.data import Mixup
 from timm.models import PretrainedCfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from linvision.data import Augmentation, Batches, Images, ImageSet, create_batches, create_dataset, split_validation
 from linvision.data.folders import ImageFiles
 from linvision.data.loader_batches import LoaderBatches
-from linvision.train.model import empty_model
+from linvision.data.native_sizes import CROP_MODE, NativeBatches, NativeSizes, OrderBySize
+from linvision.train.model import count_tokens, empty_model
 from linvision.train.parallel import Processes
 from linvision.train.recipe import Recipe
 
@@ -53,6 +56,8 @@ class TrainingData:
         # above 1 is the border of a set in memory, that of weights which come with the package
         crop_pct = 1.0 if self.train_set.uncropped else min(config.crop_pct or 1.0, 1.0)
         self.cropping: dict[str, Any] = {'crop_pct': crop_pct, 'crop_mode': recipe.data.crop_mode}
+        if recipe.data.native_sizes:
+            self.cropping = {'crop_pct': 1.0, 'crop_mode': CROP_MODE}
         self.stages = recipe.data.stages or ((recipe.data.img_size or self.natural_size(config.input_size[-1]), 1.0),)
         self.check_classes()
         if len(self.stages) > 2:
@@ -99,7 +104,15 @@ class TrainingData:
         wanted = self.recipe.data
         reading = {'workers': wanted.workers, 'on_bad_image': wanted.on_bad_image, **self.cropping}
         where = (self.processes.device, augmentation, self.processes.share, self.processes.shares)
-        return create_batches(images, batch_size, self.mean, self.std, *where, rows=self.rows, **reading)
+        reading |= {'rows': self.rows, 'native': self.native}
+        return create_batches(images, batch_size, self.mean, self.std, *where, **reading)
+
+    @cached_property
+    def native(self) -> NativeSizes | None:
+        """To which size each image is brought, where images keep their shape."""
+        if not self.recipe.data.native_sizes:
+            return None
+        return NativeSizes.of(empty_model(self.recipe, self.shape, self.stages[-1][0]))
 
     @cached_property
     def rows(self) -> Callable[[int], slice] | None:
@@ -112,6 +125,8 @@ class TrainingData:
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""
         found = self.train_set.img_size
+        if self.recipe.data.native_sizes and isinstance(self.train_set, ImageFiles):  # none is to be shrunk
+            found = max(math.isqrt(width * height - 1) + 1 for width, height in self.train_set.sizes)
         if self.train_set.uncropped:
             return found
         if not found or found >= model_size:
@@ -140,8 +155,14 @@ class TrainingData:
             if long >= 0.1:
                 notes.append(
                     f'{100 * long:.0f} % of the images are not square: their middle is used. --crop-mode border or '
-                    'squash takes them whole.'
+                    'squash takes them whole, --native-sizes in their own shape.'
                 )
+        if isinstance(self.batches, NativeBatches):
+            sizes = self.batches.sizes
+            notes.append(
+                f'images keep their shape, at most {sizes.max_seq_len:,} tokens each, sides rounded up to '
+                f'{sizes.step * sizes.patch_size[0]} pixels: {self.batches.order.words}'
+            )
         return notes
 
     @property
@@ -153,6 +174,11 @@ class TrainingData:
     def title(self) -> str:
         """Name of the set, with its note."""
         return f'{self.recipe.data.dataset} ({self.note})' if self.note else self.recipe.data.dataset
+
+    def tokens(self, model: VisionTransformer) -> float:
+        """Tokens of an image of the training set, on average, at a model's present size."""
+        order = self.batches.order
+        return float(order.tokens.mean()) if isinstance(order, OrderBySize) else count_tokens(model)
 
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""

@@ -213,7 +213,8 @@ class TrainingRun:
         """Steps until the stage ends (true) or the run is to stop (false)."""
         recipe, progress, stage = self.recipe, self.progress, self.progress.stage
         self.learner.task.train()
-        tokens, waited, tick = recipe.data.batch_size * count_tokens(self.learner.model), 0.0, time.perf_counter()
+        tokens = round(recipe.data.batch_size * self.data.tokens(self.learner.model))
+        waited, tick = 0.0, time.perf_counter()
         for images, labels in self.data.stream(progress.step, self.img_size):
             waited += (time.perf_counter() - tick) * self.data.reads_files  # else it is the device that is waited for
             images, labels = self.prepare(images, labels)
@@ -294,7 +295,7 @@ class TrainingRun:
             'train/grad_norm': float(grad_norm),
             **self.learner.objective.scalars(logits, labels),
             'speed/images_per_s': images_per_s,
-            'speed/tokens_per_s': images_per_s * count_tokens(self.learner.model),
+            'speed/tokens_per_s': images_per_s * self.data.tokens(self.learner.model),
             'speed/waiting_for_data': min(waited / seconds, 1.0),
             'memory/peak_gib': peak_memory_gib(self.processes.device),
         }
@@ -359,7 +360,7 @@ class TrainingRun:
             if joined.main and self.folder:
                 write_metrics(self.folder, metrics)
             for split, batches in scored.items():
-                if joined.sequence > 1:  # of whole images, which no process has
+                if joined.sequence > 1 or recipe.data.native_sizes:  # of whole images in tensors, which no process has
                     continue
                 self.board.pictures(
                     split, objective.pictures(), model, batches, size, self.data.train_set.classes, step

@@ -19,7 +19,6 @@ from linvision.train.data import TrainingData
 from linvision.train.export import export_model
 from linvision.train.learner import Learner
 from linvision.train.memory import peak_memory_gib
-from linvision.train.model import count_tokens
 from linvision.train.parallel import Processes
 from linvision.train.progress import Progress
 from linvision.train.recipe import Recipe
@@ -56,7 +55,7 @@ def run_metrics(
         'train_minutes': progress.minutes,
         'images_per_s': images_seen / seconds,
         'tokens_per_s': progress.tokens / seconds,
-        'tokens': count_tokens(model),
+        'tokens': round(data.tokens(model)),
         'peak_memory_gib': peak_memory_gib(processes.device),
         'num_parameters': sum(p.numel() for p in model.parameters()),
         'classes': list(data.train_set.classes),

@@ -89,6 +89,9 @@ def resolved(recipe: Recipe) -> Recipe:
     Raises:
         ValueError: It names neither model nor weights.
     """
+    if recipe.data.native_sizes:  # a graph is made for each size: not where it is not asked for
+        whole = 'off' if recipe.run.compile == 'auto' else recipe.run.compile
+        recipe = recipe.replace(model_args={**recipe.model_args, 'dynamic_img_size': True}, compile=whole)
     if not recipe.init:
         if not recipe.model:
             raise ValueError('The recipe names no model: say --init, for that of the weights there, or --model.')

@@ -15,6 +15,7 @@ from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from linvision.data.native_sizes import CROP_MODE
 from linvision.models.checks import SIZE
 from linvision.models.resize import checkpoint_filter_fn
 from linvision.nearest import nearest
@@ -24,7 +25,7 @@ from linvision.train.checkpoint import as_dict, first_line
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
 # what timm, json, torch and safetensors raise for a damaged or strange file; all else is a fault of ours
 REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ImportError, pickle.UnpicklingError, SafetensorError)
-CROP_MODES = ('center', 'border', 'squash')
+CROP_MODES = ('center', 'border', 'squash', CROP_MODE)
 
 
 def is_source(name: str) -> bool:

@@ -172,6 +172,8 @@ class Recipe:
                 'Processes that share an image see some rows of it each: masked_pixels, a teacher and CutMix need all '
                 'of it. Leave these out, or --sequence and --parallel sequence.'
             )
+        if data.native_sizes:
+            self.check_native_sizes()
         if run.parallel == 'fsdp' and run.precision == 'fp16':
             raise ValueError("fp16 needs a loss scaler, which FSDP does not share between processes; use 'bf16'.")
         if optim.teacher and len(data.stages) > 1:
@@ -191,6 +193,24 @@ class Recipe:
             for name in optim.opt_args:
                 _check_known('name in opt_args', name, set(arguments) - {'params', 'lr', 'weight_decay'})
         check(optim.opt_args, {name: _form_of(argument) for name, argument in arguments.items()})
+
+    def check_native_sizes(self) -> None:
+        """Raise ValueError for what images of different sizes do not go with; the message says what to leave out."""
+        data, run, ours = self.data, self.run, 'linformer_vit' in self.model
+        refused = {
+            f'--model {self.model}, as only linformer_vit_* models take such batches': not ours,
+            '--stages, which are squares (say --img-size)': data.stages,
+            f'--crop-mode {data.crop_mode}, as nothing is cropped or filled': data.crop_mode != 'center',
+            '--mixup and --cutmix, which need images of one size': self.augment.mixes,
+            '--task masked_pixels': self.task == 'masked_pixels',
+            '--teacher, which sees images of one size': self.optim.teacher,
+            f'--parallel {run.parallel} (say ddp)': run.parallel != 'ddp',
+            '--sequence, as processes share images of one size': run.sequence > 1,
+            '--compile on, which makes a graph for every size': run.compile == 'on',
+        }
+        found = [words for words, given in refused.items() if given]
+        if found:
+            raise ValueError(f'native_sizes trains on images of different sizes. Leave out {"; ".join(found)}.')
 
     def check_numbers(self) -> None:
         """Raise ValueError for a number that is out of its range."""

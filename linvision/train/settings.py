@@ -31,6 +31,9 @@ class Data:
     """Coarse to fine: image sizes, each with its share of the run, as in `--stages 16 0.7 32 0.3`."""
     crop_mode: Literal['center', 'border', 'squash'] = 'center'
     """What becomes of files that are not square: their middle, a border around them, or stretched (timm's names)."""
+    native_sizes: bool = False
+    """Image files keep their shape and are seen whole, shrunk where they have more tokens than a square of `img_size`
+    has. For linformer_vit_* models."""
     batch_size: int = 32
     """Images in a step, over all processes."""
     accumulate: int = 1

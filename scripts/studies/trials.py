@@ -94,6 +94,8 @@ class Record:
         """What says which run it is."""
         whole = changed_recipe(recipe, seed, settings).to_dict()
         own = {k: v for k, v in whole.items() if k not in FREE_TO_CHANGE or k == 'test'}
+        if not own['native_sizes']:  # which is younger than most of what is kept
+            del own['native_sizes']
         if whole['dataset'] == 'image_folder':  # there the folder is the data
             images = Path(whole['data_dir'])
             own['images'] = [images.name, sum(1 for _ in images.rglob('*.*'))]
