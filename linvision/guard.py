@@ -67,12 +67,13 @@ def guarded() -> Iterator[None]:
     try:
         try:
             yield
-        finally:  # also where `--help` ends the program
-            sys.stdout.flush()
-    except BrokenPipeError as error:  # the reader, `head` say, has seen enough
+        except SystemExit as done:  # `--help` ends the program
+            if not done.code:
+                sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error.__context__, SystemExit):
-            raise error.__context__ from None
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet what ends with the program
         words = 'stopped by Ctrl-C'

@@ -2,7 +2,9 @@
 
     linvision train tiny_imagenet_pico --output-dir outputs/tiny_imagenet_pico --data-dir data
 
-Result: not yet run. It is scored on the 10,000 validation images; a slice of the training set is there to choose on.
+Result: 37.79 % on all 10,000 validation images, one seed (92 minutes on one thread of a Zen 3, with other jobs beside
+it: 482,112 images, 4.8 epochs, fp32, torch 2.14.1, 2026-11-30; metrics beside the weights in the package, log in
+scripts/studies/results/). Not yet run on a GPU.
 
 The set is decoded once and lives on the device as uint8 (1.2 GB); kornia changes it there. Coarse to fine, by the
 clock: three fifths of the time on images of 16×16 and 32×32 pixels. Every pixel a token:

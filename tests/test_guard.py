@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import runpy
 import signal
@@ -116,3 +117,27 @@ def test_a_script_ends_a_mistake_in_a_sentence(words, said, monkeypatch):
     monkeypatch.setattr(sys, 'argv', words)
     with pytest.raises(Mistake, match=said):
         runpy.run_path(words[0], run_name='__main__')
+
+
+class Gone(io.StringIO):
+    """What is written to reaches nobody."""
+
+    def flush(self):
+        raise BrokenPipeError
+
+    def fileno(self):
+        return -1
+
+
+@pytest.mark.parametrize('error, code', [(ValueError('the loss is wrong'), 2), (SystemExit(3), 3), (SystemExit(0), 0)])
+def test_a_reader_that_has_gone_hides_no_error(error, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdout', Gone())
+    monkeypatch.setattr(os, 'dup2', lambda *files: None)
+    ended = 0
+    try:
+        with guarded():
+            raise error
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
+    assert ('the loss is wrong' in capsys.readouterr().err) == (code == 2)

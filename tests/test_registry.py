@@ -14,6 +14,7 @@ WIDTHS = {'pico': (64, 4), 'tiny': (192, 12), 'small': (384, 12), 'base': (768, 
 ROWS = {  # K
     **{f'linformer_vit_{size}_patch1_32': 64 for size in ('pico', 'tiny', 'small')},
     'linformer_vit_pico_patch2_32': 64,
+    'linformer_vit_pico_patch2_64': 64,
     'linformer_vit_pico_patch4_32': 16,
     'linformer_vit_tiny_patch2_32': 64,
     **{f'linformer_vit_{size}_patch1_{n}': 256 for size in ('pico', 'tiny', 'small') for n in (64, 128, 256)},

@@ -30,6 +30,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linvision.cli.pretrained import load_vit
+from linvision.data.native_sizes import NativeSizes
 from linvision.models.projection_kinds import PROJECTIONS
 from linvision.rules import SIDE
 
@@ -186,6 +187,8 @@ def export(model: Any, file: Path, free_size: bool = False) -> dict[str, Any]:
         **{k: config[k] for k in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')},
         'classes': list(model.pretrained_cfg.get('label_names') or ()),
     }
+    if NativeSizes.read_by(model):  # the file has one size: the middle square
+        facts['crop_mode'] = 'center'
     if free_size:
         facts |= {'multiple_of': list(patch), 'at_least': [least_side(model) * side for side in patch]}
     part = file.with_name(f'part-{file.name}')  # nobody shall find what is not known to be right

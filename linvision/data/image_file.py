@@ -65,6 +65,8 @@ def upright_size(path: str | Path) -> tuple[int, int]:
         OSError: And all else in `UNREADABLE`, where it cannot be read.
     """
     with opened(path) as image:
+        if image.format == 'TIFF' or (image.format == 'PNG' and 'exif' not in image.info):
+            return image.size[::-1]  # PIL has turned the first; the second it would decode to look for EXIF
         lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # a photograph that is turned by a quarter
         return image.size if lies else image.size[::-1]
 

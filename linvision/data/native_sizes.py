@@ -27,7 +27,7 @@ from linvision.meter import counted
 from linvision.models.mixed_sizes import MixedBatch, collate
 
 CROP_MODE = 'native'  # in the data config of an exported model, where timm has 'center', 'border' and 'squash'
-STEPS = 16  # of the side of a square image of the most tokens: what sides are rounded up to
+STEPS = 16  # at least, of the side of a square image of the most tokens: what sides are rounded up to
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class NativeSizes:
 
     @property
     def step(self) -> int:
-        """Tokens that sides are rounded up to multiples of."""
-        return max(1, math.isqrt(self.max_seq_len) // STEPS)
+        """Tokens that sides are rounded up to multiples of; the side of the square of the most tokens is one."""
+        side = math.isqrt(self.max_seq_len)
+        return max(step for step in range(1, max(1, side // STEPS) + 1) if side % step == 0)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels that an image of a size is brought to."""

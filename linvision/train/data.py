@@ -125,14 +125,15 @@ class TrainingData:
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""
         found = self.train_set.img_size
-        if self.recipe.data.native_sizes and isinstance(self.train_set, ImageFiles):  # none is to be shrunk
+        native = self.recipe.data.native_sizes and isinstance(self.train_set, ImageFiles)
+        if native:  # of the images that were looked at none is shrunk
             found = max(math.isqrt(width * height - 1) + 1 for width, height in self.train_set.sizes)
         if self.train_set.uncropped:
             return found
         if not found or found >= model_size:
             return model_size
         patch = empty_model(self.recipe, self.shape, model_size).patch_embed.patch_size[0]
-        return max(patch, found // patch * patch)
+        return max(patch, -(-found // patch) * patch if native else found // patch * patch)
 
     @property
     def reads_files(self) -> bool:
