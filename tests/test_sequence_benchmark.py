@@ -29,8 +29,8 @@ def test_the_estimate_starts_from_the_count_for_one_gpu():
 def test_the_table_has_the_ratio_to_one_process():
     way = dict(model='pico', tokens=256, training=False, precision='fp32', threads=2)
     rows = [
-        dict(way, processes=1, seconds=2.0, peak_gib=4.0),
-        dict(way, processes=2, seconds=1.0, peak_gib=3.0),
+        dict(way, processes=1, steps=3, seconds=2.0, peak_gib=4.0),
+        dict(way, processes=2, steps=3, seconds=1.0, peak_gib=3.0),
     ]
     assert sequence.table(rows).splitlines()[-1].endswith('| 1.00 | 3.00 | 0.50 | 0.75 |')
 

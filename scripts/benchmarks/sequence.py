@@ -151,13 +151,16 @@ def measure(ways: list[Way], rounds: int, steps: int, say: Any) -> list[dict[str
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, with their ratio to one process."""
-    lines = ['| model | tokens | | processes × threads | seconds | GiB each | time | memory |', '|' + ' --- |' * 8]
+    lines = [
+        '| model | tokens | | processes × threads | steps | seconds | GiB each | time | memory |',
+        '|' + ' --- |' * 9,
+    ]
     for row in rows:
         same = [r for r in rows if r['processes'] == 1 and all(r[k] == row[k] for k in ('model', 'tokens', 'training'))]
         ratios = [f'{row[k] / same[0][k]:.2f}' if same else '' for k in ('seconds', 'peak_gib')]
         lines.append(
             f'| {row["model"]} | {row["tokens"]:,} | {"training" if row["training"] else "forward"}, '
-            f'{row["precision"]} | {row["processes"]} × {row["threads"]} | {row["seconds"]:.2f} | '
+            f'{row["precision"]} | {row["processes"]} × {row["threads"]} | {row["steps"]} | {row["seconds"]:.2f} | '
             f'{row["peak_gib"]:.2f} | {" | ".join(ratios)} |'
         )
     return '\n'.join(lines)
@@ -188,7 +191,7 @@ def main(
         alone: One process of as many threads too.
         rounds: How often the ways take turns.
         steps: Steps in each.
-        output: What receives the figures.
+        output: What receives the figures; those of other ways in it stay.
         worker: A way as JSON: this is one of its processes.
         rank: Which one.
         port: Where they meet.
@@ -196,11 +199,13 @@ def main(
     if worker:
         work(Way(**json.loads(worker)), rank, port, steps)
         return
-    rows = []
+    rows = json.loads(output.read_text())['rows'] if output.is_file() else []
     for n in tokens:
         for learns in (False, True)[: 1 + training]:
             ways = [Way(model, n, learns, precision, processes, 1)]
             ways += [Way(model, n, learns, precision, 1, processes)] * alone
+            asked = [dataclasses.asdict(way) for way in ways]
+            rows = [row for row in rows if {name: row[name] for name in asked[0]} not in asked]
             rows += measure(ways[::-1], rounds, steps, tqdm.write)
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps({**machine(processes), 'rows': rows}, indent=2) + '\n')
