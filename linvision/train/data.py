@@ -125,8 +125,8 @@ class TrainingData:
     def natural_size(self, model_size: int) -> int:
         """The image size of a recipe without stages: the set's own, for files at most the model's."""
         found = self.train_set.img_size
-        native = self.recipe.data.native_sizes and isinstance(self.train_set, ImageFiles)
-        if native:  # of the images that were looked at none is shrunk
+        native = self.recipe.data.native_sizes
+        if native and isinstance(self.train_set, ImageFiles):  # of the images that were looked at none is shrunk
             found = max(math.isqrt(width * height - 1) + 1 for width, height in self.train_set.sizes)
         if self.train_set.uncropped:
             return found
