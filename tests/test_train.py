@@ -38,10 +38,10 @@ def finished(tmp_path_factory):
 
 
 def test_training_learns_and_writes_everything(recipe):
-    metrics = train(recipe.replace(epochs=8, val_fraction=0.25, shift=0))
-    assert metrics['top1'] > 0.4  # chance is 0.1
+    metrics = train(recipe.replace(epochs=12, val_fraction=0.25, shift=0))
+    assert metrics['top1'] > 0.6  # chance is 0.1
     assert metrics['num_samples'] == 100 and metrics['val_num_samples'] == 64
-    assert metrics['images_seen'] == 8 * (192 // 32) * 32
+    assert metrics['images_seen'] == 12 * (192 // 32) * 32
     assert json.loads((recipe.run.output_dir / 'metrics.json').read_text()) == metrics
     assert list((recipe.run.output_dir / 'tensorboard').glob('events.*'))
 

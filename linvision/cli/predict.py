@@ -51,8 +51,9 @@ def predict(
         For each image `{'image': path, 'classes': [{'name': ..., 'label': ..., 'probability': ...}, ...]}`.
     """
     config, native = resolve_model_data_config(model), NativeSizes.read_by(model)
-    transform: Any = timm_transform(**config)
-    if native is not None:
+    if native is None:
+        transform: Any = timm_transform(**config)
+    else:
         transform = v2.Compose(
             [
                 NativeTransform(native, Augmentation(), config['mean']),

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+WHOLE = ('border', 'squash')  # crop modes that take all of an image that is not square; of others the middle is used
 SUFFIXES = (*IMG_EXTENSIONS, '.gif')
 MODES = {1: 'L', 3: 'RGB'}  # PIL's name of an image with so many channels
 LONG = 16  # times its height, or its width: more of an image is not resized to have all but its middle cut off
@@ -118,7 +119,7 @@ def squared(image: Image.Image, crop_mode: str, fill: tuple[int, ...], size: int
         size: Size of the images that are trained on.
     """
     longest = max(image.size)
-    if crop_mode not in ('border', 'squash') or min(image.size) == longest:
+    if crop_mode not in WHOLE or min(image.size) == longest:
         return middle(image)
     side = min(longest, DETAIL * size)
     if crop_mode == 'squash':

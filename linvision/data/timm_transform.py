@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import create_transform
 from timm.data.transforms import ResizeKeepRatio
 
-from linvision.data.image_file import middle
+from linvision.data.image_file import WHOLE, middle
 
 
 def timm_transform(**config: Any) -> Callable[[Any], Any]:
@@ -20,7 +20,7 @@ def timm_transform(**config: Any) -> Callable[[Any], Any]:
     for step in transform.transforms:
         if isinstance(step, ResizeKeepRatio):
             step.get_params = pixels  # type: ignore[method-assign]  # a method of one object, not of timm's class
-    if config.get('crop_mode') not in ('border', 'squash'):
+    if config.get('crop_mode') not in WHOLE:
         transform.transforms.insert(0, middle)
     return transform
 

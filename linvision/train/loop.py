@@ -360,7 +360,7 @@ class TrainingRun:
             if joined.main and self.folder:
                 write_metrics(self.folder, metrics)
             for split, batches in scored.items():
-                if joined.sequence > 1 or recipe.data.native_sizes:  # of whole images in tensors, which no process has
+                if joined.sequence > 1 or recipe.data.native_sizes:  # of whole images of one size
                     continue
                 self.board.pictures(
                     split, objective.pictures(), model, batches, size, self.data.train_set.classes, step

@@ -12,7 +12,6 @@ of the process that took most. Leave the cores idle.
 
 import dataclasses
 import json
-import math
 import os
 import socket
 import statistics
@@ -37,6 +36,7 @@ from linvision.guard import guarded
 from linvision.models.band import band_rows
 from linvision.train.precision import DTYPES
 from scripts import ROOT
+from scripts.benchmarks.contenders import Case
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.speed import memory_gib
 
@@ -66,7 +66,7 @@ def work(way: Way, rank: int, port: int, steps: int) -> None:
     """Take steps in one of the processes; a line of JSON for each."""
     torch.set_num_threads(way.threads)
     torch.manual_seed(0)
-    dtype, side = DTYPES[way.precision], math.isqrt(way.tokens)
+    dtype, side = DTYPES[way.precision], Case('linvision', way.tokens, way.training, way.precision).img_size
     model: Any = timm.create_model(way.model, img_size=side).train(way.training)
     learner = model
     if way.processes > 1:
