@@ -104,6 +104,7 @@ def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
         form = (
             lambda model, images, file, facts: file.write_bytes(b'a model'),
             lambda file, spoil=spoil: lambda images: spoil(model(images)),
+            (),
         )
         monkeypatch.setitem(export.FORMATS, '.pt2', form)
         with pytest.raises(ValueError, match=words):

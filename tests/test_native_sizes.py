@@ -155,6 +155,14 @@ def test_a_run_learns_is_scored_by_every_image_once_and_is_used_by_its_folder(re
     assert sum(losses) / 9 == pytest.approx(metrics['loss'], rel=1e-4)
 
 
+def test_a_dry_run_takes_the_batch_of_the_most_tokens(recipe, capsys):
+    assert train(recipe.replace(dry_run=True, seed=3)) == {}
+    assert 'one step of 5 images of at most 100 tokens, the largest of an epoch, taken' in capsys.readouterr().out
+    order = OrderBySize([(3, 3), (9, 9), (3, 3), (9, 9)], 2)
+    step, tokens = order.largest(3)
+    assert tokens == 81 and order.permutation(3, 0)[2 * step : 2 * step + 2].sort().values.tolist() == [1, 3]
+
+
 def test_a_run_that_is_stopped_goes_on_to_the_same_model(recipe, tmp_path):
     recipe = recipe.replace(epochs=1.2, hflip=0.5, crop_scale=(0.5, 1.0), test=False, val_fraction=0.1)
     train(recipe)

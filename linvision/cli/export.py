@@ -117,8 +117,10 @@ def read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
-FORMATS = {'.pt2': (write_pt2, read_pt2), '.onnx': (write_onnx, read_onnx)}
-PACKAGES = {'.pt2': (), '.onnx': ('onnxscript', 'onnxruntime')}  # which a format needs: asked for first
+FORMATS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {  # with the packages that are asked for first
+    '.pt2': (write_pt2, read_pt2, ()),
+    '.onnx': (write_onnx, read_onnx, ('onnxscript', 'onnxruntime')),
+}
 
 
 def largest_difference(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:
@@ -166,9 +168,9 @@ def export(model: Any, file: Path, free_size: bool = False) -> dict[str, Any]:
         raise ValueError(
             f'Exports are of models with a patch_embed, whose image size is known, got {type(model).__name__}.'
         )
-    for package in PACKAGES[file.suffix]:
+    write, read, packages = FORMATS[file.suffix]
+    for package in packages:
         importlib.import_module(package)
-    write, read = FORMATS[file.suffix]
     model.eval()
     if hasattr(model, 'set_chunk_size'):
         model.set_chunk_size(0)  # whole blocks, which can be traced

@@ -105,7 +105,7 @@ class OrderBySize(Order):
         """The images of an epoch's full batches, drawn at random, side by side by size; then batches are shuffled."""
         drawn = super().permutation(seed, epoch)[: len(self) * self.batch_size]
         batches = drawn[self.kind[drawn].argsort(stable=True)].unflatten(0, (-1, self.batch_size))
-        generator = torch.Generator().manual_seed(seed_of(seed, epoch, 1))
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch, -1))  # which is the seed of no image
         return batches[torch.randperm(len(self), generator=generator)].flatten()
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,6 +113,12 @@ class OrderBySize(Order):
         by_size = self.kind.argsort(stable=True)
         for index, counts in super().in_order():
             yield by_size[index], counts
+
+    def largest(self, seed: int) -> tuple[int, int]:
+        """The step of the first epoch whose images have the most tokens, and the most that one of them has."""
+        tokens = self.tokens[self.permutation(seed, 0).unflatten(0, (-1, self.batch_size))]
+        step = int(tokens.sum(1).argmax())
+        return step, int(tokens[step].amax())
 
     @property
     def words(self) -> str:

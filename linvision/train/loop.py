@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from linvision.data import Batches
+from linvision.data.native_sizes import OrderBySize
 from linvision.data.order import seed_of
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
@@ -379,13 +380,17 @@ class TrainingRun:
             self.progress.stage = largest
             self.learner.set_size(self.img_size)
         self.learner.task.train()
-        images, labels = next(self.data.stream(self.progress.step, self.img_size))
+        step, size = self.progress.step, f'{self.img_size}×{self.img_size} pixels'
+        if isinstance(order := self.data.batches.order, OrderBySize):
+            step, tokens = order.largest(self.recipe.run.seed)
+            size = f'at most {tokens:,} tokens, the largest of an epoch,'
+        images, labels = next(self.data.stream(step, self.img_size))
         start = time.perf_counter()
         loss, _, _ = self.step(*self.prepare(images, labels))
         seconds, minutes = time.perf_counter() - start, self.recipe.run.max_minutes
         passes = 60 * minutes / seconds * self.recipe.data.batch_size / len(self.data.train_set)
         self.board.say(
-            f'one step of {self.recipe.data.batch_size} images of {self.img_size}×{self.img_size} pixels taken: '
+            f'one step of {self.recipe.data.batch_size} images of {size} taken: '
             f'{seconds:.2f} s, loss {float(loss):.3f}, {peak_memory_gib(self.processes.device):.2f} GiB in use at '
             f'most.{f" {minutes:g} minutes of them are {passes:.2g} passes over the images." * bool(minutes)} '
             'Nothing was written.'

@@ -30,8 +30,6 @@ from torch.distributed.fsdp import fully_shard
 from linvision.models.band import band_rows
 from linvision.models.linformer_vit import LinformerVisionTransformer
 
-PARALLEL = ('ddp', 'fsdp', 'sequence')
-
 
 @dataclass(frozen=True)
 class Processes:

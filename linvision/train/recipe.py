@@ -19,14 +19,9 @@ from timm.optim import get_optimizer_class, list_optimizers
 from linvision.data.datasets import check_name
 from linvision.nearest import nearest
 from linvision.rules import FLAG, SIDE, Rule, at_least, check, is_number, is_whole
-from linvision.train.parallel import PARALLEL
 from linvision.train.settings import Augment, Data, Optim, Run
 
 GROUPS = {'data': Data, 'optim': Optim, 'augment': Augment, 'run': Run}
-SCHEDULES = ('cosine', 'constant')
-COMPILE = ('auto', 'on', 'off')
-PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
-
 MOST = 10**9  # in size, of whole numbers and lengths of runs; beyond, a count overflows somewhere
 LARGEST = 1e38  # in size, of other numbers: about what fp32 holds
 SEEDS = at_least(0, 2**63 - 1)
@@ -154,10 +149,6 @@ class Recipe:
         _check_known('model', self.model, timm.list_models('*') + timm.list_models(include_tags=True))
         check_name(data.dataset)
         _check_known('optimizer', optim.opt, list_optimizers())
-        _check_known('schedule', optim.sched, SCHEDULES)
-        _check_known('precision', run.precision, PRECISIONS)
-        _check_known('way to compile', run.compile, COMPILE)
-        _check_known('way to be parallel', run.parallel, PARALLEL)
         self.check_numbers()
         if not str(run.output_dir):
             raise ValueError("output_dir is empty: name a folder. The one that you are in is '.'.")

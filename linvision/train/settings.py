@@ -60,7 +60,7 @@ class Optim:
     """Weight decay of matrices; biases, norms, positions and projections have none."""
     layer_decay: float = 1.0
     """Factor on the learning rate from each layer to the one before it (1: the same for all)."""
-    sched: str = 'cosine'
+    sched: Literal['cosine', 'constant'] = 'cosine'
     """How the learning rate goes on after the warm-up: 'cosine', down to zero, or 'constant'."""
     warmup: float = 0.05
     """Share of the run with a rising learning rate."""
@@ -142,9 +142,9 @@ class Run:
     """Print the plan (model, tokens, memory, steps), take one step, and write nothing."""
     device: str = 'auto'
     """Torch device; 'auto' takes the accelerator if there is one."""
-    precision: str = 'auto'
-    """'auto', 'fp32', 'bf16' or 'fp16'; 'auto' is bf16 where the processor or the card computes in it, else fp32."""
-    parallel: str = 'ddp'
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
+    """Of what is computed; 'auto' is bf16 where the processor or the card computes in it, else fp32."""
+    parallel: Literal['ddp', 'fsdp', 'sequence'] = 'ddp'
     """How several processes train: 'ddp' (each has the whole model), 'fsdp' (each has a part of every block) or
     'sequence' (each has a part of every image, as `sequence` says, and the whole model)."""
     sequence: int = 0

@@ -179,6 +179,8 @@ def report(
     recipe = metrics['recipe']
     if recipe.get('task', 'classify') != 'classify':
         raise ValueError(f'The run in {run} learnt {recipe["task"]}, no classes: a report is of a classifier.')
+    if recipe.get('native_sizes'):
+        raise ValueError(f'The run in {run} keeps the shape of its images: a report is of images of one size.')
     if 'top1' not in metrics:
         raise ValueError(f'The run in {run} was not scored on the test set. Give its command again without --no-test.')
     dataset, data_dir, arguments = recorded_data(run, metrics, dataset, data_dir, dataset_args)
