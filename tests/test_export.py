@@ -118,7 +118,7 @@ def test_a_file_that_was_there_stays_where_the_new_one_is_wrong(tmp_path, monkey
         raise ImportError('no onnxscript')
 
     (tmp_path / 'model.onnx').write_bytes(b'good')
-    monkeypatch.setitem(export.FORMATS, '.onnx', (broken, None))
+    monkeypatch.setitem(export.FORMATS, '.onnx', (broken, None, ()))
     with pytest.raises(ImportError):
         export.export(timm.create_model('test_linformer_vit'), tmp_path / 'model.onnx')
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'good']
