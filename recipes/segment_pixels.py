@@ -1,17 +1,23 @@
-"""A class for every pixel: the shipped backbone's features at full resolution, on scenes of overlapping clothes.
+"""A class for every pixel: a U-Net whose lowest level is a Linformer ViT, on scenes of overlapping things.
 
     linvision train segment_pixels --output-dir outputs/segment_pixels --data-dir data
     linvision train segment_pixels --network unet --output-dir outputs/segment_unet
 
-A scene is a 64×64 canvas (4,096 tokens, one a pixel) with two to five Fashion-MNIST items, each from half to its whole
-size, one over the other; scenes for training are made of training items, those for the score of test items, and scene i
-is the same at every call. `features_only=True` gives one vector a pixel; a norm and a 3×3 convolution make classes of
-it. `unet` is a small U-Net of equal size. Both have the same minutes. Scores mean IoU, without the background, on 500
+Scenes are made of a set's training images, or of its test images for the score; scene i is the same at every call.
+There are three kinds:
+
+- `clothes`: two to five items of Fashion-MNIST on 64×64 pixels, each from half to its whole size, one over the other.
+- `objects`: as many images of CIFAR-10, cut to discs, on grey.
+- `corners`: 128×128 pixels, with a trouser or a bag in the first corner and in the last, and another item in the
+  middle: its class is that of the pair, one of four, whatever it looks like. The corners themselves are background.
+
+The network has convolutions at full and at half resolution. At a quarter of it stands the shipped backbone, whose
+tokens see all of the image, by `features_only=True`. `unet` has convolutions there instead, and `deep_unet` two
+levels more; all three are of one size. All have the same minutes. Scores mean IoU, without the background, on 500
 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `model.pt`. The same command goes on where a
 run was stopped, from at most a minute before.
 
-Result: mean IoU 53.5 % after 20 minutes on one CPU thread in bf16, the U-Net 70.6 % (one seed;
-`python -m scripts.studies.run segmentation --precision bf16`). Not yet run on a GPU.
+Result: RESULT
 
 An example of your own loop around a backbone, in one file; the other recipes share the engine in `linvision.train`.
 """
@@ -20,8 +26,10 @@ import json
 import os
 import pickle
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +49,15 @@ from linvision.train.metrics import machine
 from linvision.train.optimizer import FALLBACK, step_in_stacks
 from linvision.train.parallel import choose_device
 
-ITEM = 28  # pixels of an item's side
-VISIBLE = 25  # of 255: darker pixels of an item are not its own
+# the set that scenes are made of, and the side of their canvas
+KINDS = {'clothes': ('fashion_mnist', 64), 'objects': ('cifar10', 64), 'corners': ('fashion_mnist', 128)}
+VISIBLE = 25  # of 255: darker pixels of an item of clothing are not its own
+MARKS = (1, 8)  # trouser and bag: what corners decide by
+GREY = 0.5  # behind objects
+WIDTHS = {'linformer': (16, 32, 64), 'unet': (24, 48, 96), 'deep_unet': (12, 24, 40, 48, 64)}
 WARMUP = 0.05
+GREYS, COLOURS = {'cmap': 'gray', 'vmin': 0, 'vmax': 1}, {'cmap': 'tab20', 'vmin': 0, 'vmax': 19}
+Draw = Callable[[int, int], int]  # a whole number from the first on, below the second
 # what torch and json raise for a file that is cut, or that no run wrote
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
 
@@ -52,13 +66,15 @@ DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeE
 class Settings:
     """A run."""
 
-    network: Literal['linformer', 'unet'] = 'linformer'
-    """What is trained: the backbone with a convolution, or the U-Net."""
-    backbone: str = 'linformer_vit_pico_patch1_32.fashion_mnist'
-    """Name of the backbone, a timm name, `local-dir:…` or `hf-hub:…`."""
+    network: Literal['linformer', 'unet', 'deep_unet'] = 'linformer'
+    """What stands below half resolution: the backbone, convolutions, or three levels of convolutions."""
+    scenes: Literal['clothes', 'objects', 'corners'] = 'clothes'
+    """What is to be seen."""
+    backbone: str = 'linformer_vit_pico_patch2_64.tiny_imagenet'
+    """Name of the backbone, a timm name, `local-dir:…` or `hf-hub:…`; patches of 1, 2 or 4 pixels."""
     pretrained: bool = True
     """Start from the backbone's weights."""
-    minutes: float = 30.0
+    minutes: float = 10.0
     """Minutes of training."""
     opt: str = 'muon'
     """Optimizer, by timm's name."""
@@ -68,14 +84,14 @@ class Settings:
     """bf16: matrix products and convolutions in bfloat16 (autocast)."""
     batch_size: int = 8
     """Scenes in a step."""
-    canvas: int = 64
-    """Side of a scene in pixels, a multiple of 4 from 28, the size of an item."""
+    canvas: int = 0
+    """Side of a scene in pixels, a multiple of 16 from 48 (0: 64, and of corners 128)."""
     test_scenes: int = 500
     """Scenes that are scored."""
     validation: bool = False
-    """Score scenes of 5 % of the training items, which are kept apart, to choose settings on."""
+    """Score scenes of 5 % of the training images, which are kept apart, to choose settings on."""
     data_dir: Path = Path('data')
-    """Folder that holds Fashion-MNIST; it is fetched there."""
+    """Folder that holds the images; what is missing is fetched there."""
     output_dir: Path = Path('outputs/segment_pixels')
     """Folder for the results."""
     device: str = 'auto'
@@ -89,70 +105,123 @@ class Settings:
 # -------------------------------------------------------------------------------------------------------------- scenes
 
 
-def scene(items: Images, index: int, seed: int, canvas: int) -> tuple[Tensor, Tensor]:
-    """Scene `index` of a seed: its pixels (1, canvas, canvas), 0..1, and the class of each, 0 for the background."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes made of a set's images.
 
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
+    Attributes:
+        items: The set.
+        kind: What is to be seen, as in `Settings`.
+        canvas: Side of a scene in pixels.
+    """
 
-    pixels, classes = torch.zeros(1, canvas, canvas), torch.zeros(canvas, canvas, dtype=torch.int64)
-    for _ in range(draw(2, 6)):
-        i, side = draw(0, len(items)), draw(ITEM // 2, ITEM + 1)
-        item = F.interpolate(items.images[i][None].float(), size=(side, side), mode='area')[0]
-        top, left = draw(0, canvas - side + 1), draw(0, canvas - side + 1)
-        place = (slice(top, top + side), slice(left, left + side))
-        own = item[0] > VISIBLE
-        pixels[:, place[0], place[1]] = torch.where(own, item / 255, pixels[:, place[0], place[1]])
-        classes[place] = torch.where(own, items.labels[i] + 1, classes[place])
-    return pixels, classes
+    items: Images
+    kind: str
+    canvas: int
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What pixels are told apart by, after the background."""
+        names = self.items.classes
+        return tuple(f'{names[a]}, {names[b]}' for a in MARKS for b in MARKS) if self.kind == 'corners' else names
+
+    def scene(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Scene `index` of a seed: pixels (C, canvas, canvas), 0..1, and the class of each, 0 for the background."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        pixels = torch.full((self.items.in_chans, self.canvas, self.canvas), GREY if self.kind == 'objects' else 0.0)
+        classes = torch.zeros(self.canvas, self.canvas, dtype=torch.int64)
+
+        def draw(low: int, high: int) -> int:
+            return int(torch.randint(low, high, (), generator=generator))
+
+        for i, side, top, left, label in (self.pair if self.kind == 'corners' else self.crowd)(draw):
+            item = F.interpolate(self.items.images[i][None].float(), size=(side, side), mode='area')[0]
+            own = disc(side) if self.kind == 'objects' else item[0] > VISIBLE
+            place = (slice(top, top + side), slice(left, left + side))
+            pixels[:, *place] = torch.where(own, item / 255, pixels[:, *place])
+            classes[place] = torch.where(own, label, classes[place])
+        return pixels, classes
+
+    def crowd(self, draw: Draw) -> Iterator[tuple[int, ...]]:
+        """Image, side, top, left and class of many things, one over the other."""
+        whole, area = self.items.images.shape[-1], max(1, self.canvas**2 // 64**2)
+        for _ in range(draw(2 * area, 5 * area + 1)):
+            i, side = draw(0, len(self.items)), draw(whole // 2, whole + 1)
+            top, left = (draw(0, self.canvas - side + 1) for _ in range(2))
+            yield i, side, top, left, int(self.items.labels[i]) + 1
+
+    def pair(self, draw: Draw) -> Iterator[tuple[int, ...]]:
+        """The same of two marks in opposite corners, and of what they decide on."""
+        labels, whole, third = self.items.labels, self.items.images.shape[-1], self.canvas // 3
+        size, marks = min(whole, third - 4), (draw(0, 2), draw(0, 2))
+
+        def one_of(wanted: Tensor) -> int:
+            places = wanted.nonzero()
+            return int(places[draw(0, len(places))])
+
+        for mark, corner in zip(marks, (0, self.canvas - size - 4), strict=True):
+            yield one_of(labels == MARKS[mark]), size, corner + draw(0, 5), corner + draw(0, 5), 0
+        side = draw(size, third + 1)
+        top, left = (draw(third, 2 * third - side + 1) for _ in range(2))
+        yield one_of((labels != MARKS[0]) & (labels != MARKS[1])), side, top, left, 1 + 2 * marks[0] + marks[1]
+
+    def batch(self, first: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Scenes side by side, (B, C, canvas, canvas) and (B, canvas, canvas)."""
+        pixels, classes = zip(*(self.scene(first + i, seed) for i in range(count)), strict=True)
+        return torch.stack(pixels), torch.stack(classes)
 
 
-def scenes(items: Images, first: int, count: int, seed: int, canvas: int) -> tuple[Tensor, Tensor]:
-    """A batch of scenes, (B, 1, canvas, canvas) and (B, canvas, canvas)."""
-    pixels, classes = zip(*(scene(items, first + i, seed, canvas) for i in range(count)), strict=True)
-    return torch.stack(pixels), torch.stack(classes)
+@cache
+def disc(side: int) -> Tensor:
+    """The pixels of a square that its circle covers."""
+    place = (torch.arange(side) + 0.5) / side * 2 - 1
+    return place[:, None] ** 2 + place**2 <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
 
 
-class PixelClassifier(nn.Module):
-    """A backbone's last features, one vector a pixel, and a 3×3 convolution over them.
+class Tokens(nn.Module):
+    """A backbone's maps at a quarter of the image's resolution, made one: tokens of 4×4 pixels that see all of it.
 
-    On a canvas of twice the size that the backbone was trained at, its own convolutions are spread to every other
-    pixel, so that with a layer that looks at one pixel at a time the classes come out as a chequerboard.
+    A backbone with smaller patches sees the image smaller: one with patches of 2×2 pixels at half its size.
 
     Args:
         backbone: Name of the backbone.
         pretrained: Start from its weights.
         canvas: Side of the images.
-        num_classes: Classes.
+        in_chans: Channels of the images.
+        width: Channels of the map.
     """
 
-    def __init__(self, backbone: str, pretrained: bool, canvas: int, num_classes: int) -> None:
+    def __init__(self, backbone: str, pretrained: bool, canvas: int, in_chans: int, width: int) -> None:
         super().__init__()
-        self.features = timm.create_model(
-            backbone, pretrained=pretrained, features_only=True, out_indices=(-1,), img_size=canvas, in_chans=1
-        )
-        width = self.features.feature_info.channels()[-1]
-        self.head = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, num_classes, 3, padding=1))
+        patch = timm.create_model(backbone).patch_embed.patch_size[0]
+        self.shrink = nn.AvgPool2d(4 // patch)
+        size = {'img_size': canvas * patch // 4, 'in_chans': in_chans}
+        options = {'pretrained': pretrained, 'features_only': True, 'out_indices': (1, -1)}
+        self.features = timm.create_model(backbone, **options, **size)
+        channels = sum(self.features.feature_info.channels())
+        self.mix = nn.Sequential(LayerNorm2d(channels), nn.Conv2d(channels, width, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, h, w) -> logits (B, num_classes, h, w), interpolated where a token is more than a pixel."""
-        logits = self.head(self.features(x)[-1])
-        return logits if logits.shape[-2:] == x.shape[-2:] else F.interpolate(logits, x.shape[-2:], mode='bilinear')
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, width, h / 4, w / 4)."""
+        return self.mix(torch.cat(self.features(self.shrink(image)), dim=1))
 
 
 class UNet(nn.Module):
-    """Two levels down, two up, two 3×3 convolutions at each: 203,690 parameters with eleven classes.
+    """Down to the lowest level and up again, two 3×3 convolutions at each.
 
     Args:
+        in_chans: Channels of the images.
         num_classes: Classes.
-        width: Channels at full resolution.
+        widths: Channels of each level, from full resolution down.
+        tokens: What stands in place of the lowest level: image -> (B, widths[-1], h, w at that level).
     """
 
-    def __init__(self, num_classes: int, width: int = 21) -> None:
+    def __init__(
+        self, in_chans: int, num_classes: int, widths: tuple[int, ...], tokens: nn.Module | None = None
+    ) -> None:
         super().__init__()
 
         def level(before: int, after: int) -> nn.Sequential:
@@ -161,28 +230,36 @@ class UNet(nn.Module):
                 layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
             return nn.Sequential(*layers)
 
-        self.down = nn.ModuleList([level(1, width), level(width, 2 * width), level(2 * width, 4 * width)])
-        self.up = nn.ModuleList([level(6 * width, 2 * width), level(3 * width, width)])
-        self.head = nn.Conv2d(width, num_classes, 1)
+        pairs = list(pairwise(widths))
+        self.tokens = tokens
+        self.down = nn.ModuleList([level(in_chans, widths[0]), *(level(*pair) for pair in pairs)])
+        if tokens is not None:
+            del self.down[-1]
+        self.up = nn.ModuleList([level(fine + coarse, fine) for fine, coarse in reversed(pairs)])
+        self.head = nn.Conv2d(widths[0], num_classes, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, h, w) -> logits (B, num_classes, h, w)."""
-        full = self.down[0](x)
-        half = self.down[1](F.max_pool2d(full, 2))
-        x = self.down[2](F.max_pool2d(half, 2))
-        for level, skip in zip(self.up, (half, full), strict=True):
-            x = level(torch.cat([F.interpolate(x, scale_factor=2.0, mode='nearest'), skip], dim=1))
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, h, w) -> logits (B, num_classes, h, w)."""
+        x, maps = image, []
+        for i, level in enumerate(self.down):
+            x = level(F.max_pool2d(x, 2) if i else x)
+            maps.append(x)
+        x = maps.pop() if self.tokens is None else self.tokens(image)
+        for level, fine in zip(self.up, reversed(maps), strict=True):
+            x = level(torch.cat([F.interpolate(x, scale_factor=2.0, mode='nearest'), fine], dim=1))
         return self.head(x)
 
 
 # ------------------------------------------------------------------------------------------------- training and scoring
 
 
-def network(settings: Settings, num_classes: int) -> nn.Module:
-    """What is trained, from pixels in 0..1 to logits."""
-    if settings.network == 'unet':
-        return UNet(num_classes)
-    return PixelClassifier(settings.backbone, settings.pretrained, settings.canvas, num_classes)
+def network(settings: Settings, in_chans: int, num_classes: int) -> nn.Module:
+    """What is trained, from normalised pixels to logits."""
+    if settings.network != 'linformer':
+        return UNet(in_chans, num_classes, WIDTHS[settings.network])
+    *_, width = widths = WIDTHS['linformer']
+    tokens = Tokens(settings.backbone, settings.pretrained, settings.canvas, in_chans, width)
+    return UNet(in_chans, num_classes, widths, tokens)
 
 
 def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -194,7 +271,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
     return optimizer
 
 
-def train(model: nn.Module, items: Images, settings: Settings, device: torch.device) -> dict[str, Any]:
+def train(model: nn.Module, made: Scenes, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Train for the minutes of the settings, with a checkpoint every minute, from the last one on."""
     optimizer = create_optimizer(model, settings)
     file, at = settings.output_dir / 'checkpoint.pt', {'step': 0, 'seconds': 0.0}
@@ -213,7 +290,7 @@ def train(model: nn.Module, items: Images, settings: Settings, device: torch.dev
         for group in optimizer.param_groups:  # up in a line, then down in a line
             group['lr'] = settings.lr * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
         first = at['step'] * settings.batch_size
-        pixels, classes = scenes(items, first, settings.batch_size, settings.seed + 1, settings.canvas)
+        pixels, classes = made.batch(first, settings.batch_size, settings.seed + 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == 'bf16'):
             logits = model(pixels.to(device))
         loss = F.cross_entropy(logits.float(), classes.to(device))
@@ -242,38 +319,38 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
     return hits / (confusion.sum(0) + confusion.sum(1) - hits).clamp(min=1)
 
 
-def score(model: nn.Module, items: Images, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Mean IoU of the classes but the background, and accuracy of all pixels, on scenes of other items."""
-    n = len(items.classes) + 1
+def score(model: nn.Module, made: Scenes, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Mean IoU of the classes but the background, and accuracy of all pixels, on scenes of other images."""
+    n = len(made.classes) + 1
     confusion = torch.zeros(n, n, dtype=torch.float64)
     for first in range(0, settings.test_scenes, 20):
         count = min(20, settings.test_scenes - first)
-        pixels, truth = scenes(items, first, count, 0, settings.canvas)
+        pixels, truth = made.batch(first, count, 0)
         found = predict(model, pixels, device)
         confusion += torch.bincount((truth * n + found).flatten(), minlength=n * n).view(n, n)
     iou = intersection_over_union(confusion)
-    names = dict(zip(items.classes, iou[1:].tolist(), strict=True))
+    names = dict(zip(made.classes, iou[1:].tolist(), strict=True))
     accuracy = (confusion.diagonal().sum() / confusion.sum()).item()
     return {'mean_iou': iou[1:].mean().item(), 'pixel_accuracy': accuracy, 'iou': names}
 
 
-def draw(model: nn.Module, items: Images, settings: Settings, device: torch.device, path: Path, count: int = 6) -> None:
+def draw(model: nn.Module, made: Scenes, device: torch.device, path: Path, count: int = 6) -> None:
     """Scenes as they are, their classes, and the classes that the model says."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    pixels, truth = scenes(items, 0, count, 0, settings.canvas)
-    rows = {'image': pixels[:, 0], 'truth': truth, 'said': predict(model, pixels, device)}
+    pixels, truth = made.batch(0, count, 0)
+    rows = {'image': pixels.movedim(1, -1).squeeze(-1), 'truth': truth, 'said': predict(model, pixels, device)}
     figure = Figure(figsize=(1.9 * count, 6.6), layout='constrained')
     axes = figure.subplots(3, count)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        colours = {'cmap': 'gray'} if name == 'image' else {'cmap': 'tab20', 'vmin': 0, 'vmax': 19}
+        colours = GREYS if name == 'image' else COLOURS
         for axis, values in zip(line, pictures, strict=True):
             image = axis.imshow(values.numpy(), interpolation='nearest', **colours)
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name)
-    patches = [Patch(color=image.cmap(image.norm(i + 1)), label=name) for i, name in enumerate(items.classes)]
+    patches = [Patch(color=image.cmap(image.norm(i + 1)), label=name) for i, name in enumerate(made.classes)]
     figure.legend(handles=patches, loc='outside lower center', ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -290,8 +367,9 @@ def main(settings: Settings) -> dict[str, Any]:
     """Train, score and draw; the contents of `metrics.json`."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if settings.canvas < ITEM or settings.canvas % 4:
-        end(f'canvas must be a multiple of 4, and {ITEM} pixels at least, got {settings.canvas}.')
+    settings = replace(settings, canvas=settings.canvas or KINDS[settings.scenes][1])
+    if settings.canvas < 48 or settings.canvas % 16:
+        end(f'canvas must be a multiple of 16, and 48 pixels at least, got {settings.canvas}.')
     folder, device = settings.output_dir, choose_device(settings.device)
     own = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -301,18 +379,20 @@ def main(settings: Settings) -> dict[str, Any]:
         print(f'{folder} holds this run, finished')
         return read(folder / 'metrics.json')
     (folder / 'settings.json').write_text(json.dumps(own, indent=2) + '\n')
-    items, test_items = (create_dataset('fashion_mnist', settings.data_dir, split) for split in ('train', 'test'))
+    dataset, _ = KINDS[settings.scenes]
+    items, test_items = (create_dataset(dataset, settings.data_dir, split) for split in ('train', 'test'))
     if settings.validation:
         items, test_items = split_validation(items, 0.05, settings.seed)
     torch.manual_seed(settings.seed)
-    normalise = Normalize(*items.statistics())  # as the backbone was trained to see images
-    model = nn.Sequential(normalise, network(settings, len(items.classes) + 1)).to(device)
-    trained = train(model, items, settings, device)
+    made, tested = (Scenes(each, settings.scenes, settings.canvas) for each in (items, test_items))
+    normalise = Normalize(*items.statistics())
+    model = nn.Sequential(normalise, network(settings, items.in_chans, len(made.classes) + 1)).to(device)
+    trained = train(model, made, settings, device)
     torch.save(model.state_dict(), folder / 'model.pt')
-    metrics = {**score(model, test_items, settings, device), **trained, 'settings': own, **machine(device)}
+    metrics = {**score(model, tested, settings, device), **trained, 'settings': own, **machine(device)}
     metrics['num_parameters'] = sum(p.numel() for p in model.parameters())
     (folder / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
-    draw(model, test_items, settings, device, folder / 'scenes.png')  # last: it may fail
+    draw(model, tested, device, folder / 'scenes.png')  # last: it may fail
     print(f'mean IoU {100 * metrics["mean_iou"]:.1f} %, {metrics["num_parameters"]:,} parameters, {folder}')
     return metrics
 

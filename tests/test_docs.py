@@ -124,7 +124,7 @@ def test_adapters(tmp_path, monkeypatch, capsys):
 def test_decoders(tmp_path, monkeypatch, capsys):
     pytest.importorskip('segmentation_models_pytorch', reason='needs segmentation-models-pytorch')
     names, _ = run('howto/decoders.md', tmp_path, monkeypatch)
-    assert 'torch.Size([2, 5, 64, 64])' in capsys.readouterr().out
+    assert 'torch.Size([2, 5, 96, 128])' in capsys.readouterr().out
     assert [m.shape[-1] for m in names['maps']] == [32, 16, 8, 4]
 
 

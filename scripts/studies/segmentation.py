@@ -1,11 +1,12 @@
-"""Per-pixel features of the shipped backbone against a U-Net of equal size, with equal minutes after its pretraining.
+"""A U-Net with a Linformer ViT as its lowest level against U-Nets of convolutions alone, of equal size, at equal time.
 
     python -m scripts.studies.run segmentation
 
-Both by `recipes/segment_pixels.py`, on scenes of 64×64 pixels (4,096 tokens). Optimizer and learning rate of each are
-chosen in short runs, on scenes of training items that are kept apart; the scenes of test items are for the scores
-alone. One seed. Writes `results/segmentation.json`, the pictures `segmentation_linformer.png` and
-`segmentation_unet.png`, and its table in `docs/results.md`.
+All by `recipes/segment_pixels.py`: scenes of Fashion-MNIST and of CIFAR-10 on 64×64 pixels, where what stands next to a
+pixel decides on its class, and scenes on 128×128 pixels where two things in opposite corners do. The learning rate of
+each is chosen in short runs, on scenes of training images that are kept apart; scenes of test images are for the scores
+alone. A run that is finished in its folder is not repeated. Writes `results/segmentation.json`, pictures of the first
+seed's scenes, and its table in `docs/results.md`.
 """
 
 import contextlib
@@ -18,14 +19,12 @@ from typing import Any
 import torch
 
 from linvision.train.metrics import machine
-from scripts.studies.tables import DOCS, publish, table
+from scripts.studies.tables import DOCS, Rows, per_cent, points_above, publish, table
 from scripts.studies.trials import Flags, recipe_module
 
-NETWORKS = {'linformer': 'linformer_vit_pico_patch1_32.fashion_mnist', 'unet': 'U-Net'}
-TRIED = {  # optimizers and learning rates
-    'linformer': (('muon', 0.01), ('muon', 0.02)),
-    'unet': (('muon', 0.01), ('muon', 0.02), ('adamw', 0.01)),
-}
+NETWORKS = {'linformer': 'U-Net over a Linformer ViT', 'unet': 'U-Net', 'deep_unet': 'U-Net, two levels deeper'}
+KINDS = ('clothes', 'objects', 'corners')
+RATES = (0.01, 0.02)
 FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', 'num_parameters')
 
 
@@ -35,11 +34,13 @@ class Settings(Flags):
 
     Args:
         minutes: Minutes of training of each network.
-        search: Length of the runs that choose optimizer and learning rate, as a share of those.
+        search: Length of the runs that choose a learning rate, as a share of those.
+        seeds: Runs of each network on each kind of scenes.
     """
 
-    minutes: float = 20.0
-    search: float = 0.15
+    minutes: float = 8.0
+    search: float = 0.2
+    seeds: int = 3
 
 
 def segment(settings: dict[str, Any]) -> dict[str, Any]:
@@ -47,43 +48,52 @@ def segment(settings: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe_module('segment_pixels')
     settings['output_dir'].mkdir(parents=True, exist_ok=True)
     with (settings['output_dir'] / 'log.txt').open('a') as log, contextlib.redirect_stdout(log):
-        return recipe.main(recipe.Settings(**settings))
+        metrics = recipe.main(recipe.Settings(**settings))
+    print(f'{settings["output_dir"].name}: mean IoU {100 * metrics["mean_iou"]:.1f} %', flush=True)
+    return metrics
 
 
-def segment_all(runs: dict[str, dict[str, Any]], workers: int) -> dict[str, dict[str, Any]]:
-    """Metrics of each run, by name; so many at a time."""
+def segment_all(runs: dict[Any, dict[str, Any]], workers: int) -> dict[Any, dict[str, Any]]:
+    """Metrics of each run, by its key; so many at a time."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), max_tasks_per_child=1) as pool:
         return dict(zip(runs, pool.map(segment, runs.values()), strict=True))
 
 
 def segmentation(settings: Settings) -> None:
-    """Per-pixel features of the shipped backbone against a U-Net of equal size, with equal minutes."""
+    """A U-Net with a Linformer ViT as its lowest level against U-Nets of convolutions alone, with equal minutes."""
     folder = settings.output_dir.resolve() / 'segmentation'
     common = {'data_dir': settings.data_dir.resolve(), 'threads': 1, 'device': 'cpu', 'precision': settings.precision}
+    pairs = [(kind, net) for kind in KINDS for net in NETWORKS]
 
-    def own(name: str, network: str, opt: str, lr: float, **length: Any) -> dict[str, Any]:
-        return {**common, 'network': network, 'opt': opt, 'lr': lr, 'output_dir': folder / name, **length}
+    def own(kind: str, net: str, lr: float, name: Any, **more: Any) -> dict[str, Any]:
+        where = folder / f'{kind}_{net}_{name}'
+        return {**common, 'scenes': kind, 'network': net, 'lr': lr, 'output_dir': where, **more}
 
     short = {'minutes': settings.search * settings.minutes, 'validation': True, 'test_scenes': 100}
-    choices = {f'{net}_{opt}_{lr:g}': (net, opt, lr) for net in NETWORKS for opt, lr in TRIED[net]}
-    runs = segment_all({name: own(name, *choice, **short) for name, choice in choices.items()}, settings.workers)
-    scores = {net: {(o, lr): runs[f'{net}_{o}_{lr:g}']['mean_iou'] for o, lr in TRIED[net]} for net in NETWORKS}
-    best = {net: max(found, key=found.get) for net, found in scores.items()}
-    length = {'minutes': settings.minutes}
-    found = segment_all({net: own(net, net, *best[net], **length) for net in NETWORKS}, settings.workers)
-    for net in NETWORKS:
-        shutil.copy(folder / net / 'scenes.png', DOCS / 'images' / f'segmentation_{net}.png')
-    tried = {net: {f'{opt}, {lr:g}': score for (opt, lr), score in of.items()} for net, of in scores.items()}
-    kept = {net: {k: run[k] for k in FIELDS} for net, run in found.items()}
-    result = {**length, 'search': settings.search, 'precision': settings.precision, 'tried': tried}
-    columns = {
-        'network': lambda key, _: NETWORKS[key],
-        'parameters': lambda key, rows: f'{rows[key]["num_parameters"]:,}',
-        'optimizer, learning rate': lambda key, _: f'{best[key][0]}, {best[key][1]:g}',
-        'mean IoU': lambda key, rows: f'{100 * rows[key]["mean_iou"]:.1f} %',
-        'right pixels': lambda key, rows: f'{100 * rows[key]["pixel_accuracy"]:.1f} %',
-        'scenes seen': lambda key, rows: f'{rows[key]["scenes_seen"]:,}',
-        'training, min': lambda key, rows: f'{rows[key]["train_minutes"]:.1f}',
+    search = {(*pair, lr): own(*pair, lr, f'lr_{lr:g}', **short) for pair in pairs for lr in RATES}
+    tried = {key: run['mean_iou'] for key, run in segment_all(search, settings.workers).items()}
+    rates = {pair: max((tried[(*pair, lr)], lr) for lr in RATES)[1] for pair in pairs}
+    runs = {
+        (*pair, seed): own(*pair, rates[pair], seed, minutes=settings.minutes, seed=seed)
+        for seed in range(settings.seeds)
+        for pair in pairs
     }
-    result |= {**machine(torch.device('cpu')), 'runs': kept}
-    publish('segmentation', result, table(columns, found))
+    found = segment_all(runs, settings.workers)
+    rows: Rows = {pair: [found[(*pair, seed)] for seed in range(settings.seeds)] for pair in pairs}
+    for kind, net in pairs:
+        shutil.copy(folder / f'{kind}_{net}_0' / 'scenes.png', DOCS / 'images' / f'segmentation_{kind}_{net}.png')
+    columns = {
+        'scenes': lambda key, _: key[0],
+        'network': lambda key, _: NETWORKS[key[1]],
+        'parameters': None,
+        'learning rate': lambda key, _: f'{rates[key]:g}',
+        'mean IoU': per_cent('mean_iou'),
+        'points above the U-Net': points_above('unet', 'mean_iou'),
+        'right pixels': per_cent('pixel_accuracy'),
+        'scenes seen': lambda key, rows: f'{sum(run["scenes_seen"] for run in rows[key]) / len(rows[key]):,.0f}',
+        'seeds': None,
+    }
+    result = {'minutes': settings.minutes, 'search': settings.search, 'precision': settings.precision}
+    result['tried'] = {f'{kind}, {net}, {lr:g}': score for (kind, net, lr), score in tried.items()}
+    kept = {f'{kind}, {net}': [{k: run[k] for k in FIELDS} for run in rows[kind, net]] for kind, net in pairs}
+    publish('segmentation', {**result, **machine(torch.device('cpu')), 'runs': kept}, table(columns, rows))

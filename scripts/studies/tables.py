@@ -30,18 +30,19 @@ def per_cent(field: str) -> Cell:
     return lambda key, rows: f'{mean_and_spread([100 * run[field] for run in rows[key]])} %'
 
 
-def points_above(reference: str) -> Cell:
-    """How far top-1 lies above another row's, and the standard error of that from its seeds, pair by pair.
+def points_above(reference: str, field: str = 'top1') -> Cell:
+    """How far a share lies above another row's, and the standard error of that from its seeds, pair by pair.
 
     Args:
         reference: Key of the other row; where keys are tuples, its last part.
+        field: The metric.
     """
 
     def cell(key: Any, rows: Rows) -> str:
         other = (*key[:-1], reference) if isinstance(key, tuple) else reference
         if key == other:
             return ''
-        ours, theirs = ([100 * run['top1'] for run in rows[k]] for k in (key, other))
+        ours, theirs = ([100 * run[field] for run in rows[k]] for k in (key, other))
         distance = f'{statistics.mean(ours) - statistics.mean(theirs):+.1f}'
         if len(ours) != len(theirs) or len(ours) < 2:
             return distance
