@@ -17,7 +17,7 @@ levels more; all three are of one size. All have the same minutes. Scores mean I
 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `model.pt`. The same command goes on where a
 run was stopped, from at most a minute before.
 
-Result: RESULT
+Not yet run.
 
 An example of your own loop around a backbone, in one file; the other recipes share the engine in `linvision.train`.
 """

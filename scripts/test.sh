@@ -17,11 +17,10 @@ prepare_environment dev
 echo '== ruff (seconds)'
 "$python" -m ruff check
 "$python" -m ruff format --check
-echo '== mypy (seconds to a minute)'
-"$python" -m mypy
-
-echo '== the docs site, with every link and docstring (half a minute)'
+echo '== mypy, and the docs site with every link and docstring (half a minute)'
+"$python" -m mypy &
 NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict --quiet
+wait $!
 
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac
