@@ -1,4 +1,4 @@
-"""A class for every pixel: a U-Net whose lowest level is a Linformer ViT, on scenes of overlapping things.
+"""A class for every pixel: a U-Net with a Linformer ViT at its lowest level, on scenes of things.
 
     linvision train segment_pixels --output-dir outputs/segment_pixels --data-dir data
     linvision train segment_pixels --network unet --output-dir outputs/segment_unet
@@ -11,11 +11,12 @@ There are three kinds:
 - `corners`: 128×128 pixels, with a trouser or a bag in the first corner and in the last, and another item in the
   middle: its class is that of the pair, one of four, whatever it looks like. The corners themselves are background.
 
-The network has convolutions at full and at half resolution. At a quarter of it stands the shipped backbone, whose
-tokens see all of the image, by `features_only=True`. `unet` has convolutions there instead, and `deep_unet` two
-levels more; all three are of one size. All have the same minutes. Scores mean IoU, without the background, on 500
-scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction) and `model.pt`. The same command goes on where a
-run was stopped, from at most a minute before.
+The network is a U-Net of three levels. To its lowest, at a quarter of the resolution, the first two blocks of the
+shipped backbone are added, by `features_only=True`: tokens that see all of the image. `unet` has wider convolutions
+there instead, and `deep_unet` two levels more; all three are of one size. All have the same minutes.
+
+Scores mean IoU, without the background, on 500 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction)
+and `model.pt`. The same command goes on where a run was stopped, from at most a minute before.
 
 Not yet run.
 
@@ -54,7 +55,7 @@ KINDS = {'clothes': ('fashion_mnist', 64), 'objects': ('cifar10', 64), 'corners'
 VISIBLE = 25  # of 255: darker pixels of an item of clothing are not its own
 MARKS = (1, 8)  # trouser and bag: what corners decide by
 GREY = 0.5  # behind objects
-WIDTHS = {'linformer': (16, 32, 64), 'unet': (24, 48, 96), 'deep_unet': (12, 24, 40, 48, 64)}
+WIDTHS = {'linformer': (16, 32, 96), 'unet': (16, 32, 136), 'deep_unet': (16, 24, 40, 48, 64)}
 WARMUP = 0.05
 GREYS, COLOURS = {'cmap': 'gray', 'vmin': 0, 'vmax': 1}, {'cmap': 'tab20', 'vmin': 0, 'vmax': 19}
 Draw = Callable[[int, int], int]  # a whole number from the first on, below the second
@@ -67,7 +68,7 @@ class Settings:
     """A run."""
 
     network: Literal['linformer', 'unet', 'deep_unet'] = 'linformer'
-    """What stands below half resolution: the backbone, convolutions, or three levels of convolutions."""
+    """What stands below half resolution: convolutions with the backbone, alone, or at three levels."""
     scenes: Literal['clothes', 'objects', 'corners'] = 'clothes'
     """What is to be seen."""
     backbone: str = 'linformer_vit_pico_patch2_64.tiny_imagenet'
@@ -75,7 +76,7 @@ class Settings:
     pretrained: bool = True
     """Start from the backbone's weights."""
     minutes: float = 10.0
-    """Minutes of training."""
+    """Minutes of training; with one CPU thread those of its processor, which other work does not shorten."""
     opt: str = 'muon'
     """Optimizer, by timm's name."""
     lr: float = 0.01
@@ -182,7 +183,7 @@ def disc(side: int) -> Tensor:
 
 
 class Tokens(nn.Module):
-    """A backbone's maps at a quarter of the image's resolution, made one: tokens of 4×4 pixels that see all of it.
+    """A map of what a backbone's second block says, at a quarter of the image's resolution: tokens of 4×4 pixels.
 
     A backbone with smaller patches sees the image smaller: one with patches of 2×2 pixels at half its size.
 
@@ -199,14 +200,14 @@ class Tokens(nn.Module):
         patch = timm.create_model(backbone).patch_embed.patch_size[0]
         self.shrink = nn.AvgPool2d(4 // patch)
         size = {'img_size': canvas * patch // 4, 'in_chans': in_chans}
-        options = {'pretrained': pretrained, 'features_only': True, 'out_indices': (1, -1)}
+        options = {'pretrained': pretrained, 'features_only': True, 'out_indices': (1,)}
         self.features = timm.create_model(backbone, **options, **size)
-        channels = sum(self.features.feature_info.channels())
+        (channels,) = self.features.feature_info.channels()
         self.mix = nn.Sequential(LayerNorm2d(channels), nn.Conv2d(channels, width, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, width, h / 4, w / 4)."""
-        return self.mix(torch.cat(self.features(self.shrink(image)), dim=1))
+        return self.mix(self.features(self.shrink(image))[0])
 
 
 class UNet(nn.Module):
@@ -216,7 +217,7 @@ class UNet(nn.Module):
         in_chans: Channels of the images.
         num_classes: Classes.
         widths: Channels of each level, from full resolution down.
-        tokens: What stands in place of the lowest level: image -> (B, widths[-1], h, w at that level).
+        tokens: What is added to the lowest level: image -> (B, widths[-1], h, w of that level).
     """
 
     def __init__(
@@ -233,8 +234,6 @@ class UNet(nn.Module):
         pairs = list(pairwise(widths))
         self.tokens = tokens
         self.down = nn.ModuleList([level(in_chans, widths[0]), *(level(*pair) for pair in pairs)])
-        if tokens is not None:
-            del self.down[-1]
         self.up = nn.ModuleList([level(fine + coarse, fine) for fine, coarse in reversed(pairs)])
         self.head = nn.Conv2d(widths[0], num_classes, 1)
 
@@ -244,7 +243,9 @@ class UNet(nn.Module):
         for i, level in enumerate(self.down):
             x = level(F.max_pool2d(x, 2) if i else x)
             maps.append(x)
-        x = maps.pop() if self.tokens is None else self.tokens(image)
+        x = maps.pop()
+        if self.tokens is not None:
+            x = x + self.tokens(image)
         for level, fine in zip(self.up, reversed(maps), strict=True):
             x = level(torch.cat([F.interpolate(x, scale_factor=2.0, mode='nearest'), fine], dim=1))
         return self.head(x)
@@ -285,7 +286,8 @@ def train(model: nn.Module, made: Scenes, settings: Settings, device: torch.devi
             end(f'{file} is damaged ({type(error).__name__}). Move it away, and the same command starts over.')
         print(f'goes on from step {at["step"]}, {at["seconds"] / 60:.1f} minutes', flush=True)
     model.train()
-    saved_at, began = at['seconds'], time.perf_counter() - at['seconds']
+    clock = time.process_time if device.type == 'cpu' and settings.threads == 1 else time.perf_counter
+    saved_at, began = at['seconds'], clock() - at['seconds']
     while (progress := at['seconds'] / (60 * settings.minutes)) < 1:
         for group in optimizer.param_groups:  # up in a line, then down in a line
             group['lr'] = settings.lr * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
@@ -298,7 +300,7 @@ def train(model: nn.Module, made: Scenes, settings: Settings, device: torch.devi
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        at = {'step': at['step'] + 1, 'seconds': time.perf_counter() - began}
+        at = {'step': at['step'] + 1, 'seconds': clock() - began}
         if at['seconds'] - saved_at > 60:
             saved_at = at['seconds']
             torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'at': at}, f'{file}.part')

@@ -88,7 +88,8 @@ def test_compiled_by_inductor_gives_the_same_logits_and_gradients():
     torch.testing.assert_close(compiled_gradients, gradients(model, batch()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', ONE_AND_SLOW)
+@pytest.mark.slow  # `test_export.py` has the command's own file
+@pytest.mark.parametrize('kind', PROJECTIONS)
 @pytest.mark.filterwarnings('ignore')  # what onnxscript and its packages deprecate among themselves
 def test_onnxruntime_agrees(kind, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='needs the [onnx] extra')

@@ -108,7 +108,7 @@ def test_every_script_has_the_guard_and_no_ending_of_its_own(path):
         (['scripts/tools/imagenet_layout.py', '--output-dir', 'pyproject.toml'], 'error: .*pyproject.toml'),
         (['scripts/tools/model_card.py', 'nothing'], 'error: .*nothing'),
         (['scripts/tools/debian.py'], 'error: Expected a package'),
-        (['recipes/segment_pixels.py', '--canvas', '5'], 'error: canvas must be a multiple of 4'),
+        (['recipes/segment_pixels.py', '--canvas', '5'], 'error: canvas must be a multiple of 16'),
     ],
     ids=lambda v: Path(v[0]).stem if isinstance(v, list) else '',
 )

@@ -103,7 +103,7 @@ def test_networks_are_of_one_size_and_see_more_or_less_of_a_scene():
         n: network(Settings(network=n, canvas=128), 3, 11).double().eval() for n in ('linformer', 'unet', 'deep_unet')
     }
     sizes = {n: sum(p.numel() for p in model.parameters()) for n, model in models.items()}
-    assert sizes == {'linformer': 275_883, 'unet': 266_267, 'deep_unet': 275_747}
+    assert sizes == {'linformer': 292_811, 'unet': 290_123, 'deep_unet': 280_683}
     assert reach(models['unet']) < 24 and reach(models['deep_unet']) > 48 and reach(models['linformer']) == 64
 
 
@@ -123,7 +123,7 @@ def test_the_backbone_stands_at_a_quarter_of_the_resolution(backbone, factor):
     seen = []
     model.tokens.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.randn(2, 1, 64, 64)
-    assert model(x).shape == (2, 11, 64, 64) and model.tokens(x).shape == (2, 64, 16, 16)
+    assert model(x).shape == (2, 11, 64, 64) and model.tokens(x).shape == (2, 96, 16, 16)
     torch.testing.assert_close(seen[0], F.avg_pool2d(x, factor))
 
 

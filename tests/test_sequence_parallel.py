@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from runs import free_port, slow_but
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,14 +18,15 @@ from linvision.models.band import Band, check_shared
 from linvision.models.projection_kinds import PROJECTIONS
 
 COUNT = 4
+QUICK = ('linear', 'separable', 'max_pool', 'dynamic')
 # 10 rows of tokens on 4 processes: 3, 3, 2 and 2
 CREATE = dict(img_size=(10, 8), num_classes=3, proj_len=16, depth=2, embed_dim=16, chunk_size=0, dtype=torch.float64)
 PREFIX = dict(class_token=True, reg_tokens=1)
 STREAMED = dict(chunk_size=20)  # two rows of the token grid
 LOCAL = dict(local_size=3, padded=True)
 CASES: dict[str, dict[str, Any]] = {
-    **{kind: dict(projection=kind, **LOCAL, **PREFIX) for kind in PROJECTIONS},
-    **{f'{kind}, streamed': dict(projection=kind, depth=1, **LOCAL, **STREAMED) for kind in ('separable', 'dynamic')},
+    **{kind: dict(projection=kind, **LOCAL, **PREFIX) for kind in QUICK},
+    'dynamic, streamed': dict(projection='dynamic', depth=1, **LOCAL, **STREAMED),
     'by head': dict(projection='dynamic', sharing='none', padded=True, **PREFIX),
     'headwise': dict(projection='linear', sharing='headwise', row_norm=True),
     'table of positions': dict(pos_embed='learn', **PREFIX),
@@ -35,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     'two processes': dict(count=2, **LOCAL, **PREFIX),
 }
 SLOW_CASES: dict[str, dict[str, Any]] = {
+    **{kind: dict(projection=kind, **LOCAL, **PREFIX) for kind in PROJECTIONS if kind not in QUICK},
     **{f'{kind}, streamed': dict(projection=kind, **LOCAL, **PREFIX, **STREAMED) for kind in PROJECTIONS},
     **{f'{kind} by head': dict(projection=kind, sharing='none', padded=True) for kind in PROJECTIONS},
     'by head, streamed': dict(projection='dynamic', sharing='none', padded=True, **PREFIX, **STREAMED),
@@ -156,7 +159,7 @@ def process(rank: int, folder: Path, port: int, cases: dict[str, dict[str, Any]]
     }
     found: dict[str, Any] = {name: compare(case, meshes) for name, case in cases.items()}
     for size in ((10, 8), (20, 8)):
-        for kind in PROJECTIONS:
+        for kind in {case['projection'] for case in cases.values() if 'projection' in case}:
             # of three layers and of one: what two layers send
             a, b = (count_sent(meshes[4], depth, img_size=size, projection=kind, local_size=3) for depth in (3, 1))
             found[f'sent by {kind} at {size}'] = [x - y for x, y in zip(a, b, strict=True)]
@@ -175,8 +178,6 @@ def process(rank: int, folder: Path, port: int, cases: dict[str, dict[str, Any]]
 
 
 def in_processes(folder: Path, cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    from runs import free_port  # not above: every process imports this file
-
     mp.start_processes(process, (folder, free_port(), cases), nprocs=COUNT, start_method='forkserver')
     return [torch.load(folder / f'{rank}.pt') for rank in range(COUNT)]
 
@@ -208,8 +209,9 @@ def test_more_of_them_do(found_slowly, case):
     check(found_slowly, case)
 
 
-@pytest.mark.parametrize('kind', PROJECTIONS)
-def test_a_layer_sends_its_projected_rows_and_the_rows_that_neighbours_read_whatever_n_is(found, kind):
+@pytest.mark.parametrize('kind', slow_but(QUICK, PROJECTIONS))
+def test_a_layer_sends_its_projected_rows_and_the_rows_that_neighbours_read_whatever_n_is(kind, request):
+    found = request.getfixturevalue('found' if kind in QUICK else 'found_slowly')
     B, K, D, width = 2, 16, 16, 8
     numbers = {'dynamic': K * (D + 2), 'max_pool': 3 * K * D}.get(kind, K * D)
     for size in ((10, 8), (20, 8)):

@@ -1,4 +1,4 @@
-"""A U-Net with a Linformer ViT as its lowest level against U-Nets of convolutions alone, of equal size, at equal time.
+"""A U-Net with a Linformer ViT at its lowest level against U-Nets of convolutions alone, of equal size, at equal time.
 
     python -m scripts.studies.run segmentation
 
@@ -22,7 +22,7 @@ from linvision.train.metrics import machine
 from scripts.studies.tables import DOCS, Rows, per_cent, points_above, publish, table
 from scripts.studies.trials import Flags, recipe_module
 
-NETWORKS = {'linformer': 'U-Net over a Linformer ViT', 'unet': 'U-Net', 'deep_unet': 'U-Net, two levels deeper'}
+NETWORKS = {'linformer': 'U-Net with a Linformer ViT', 'unet': 'U-Net', 'deep_unet': 'U-Net, two levels deeper'}
 KINDS = ('clothes', 'objects', 'corners')
 RATES = (0.01, 0.02)
 FIELDS = ('mean_iou', 'pixel_accuracy', 'iou', 'scenes_seen', 'train_minutes', 'num_parameters')
@@ -60,7 +60,7 @@ def segment_all(runs: dict[Any, dict[str, Any]], workers: int) -> dict[Any, dict
 
 
 def segmentation(settings: Settings) -> None:
-    """A U-Net with a Linformer ViT as its lowest level against U-Nets of convolutions alone, with equal minutes."""
+    """A U-Net with a Linformer ViT at its lowest level against U-Nets of convolutions alone, with equal minutes."""
     folder = settings.output_dir.resolve() / 'segmentation'
     common = {'data_dir': settings.data_dir.resolve(), 'threads': 1, 'device': 'cpu', 'precision': settings.precision}
     pairs = [(kind, net) for kind in KINDS for net in NETWORKS]
