@@ -227,4 +227,33 @@ NORMS = Study(
     record='norms_runs.json',
 )
 
-STUDIES = {'choices': CHOICES, 'patches': PATCHES, 'norms': NORMS}
+
+# ----------------------------------------------------------------------------------------- the same norms, photographs
+def norms_of(projection: str) -> Changes:
+    """A model with a projection as it is, and with each norm that Pathfinder needs."""
+    changed = {'': {}, ', token_norm': {'token_norm': True}, ', head_norm': {'head_norm': True}}
+    return {f'`{projection}`{name}': {'model_args': {'projection': projection, **own}} for name, own in changed.items()}
+
+
+PHOTOGRAPH_NORMS = Study(
+    question='Do the norms that Pathfinder needs gain on photographs? CIFAR-10 at 256 tokens, fixed and dynamic E.',
+    recipe='cifar10_pixels_pico',
+    page='choices.md',
+    common={
+        **{'model': 'linformer_vit_pico_patch2_32', 'stages': ((32, 1.0),), 'max_minutes': 0.0},
+        **{'val_fraction': 0.1, 'test': False},
+    },
+    tables={
+        'photograph_norms': Table(
+            '',
+            norms_of('separable') | norms_of('dynamic'),
+            'epochs',
+            0.5,
+            ('validation top-1', 'parameters'),
+        )
+    },
+    flags=Settings(),
+    record='photograph_norms_runs.json',
+)
+
+STUDIES = {'choices': CHOICES, 'patches': PATCHES, 'norms': NORMS, 'photograph_norms': PHOTOGRAPH_NORMS}
