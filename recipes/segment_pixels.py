@@ -18,7 +18,8 @@ there instead, and `deep_unet` two levels more; all three are of one size. All h
 Scores mean IoU, without the background, on 500 scenes; writes `metrics.json`, `scenes.png` (image, truth, prediction)
 and `model.pt`. The same command goes on where a run was stopped, from at most a minute before.
 
-Not yet run.
+First trials, on 100 validation scenes, one thread, one seed: clothes 47.7 % mean IoU after 2 minutes, the U-Net 48.0 %;
+corners 68.6 % after 12 minutes, the deep U-Net 23.1 % (docs/results.md). Not yet run on a GPU.
 
 An example of your own loop around a backbone, in one file; the other recipes share the engine in `linvision.train`.
 """

@@ -165,6 +165,9 @@ def test_models_of_one_size_and_without_pooling_refuse_mixed_sizes():
         create(patch_size=2, global_pool='', num_classes=0)(batch)
     with pytest.raises(ValueError, match=r'multiples of the patch size \(4, 4\), got \[30, 10\]'):
         collate(samples()[:2] + samples()[4:], (4, 4))
+    for sides in ((10, 8), (8, 10)):
+        with pytest.raises(ValueError, match=r'multiples of the patch size \(4, 4\)'):
+            collate([(torch.zeros(3, *sides), 0)], (4, 4))
 
 
 def test_batches_keep_to_a_budget_of_tokens_and_hold_every_image_once():
