@@ -199,6 +199,8 @@ class Tokens(nn.Module):
     def __init__(self, backbone: str, pretrained: bool, canvas: int, in_chans: int, width: int) -> None:
         super().__init__()
         patch = timm.create_model(backbone).patch_embed.patch_size[0]
+        if patch not in (1, 2, 4):
+            end(f'The backbone must have patches of 1, 2 or 4 pixels, got {patch} of {backbone}.')
         self.shrink = nn.AvgPool2d(4 // patch)
         size = {'img_size': canvas * patch // 4, 'in_chans': in_chans}
         options = {'pretrained': pretrained, 'features_only': True, 'out_indices': (1,)}

@@ -127,6 +127,11 @@ def test_the_backbone_stands_at_a_quarter_of_the_resolution(backbone, factor):
     torch.testing.assert_close(seen[0], F.avg_pool2d(x, factor))
 
 
+def test_a_backbone_of_large_patches_is_refused():
+    with pytest.raises(Mistake, match='1, 2 or 4 pixels, got 8 of linformer_vit_small_patch8_224'):
+        network(Settings(backbone='linformer_vit_small_patch8_224', pretrained=False, canvas=64), 3, 11)
+
+
 @pytest.mark.parametrize('canvas', [32, 72])
 def test_a_canvas_that_cannot_be_is_refused(canvas, tmp_path):
     with pytest.raises(SystemExit, match=f'multiple of 16, and 48 pixels at least, got {canvas}'):
