@@ -96,6 +96,15 @@ def test_a_folder_where_tensorboard_cannot_write_costs_its_curves_alone(recipe, 
     assert 'TensorBoard cannot write to' in record.getMessage() and '/tensorboard (' in record.getMessage()
 
 
+def test_points_of_steps_that_were_lost_leave_the_curve(tmp_path):
+    for first, steps in ((0, (1, 2, 3, 4, 5)), (3, (5, 6))):  # a run that died after step 5, and goes on from step 3
+        board = tensorboard.Events(tmp_path / 'tensorboard', first)
+        for step in steps:
+            board.write('add_scalar', 'loss', float(first), step)
+        board.close()
+    assert [(p.step, p.value) for p in events(tmp_path).Scalars('loss')] == [(1, 0), (2, 0), (3, 0), (5, 3), (6, 3)]
+
+
 @pytest.mark.parametrize('calls', [1, 30])
 def test_a_disk_that_fills_up_under_tensorboard_costs_its_curves_alone(recipe, monkeypatch, caplog, calls):
     from tensorboard.summary.writer.record_writer import RecordWriter
