@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from runs import small, weights
+from timm.models import save_for_hf
 
+from linvision.cli import evaluate
 from linvision.models.local_conv import LocalPath
 from linvision.train import train
 from linvision.train.model import create_model, empty_model, resolved
@@ -32,6 +34,20 @@ def finetuned(model_folder, folder, **changes):
 
 def changed(before, after):
     return {k for k in after if not torch.equal(before[k], after[k])}
+
+
+def test_a_model_of_no_squares_is_scored_and_trained_at_a_size_that_is_named(tmp_path):
+    sizes = {'img_size': (24, 16), 'num_classes': 10, 'in_chans': 1}
+    folder = tmp_path / 'model'
+    model = timm.create_model('test_linformer_vit', **sizes)
+    save_for_hf(model, str(folder), model_config={'model_args': sizes}, safe_serialization=True)
+    words = r'images of 24×16 pixels.*--img-size 24'
+    with pytest.raises(ValueError, match=words):
+        resolved(Recipe(model='', init=str(folder)))
+    with pytest.raises(ValueError, match=words):
+        evaluate.main(str(folder), dataset='fake', device='cpu')
+    evaluate.main(str(folder), dataset='fake', device='cpu', img_size=16, limit=4)
+    assert resolved(Recipe().replace(model='', init=str(folder), img_size=16)).data.img_size == 16
 
 
 def test_a_recipe_without_a_model_takes_that_of_its_weights(model_folder):

@@ -27,7 +27,7 @@ from linvision.nearest import nearest
 from linvision.rules import at_least, check
 from linvision.train.data import fingerprint
 from linvision.train.evaluate import evaluate, score_words
-from linvision.train.model import count_tokens, set_size
+from linvision.train.model import count_tokens, set_size, side_of
 from linvision.train.parallel import choose_device
 from linvision.train.precision import DTYPES
 from linvision.train.pretrained import model_folder, registered
@@ -151,7 +151,7 @@ def main(
         check_unseen(data_dir, dataset, metrics)
     images = with_classes_of(net, images)
     images = part(images, limit)
-    size = img_size or net.patch_embed.img_size[0]
+    size = img_size or side_of(net)
     set_size(net, size)
     cropping = {'crop_pct': config['crop_pct'], 'crop_mode': config['crop_mode']}
     native = NativeSizes.read_by(net) if isinstance(images, ImageFiles) else None  # else they have one size

@@ -11,6 +11,7 @@ from torch import Tensor
 from linvision.data import create_batches, create_dataset, part, split_validation
 from linvision.data.folders import files_in
 from linvision.data.image_file import SUFFIXES
+from linvision.train.model import side_of
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -99,8 +100,8 @@ class ImagesOf:
 
     @property
     def size(self) -> int:
-        """The model's image size."""
-        return self.model.patch_embed.img_size[0]
+        """Side of the images that the model takes."""
+        return side_of(self.model)
 
     def training(self, without: float = 0.0) -> Iterator[Tensor]:
         """Batches of training images in random order, without end; a validation slice may be left out."""

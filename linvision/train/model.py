@@ -103,7 +103,7 @@ def resolved(recipe: Recipe) -> Recipe:
     if not recipe.model:
         kept = {k: v for k, v in get_model_args(source).items() if k not in ('img_size', 'in_chans', 'num_classes')}
         data = recipe.data
-        size = data.img_size if data.img_size or data.stages else source.patch_embed.img_size[0]
+        size = data.img_size if data.img_size or data.stages else side_of(source)
         name = source.pretrained_cfg['architecture']
         recipe = recipe.replace(model=name, model_args=kept | recipe.model_args, img_size=size)
     elif grid and is_ours(recipe.model):
@@ -185,6 +185,21 @@ def freeze(model: VisionTransformer, blocks: int) -> None:
         learning += [*model.blocks[blocks:], *(m for m in (getattr(model, name, None) for name in after) if m)]
     for module in learning:
         module.requires_grad_(True)
+
+
+def side_of(model: VisionTransformer) -> int:
+    """Side of the images of a model that takes squares, in pixels.
+
+    Raises:
+        ValueError: The model takes no squares.
+    """
+    height, width = model.patch_embed.img_size
+    if height != width:
+        raise ValueError(
+            f'The model takes images of {height}×{width} pixels, and those of a set are read as squares: name the side '
+            f'of one (--img-size {max(height, width)}), or call the model from Python.'
+        )
+    return int(height)
 
 
 def set_size(model: VisionTransformer, img_size: int) -> None:
