@@ -29,7 +29,7 @@ def process(rank: int, count: int, port: int, recipes: list[Recipe]) -> None:
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """The same recipe in one process and in two, by DDP and by FSDP2; by FSDP2 also stopped after 2 of 6 steps."""
+    """The same recipe in one process and in two, by DDP, resumed in the middle, and by FSDP2, also stopped early."""
     folder = tmp_path_factory.mktemp('parallel')
     one = small(
         folder / 'one',
@@ -41,12 +41,13 @@ def runs(tmp_path_factory):
         eval_batch_size=7,
         batch_size=28,
         log_every=1,
+        max_steps=6,  # all that there are: the run ends with scores
     )
     ddp = one.replace(output_dir=folder / 'ddp', accumulate=2)
     fsdp = one.replace(output_dir=folder / 'fsdp', parallel='fsdp')
     stopped = fsdp.replace(output_dir=folder / 'stopped', max_steps=2)
     found = {'one': train(one)}
-    in_two_processes(process, 2, free_port(), [ddp, fsdp, stopped])
+    in_two_processes(process, 2, free_port(), [ddp.replace(max_steps=3), ddp, fsdp, stopped])
     return folder, found, {'one': one, 'ddp': ddp, 'fsdp': fsdp, 'stopped': stopped}
 
 
