@@ -1,6 +1,7 @@
 """Adapters of peft on every linear layer, `qkv` among them: they count, they learn, they merge, they are saved."""
 
 import copy
+import importlib.util
 
 import pytest
 import timm
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from linvision.convert import from_vit
 
-peft = pytest.importorskip('peft', reason='needs peft')
+# which each function imports for itself: it brings transformers, seconds for each process that collects tests
+pytestmark = pytest.mark.skipif(importlib.util.find_spec('peft') is None, reason='needs peft')
 
 TARGETS = (['qkv'], 'all-linear')
 ADAPTERS = [(targets, dora) for targets in TARGETS for dora in (False, True)]
@@ -18,6 +20,8 @@ NAMES = [f'{"-".join(t) if isinstance(t, list) else t}{"-dora" * dora}' for t, d
 
 def adapted(model: nn.Module, targets: list[str] | str, dora: bool, **kwargs) -> nn.Module:
     """A model with an adapter whose every weight is random: by its start it would do nothing."""
+    import peft
+
     config = peft.LoraConfig(target_modules=targets, r=3, use_dora=dora, **kwargs)
     torch.manual_seed(1)
     model = peft.get_peft_model(model, config)
@@ -103,6 +107,8 @@ def test_the_weight_of_a_wrapper_is_asked_for_once_a_pass_however_many_chunks():
 def test_an_adapter_is_saved_and_loaded(dora, tmp_path):
     model = adapted(small(), 'all-linear', dora)
     model.save_pretrained(str(tmp_path))
+    import peft
+
     loaded = peft.PeftModel.from_pretrained(small(), str(tmp_path))
     assert torch.equal(loaded(images()), model(images()))
     with loaded.disable_adapter():
