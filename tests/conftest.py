@@ -40,7 +40,6 @@ def draw() -> Iterator[Callable[..., None]]:
 
     torch.set_num_threads(1)  # tests run in several processes
     gc.freeze()  # what is imported stays: else half a second each time that objects are collected
-    gc.set_threshold(10_000, 20, 20)  # which is seldom
     pictures = Board.pictures
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Board, 'pictures', lambda *args: None)
