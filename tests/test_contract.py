@@ -68,7 +68,7 @@ def test_fx_trace_takes_every_position_embedding(pos_embed):
 
 @pytest.mark.parametrize('kind', ONE_AND_SLOW)
 def test_compiled_in_one_graph_gives_the_same_logits(kind):
-    model = create(projection=kind, depth=1)
+    model = create(projection=kind, depth=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(batch()), model(batch()))
@@ -89,7 +89,7 @@ def test_compiled_by_inductor_gives_the_same_logits_and_gradients():
 
 
 @pytest.mark.slow  # `test_export.py` has the command's own file
-@pytest.mark.parametrize('kind', PROJECTIONS)
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.filterwarnings('ignore')  # what onnxscript and its packages deprecate among themselves
 def test_onnxruntime_agrees(kind, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='needs the [onnx] extra')

@@ -61,7 +61,7 @@ def test_a_file_says_how_images_are_read_and_what_the_classes_are(suffix, tmp_pa
 
 
 FREE = {
-    'pixels': {'depth': 1},
+    'pixels': {},
     'linear': {'projection': 'linear', 'sharing': 'key_value', 'proj_len': (9, 16)},
     'dynamic': {'projection': 'dynamic', 'pos_embed': 'separable'},
     'none': {'projection': 'none', 'patch_size': 2, 'local_size': 0},
@@ -75,7 +75,7 @@ FREE = {
 def test_a_file_of_free_size_gives_the_models_outputs_at_every_size(suffix, name, tmp_path):
     if suffix == '.onnx':
         pytest.importorskip('onnxscript', reason='needs the [onnx] extra')
-    model = timm.create_model('test_linformer_vit', **{'depth': 2, 'dynamic_img_size': True, **FREE[name]}).eval()
+    model = timm.create_model('test_linformer_vit', depth=2, dynamic_img_size=True, **FREE[name]).eval()
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)  # the local path starts at zero
     report = export.export(model, tmp_path / f'model{suffix}', free_size=True)
