@@ -181,6 +181,14 @@ class TrainingData:
         order = self.batches.order
         return float(order.tokens.mean()) if isinstance(order, OrderBySize) else count_tokens(model)
 
+    def largest(self, step: int, img_size: int) -> tuple[int, str]:
+        """A step whose images are as large as any: `step`, where all have one size; and that size, in words."""
+        order = self.batches.order
+        if not isinstance(order, OrderBySize):
+            return step, f'{img_size}×{img_size} pixels'
+        step, tokens = order.largest(self.recipe.run.seed)
+        return step, f'at most {tokens:,} tokens, the largest of an epoch,'
+
     def stream(self, step: int, img_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches from a step on."""
         return self.batches.stream(self.recipe.run.seed, step, img_size)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from linvision.data import Batches
-from linvision.data.native_sizes import OrderBySize
 from linvision.data.order import seed_of
 from linvision.train.board import Board
 from linvision.train.checkpoint import (
@@ -380,10 +379,7 @@ class TrainingRun:
             self.progress.stage = largest
             self.learner.set_size(self.img_size)
         self.learner.task.train()
-        step, size = self.progress.step, f'{self.img_size}×{self.img_size} pixels'
-        if isinstance(order := self.data.batches.order, OrderBySize):
-            step, tokens = order.largest(self.recipe.run.seed)
-            size = f'at most {tokens:,} tokens, the largest of an epoch,'
+        step, size = self.data.largest(self.progress.step, self.img_size)
         images, labels = next(self.data.stream(step, self.img_size))
         start = time.perf_counter()
         loss, _, _ = self.step(*self.prepare(images, labels))
