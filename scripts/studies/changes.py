@@ -240,8 +240,11 @@ PHOTOGRAPH_NORMS = Study(
     recipe='cifar10_pixels_pico',
     page='choices.md',
     common={
-        **{'model': 'linformer_vit_pico_patch2_32', 'stages': ((32, 1.0),), 'max_minutes': 0.0},
-        **{'val_fraction': 0.1, 'test': False},
+        'model': 'linformer_vit_pico_patch2_32',
+        'stages': ((32, 1.0),),
+        'max_minutes': 0.0,
+        'val_fraction': 0.1,
+        'test': False,
     },
     tables={
         'photograph_norms': Table(
