@@ -188,6 +188,11 @@ class LinformerVisionTransformer(VisionTransformer):
         self.register_load_state_dict_pre_hook(resize_on_load)
         self._log_full_attention()
 
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise the weights as timm's `init_weights`; on the meta device, which holds none, do nothing."""
+        if not self.patch_embed.proj.weight.is_meta:
+            super().init_weights(mode, needs_reset)
+
     def _log_full_attention(self) -> None:
         """Say once for each size that layers with K >= N run full attention: E would not shorten the sequence."""
         grid = self.patch_embed.grid_size

@@ -179,7 +179,8 @@ class Learner:
                 idle.pool()
         freeze(models[0], self.recipe.freeze)
         self.adopt(*models)
-        gc.collect()  # the hooks of DDP go with the task that held it
+        if self.processes.count > 1:
+            gc.collect()  # the hooks of DDP go with the task that held it
         self.arrange()
         carry_state(previous, old, self.optimizer, dict(self.model.named_parameters()))
 
