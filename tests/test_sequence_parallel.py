@@ -110,9 +110,9 @@ def compare(case: dict[str, Any], meshes: dict[int, Any]) -> dict[str, float]:
     pixels = slice(rows.start * patch, rows.stop * patch)
     own = images[:, :, pixels], None if mask is None else band.tokens(mask, grid)
     logits, image_gradient, gradients = learnt(model, *own)
-    for gradient in gradients.values():  # as DDP does
-        dist.all_reduce(gradient, group=band.group)
-        gradient /= band.count
+    summed = torch.cat([gradient.flatten() for gradient in gradients.values()])  # as DDP does
+    dist.all_reduce(summed, group=band.group)
+    mean = dict(zip(gradients, summed.div(band.count).split([g.numel() for g in gradients.values()]), strict=True))
     with torch.no_grad():
         own_scored = copy.deepcopy(model).eval()(own[0], key_padding_mask=own[1])
         own_maps = model.eval().forward_intermediates(own[0], key_padding_mask=own[1], intermediates_only=True)
@@ -121,7 +121,7 @@ def compare(case: dict[str, Any], meshes: dict[int, Any]) -> dict[str, float]:
         'scored': error(own_scored, scored),
         'maps': max(error(m, w[:, :, rows]) for m, w in zip(own_maps, maps, strict=True)),
         'images': error(image_gradient / band.count, wanted[1][:, :, pixels]),
-        **{name: error(gradients[name], wanted[2][name]) for name in gradients},
+        **{name: error(mean[name], wanted[2][name].flatten()) for name in mean},
     }
 
 
