@@ -1,14 +1,13 @@
 """A run that is killed and started again ends with the same weights, bit for bit, as one that never stopped."""
 
-import json
+import importlib
 import os
 import signal
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
-from runs import small, weights
+from runs import PROCESSES, small, weights
 
 from linvision.train import Recipe, train
 
@@ -18,22 +17,24 @@ KILLS = {  # what is replaced by a function that kills the process, and at which
     'before a checkpoint gets its name': ('linvision.train.checkpoint', 'os', 'replace', 3),
     'at a stage boundary': ('linvision.train.learner', 'Learner', 'set_size', 1),
 }
-SCRIPT = """
-import importlib, json, os, signal, sys
-from pathlib import Path
-from linvision.train import Recipe, train
-module, owner, name, last = json.loads(sys.argv[1])
-owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
-original, calls = getattr(owner, name), []
-def killed(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, killed)
-values = json.loads(sys.argv[2])
-train(Recipe.from_dict(values))
-"""
+
+
+def killed(kill: str, recipe: Recipe) -> None:
+    """A run whose process is killed from within."""
+    module, owner, name, last = KILLS[kill]
+    holder = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+    original, calls = getattr(holder, name), []
+
+    def kills(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(holder, name, kills)
+    torch.set_num_threads(1)
+    train(recipe)
+
 
 FIRST = 'while a checkpoint is written'  # the others are slow
 
@@ -67,9 +68,10 @@ def whole(recipe) -> dict[str, torch.Tensor]:
 )
 def test_a_killed_run_ends_with_the_weights_of_one_that_never_stopped(kill, recipe, whole, tmp_path):
     recipe = recipe.replace(output_dir=tmp_path)
-    command = [sys.executable, '-c', SCRIPT, json.dumps(KILLS[kill]), json.dumps(recipe.to_dict())]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    run = PROCESSES.Process(target=killed, args=(kill, recipe))
+    run.start()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
     assert not (tmp_path / 'metrics.json').exists()
     train(recipe)
     resumed = weights(tmp_path)
