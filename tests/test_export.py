@@ -116,6 +116,15 @@ def test_a_file_that_gives_something_else_is_removed(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
+def test_images_of_their_own_shape_stay_so_in_a_file_of_free_size_alone(tmp_path, monkeypatch):
+    model = timm.create_model('test_linformer_vit', dynamic_img_size=True)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'crop_mode': 'native'}
+    form = (lambda model, images, file, facts: file.write_bytes(b'a model'), lambda file: model, ())
+    monkeypatch.setitem(export.FORMATS, '.pt2', form)
+    for free_size, crop_mode in ((True, 'native'), (False, 'center')):
+        assert export.export(model, tmp_path / 'model.pt2', free_size)['crop_mode'] == crop_mode
+
+
 def test_a_file_that_was_there_stays_where_the_new_one_is_wrong(tmp_path, monkeypatch):
     def broken(model, images, file, facts):
         file.write_bytes(b'half')

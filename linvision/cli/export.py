@@ -189,7 +189,7 @@ def export(model: Any, file: Path, free_size: bool = False) -> dict[str, Any]:
         **{k: config[k] for k in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')},
         'classes': list(model.pretrained_cfg.get('label_names') or ()),
     }
-    if NativeSizes.read_by(model):  # the file has one size: the middle square
+    if NativeSizes.read_by(model) and not free_size:  # the file has one size: the middle square
         facts['crop_mode'] = 'center'
     if free_size:
         facts |= {'multiple_of': list(patch), 'at_least': [least_side(model) * side for side in patch]}
