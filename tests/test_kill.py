@@ -1,6 +1,7 @@
 """A run that is killed and started again ends with the same weights, bit for bit, as one that never stopped."""
 
 import importlib
+import multiprocessing
 import os
 import signal
 from typing import Any
@@ -32,6 +33,7 @@ def killed(kill: str, recipe: Recipe) -> None:
         return original(*args, **kwargs)
 
     setattr(holder, name, kills)
+    multiprocessing.set_start_method('fork', force=True)  # of the workers that load data: they end with this process
     torch.set_num_threads(1)
     train(recipe)
 
