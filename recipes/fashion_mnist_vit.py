@@ -5,7 +5,7 @@
 timm's `VisionTransformer`, as wide and as deep as the pico models, with learned positions and the mean of all tokens
 for a head: nothing in it is linvision's. Trained as the pixels are, coarse to fine, 64 tokens first, in batches of 64.
 
-Result: 89.04 % on all 10,000 test images after 8 epochs on 95 % of the training images (`python -m
+Result: 89.04 % on all 10,000 test images after `--epochs 8` on 95 % of the training images (`python -m
 scripts.studies.run conversion`, one thread of a Zen 3, fp32, torch 2.14.1, 2026-11-25). Not yet run on a GPU.
 """
 

@@ -4,7 +4,8 @@ A projection reduces a sequence X (N tokens, D wide) to E X (K rows, D wide). No
 
 - E is applied to the block's normalised input, before the key and value weights ('compress first'). It is the paper's
   equation 7 exactly, since E (X W + 1 bᵀ) = (E X) W + (E 1) bᵀ: the weights then touch K rows instead of N tokens. The
-  row sums E 1 travel beside E for that. Only `sharing='none'`, where every head has its own E, keeps the paper's order.
+  row sums E 1 travel beside E for that. `sharing='none'`, where every head has its own E, and rotary keys keep the
+  paper's order.
 - One `Projection` module, owned by the model, holds all parameters; `forward` gives each layer its tensors, which
   travel to the blocks as arguments. No block owns or shares a parameter of another (safetensors, FSDP2, TorchScript).
 - What E is, is said in `projection_kinds.py`: a new kind of projection is a class there, and nothing else.
