@@ -8,8 +8,8 @@ package, log in scripts/studies/results/). By the clock, `bash scripts/demo.sh` 
 Not yet run on a GPU.
 
 Coarse to fine: three quarters of the steps, and less than half of the time, on 16×16 images (256 tokens), the rest on
-32×32. (In the run of 93.39 % convolutions spanned three pixels at both sizes: `--model-args local_grid 32`. Now they keep the
-span of the first.)
+32×32. (In the run of 93.39 % convolutions spanned three pixels at both sizes: `--model-args local_grid 32`. Now they
+keep the span of the first.)
 """
 
 from pathlib import Path

@@ -76,8 +76,9 @@ def segmentation(settings: Settings) -> None:
     runs = {(*pair, seed): own(*pair, rates[pair], seed, seed=seed) for seed in range(settings.seeds) for pair in pairs}
     found = segment_all(runs, settings.workers)
     rows: Rows = {pair: [found[(*pair, seed)] for seed in range(settings.seeds)] for pair in pairs}
-    for kind, net in pairs:
-        shutil.copy(folder / f'{kind}_{net}_0' / 'scenes.png', DOCS / 'images' / f'segmentation_{kind}_{net}.png')
+    for kind in ('clothes', 'corners'):
+        name = f'{kind}_linformer'
+        shutil.copy(folder / f'{name}_0' / 'scenes.png', DOCS / 'images' / f'segmentation_{name}.png')
     columns = {
         'scenes': lambda key, _: key[0],
         'network': lambda key, _: NETWORKS[key[1]],
