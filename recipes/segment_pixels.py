@@ -49,6 +49,7 @@ from torchvision.transforms.v2 import Normalize
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import Images, create_dataset, split_validation
 from linvision.guard import end, guarded
+from linvision.nearest import nearest
 from linvision.train.metrics import machine
 from linvision.train.optimizer import FALLBACK, step_in_stacks
 from linvision.train.parallel import choose_device
@@ -321,9 +322,9 @@ def predict(model: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
-    """IoU of each class from how often each truth (row) was said to be each class (column)."""
+    """IoU of each class from how often each truth (row) was said to be each class (column); NaN where it is neither."""
     hits = confusion.diagonal()
-    return hits / (confusion.sum(0) + confusion.sum(1) - hits).clamp(min=1)
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
 def score(model: nn.Module, made: Scenes, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -336,9 +337,9 @@ def score(model: nn.Module, made: Scenes, settings: Settings, device: torch.devi
         found = predict(model, pixels, device)
         confusion += torch.bincount((truth * n + found).flatten(), minlength=n * n).view(n, n)
     iou = intersection_over_union(confusion)
-    names = dict(zip(made.classes, iou[1:].tolist(), strict=True))
+    names = {name: value for name, value in zip(made.classes, iou[1:].tolist(), strict=True) if value == value}
     accuracy = (confusion.diagonal().sum() / confusion.sum()).item()
-    return {'mean_iou': iou[1:].mean().item(), 'pixel_accuracy': accuracy, 'iou': names}
+    return {'mean_iou': iou[1:].nanmean().item(), 'pixel_accuracy': accuracy, 'iou': names}
 
 
 def draw(model: nn.Module, made: Scenes, device: torch.device, path: Path, count: int = 6) -> None:
@@ -377,6 +378,10 @@ def main(settings: Settings) -> dict[str, Any]:
     settings = replace(settings, canvas=settings.canvas or KINDS[settings.scenes][1])
     if settings.canvas < 48 or settings.canvas % 16:
         end(f'canvas must be a multiple of 16, and 48 pixels at least, got {settings.canvas}.')
+    if not settings.minutes > 0:
+        end(f'minutes must be above 0, got {settings.minutes}.')
+    if settings.backbone.partition('.')[0] not in (names := timm.list_models('*linformer_vit*')):
+        end(nearest('backbone', settings.backbone, names))
     folder, device = settings.output_dir, choose_device(settings.device)
     own = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -196,3 +196,16 @@ def test_a_plain_vit_can_be_finetuned(tmp_path):
         metrics['recipe']['model'] == 'vit_tiny_patch16_224'
         and small_vit.items() <= metrics['recipe']['model_args'].items()
     )
+
+
+def test_a_run_from_weights_that_stops_before_its_images_grow_keeps_their_projection(small_recipe, tmp_path):
+    """In the first stage K = N, and E is idle: one of a new model would start anew once the images grow."""
+    model = timm.create_model('test_linformer_vit', in_chans=1, num_classes=10, proj_len=64)
+    save_for_hf(model, tmp_path / 'source', safe_serialization=True)
+    recipe = small_recipe.replace(init=str(tmp_path / 'source'), model_args={'proj_len': 64}, epochs=0.75, test=False)
+    train(recipe)
+    parts = recipe.replace(output_dir=tmp_path / 'parts')
+    for stop in (1, 0):
+        train(parts.replace(max_steps=stop))
+    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -109,6 +109,8 @@ def test_every_script_has_the_guard_and_no_ending_of_its_own(path):
         (['scripts/tools/model_card.py', 'nothing'], 'error: .*nothing'),
         (['scripts/tools/debian.py'], 'error: Expected a package'),
         (['recipes/segment_pixels.py', '--canvas', '5'], 'error: canvas must be a multiple of 16'),
+        (['recipes/segment_pixels.py', '--minutes', '0'], 'error: minutes must be above 0, got 0.0'),
+        (['recipes/segment_pixels.py', '--backbone', 'resnet18'], "error: Unknown backbone 'resnet18'"),
     ],
     ids=lambda v: Path(v[0]).stem if isinstance(v, list) else '',
 )

@@ -86,6 +86,8 @@ def test_intersection_over_union_by_hand():
     truth, said = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0, 1])
     confusion = torch.bincount(truth * 3 + said, minlength=9).view(3, 3).double()
     torch.testing.assert_close(intersection_over_union(confusion), torch.tensor([1 / 3, 2 / 5, 0.0]).double())
+    confusion[2, :] = confusion[:, 2] = 0  # a class that is neither there nor said counts for nothing
+    assert intersection_over_union(confusion).isnan().tolist() == [False, False, True]
 
 
 def reach(model, side=128):

@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from linvision.cli.images import ImagesOf
 from linvision.data import create_dataset, split_validation
 from scripts import ROOT
-from scripts.studies import attention, changes, conversion, tables, transfer, trials
+from scripts.studies import attended, attention, changes, conversion, tables, transfer, trials
 from scripts.studies import run as command
 from scripts.tools import digits_folder, model_card, plain_cnn
 
@@ -140,7 +140,7 @@ def test_a_study_has_its_place_in_the_docs():
     for study in changes.STUDIES.values():
         page = (ROOT / 'docs' / study.page).read_text()
         assert all(f'<!-- {mark} -->' in page for mark in study.tables)
-    page = (ROOT / 'docs' / 'results.md').read_text()
+    page = ''.join((ROOT / 'docs' / name).read_text() for name in ('results.md', 'concepts/attended.md'))
     assert all(f'<!-- {name} -->' in page for name in command.MODULES if name != 'pathfinder')
 
 
@@ -295,3 +295,20 @@ def test_the_digits_folder_holds_every_image_once_and_a_fifth_of_each_class_apar
     assert label == 0 and image.size == (8, 8)
     with pytest.raises(SystemExit, match='exists'):
         digits_folder.main(tmp_path / 'digits')
+
+
+def test_how_alike_maps_are_is_the_mean_correlation_of_pairs():
+    maps = torch.randn(4, 3, 5, dtype=torch.float64)
+    wanted = torch.corrcoef(maps.flatten(1))[*torch.triu_indices(4, 4, 1)].mean()
+    assert attended.likeness(maps) == pytest.approx(wanted.item())
+
+
+@pytest.mark.parametrize('kind', ['separable', 'dynamic'])
+def test_rows_of_e_and_maps_are_those_of_each_image(kind):
+    model = timm.create_model('test_linformer_vit', img_size=8, projection=kind, proj_len=4).eval()
+    E, maps = attended.look(model, 3 * torch.randn(5, 3, 8, 8))
+    assert E.shape == (5, 4, 64) and maps.shape == (5, 8, 8)
+    assert bool(E.std(0).max() < 1e-6) == (kind == 'separable')
+    rows = attended.most_different(E)
+    size = E[0].norm(dim=-1) if kind == 'separable' else E.std(0).sum(-1)
+    assert sorted(rows.tolist()) == rows.tolist() and size[rows].min() == size.sort().values[-3]

@@ -103,6 +103,16 @@ def test_weights_have_the_arguments_that_they_were_trained_with():
     assert other.blocks[0].attn.local.grid == (8, 8)
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_a_name_without_its_tag_is_that_of_its_default_weights(name):
+    architecture, tag = name.split('.')
+    if timm.get_pretrained_cfg(architecture).tag != tag:
+        pytest.skip(reason='another tag is the default')
+    model = timm.create_model(architecture, pretrained=True).eval()
+    expected = torch.tensor([GOLDEN[name]])
+    torch.testing.assert_close(model(ramp(model))[:, :10], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_what_is_pushed_to_a_hub_is_what_a_folder_gives(model, tmp_path, monkeypatch):
     class Hub:
         """Keeps the folder."""

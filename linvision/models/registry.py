@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 
 from linvision.models.checks import check_indices
 from linvision.models.linformer_vit import LinformerVisionTransformer
@@ -124,7 +124,10 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """Build a variant through timm; `kwargs` override the defaults of the variant and of the weights that it names."""
-    told = TRAINED.get(f'{variant}.{kwargs.get("pretrained_cfg")}', {'model_args': {}})['model_args']
+    tag = kwargs.get('pretrained_cfg')
+    if tag is None:  # a name without a tag is that of its default weights
+        tag = getattr(get_pretrained_cfg(variant, allow_unregistered=True), 'tag', None)
+    told = TRAINED.get(f'{variant}.{tag}', {'model_args': {}})['model_args']
     own = {k: v for k, v in told.items() if k not in SHAPE}
     depth = kwargs.get('depth', defaults['depth'])
     indices = kwargs.pop('out_indices', None)

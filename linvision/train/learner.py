@@ -43,6 +43,7 @@ class Learner:
         mean, std: How images are normalised, for a teacher that wants them otherwise.
         processes: The processes of the run.
         classes: What the images show, for a head that comes with the weights, and for a teacher.
+        starts: Load the weights that the recipe starts from; else those of a checkpoint follow.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Learner:
         std: tuple[float, ...],
         processes: Processes,
         classes: tuple[str, ...] = (),
+        starts: bool = True,
     ) -> None:
         self.recipe, self.shape, self.last_img_size = recipe, shape, last_img_size
         self.updates, self.processes, self.classes = updates, processes, classes
@@ -63,7 +65,7 @@ class Learner:
         model: Any = self.create(img_size)  # Any: timm's factory sets pretrained_cfg, no class declares it
         check_batch(model, recipe, processes.shares)
         self.head_kept = False
-        if recipe.init:
+        if recipe.init and starts:
             self.head_kept = load_backbone(model, recipe.init, classes if recipe.task == 'classify' else ())
         if self.fsdp and not hasattr(model, 'blocks'):
             raise ValueError(f'{recipe.model} has no blocks that FSDP could shard; use --parallel ddp.')

@@ -143,11 +143,9 @@ class TrainingRun:
     def make_learner(self, found: dict[str, Any], path: Path | None) -> None:
         """The model and all that follows it, as new or as a checkpoint's state says, in a precision that suits it."""
         recipe, joined, data = self.recipe, self.processes, self.data
-        if found:
-            recipe = recipe.replace(init='')  # what it started from may be gone
-        sizes = (self.img_size, data.stages[-1][0])
+        sizes, starts = (self.img_size, data.stages[-1][0]), not found  # what it started from may be gone
         self.learner = Learner(
-            recipe, data.shape, *sizes, self.updates, data.mean, data.std, joined, data.train_set.classes
+            recipe, data.shape, *sizes, self.updates, data.mean, data.std, joined, data.train_set.classes, starts
         )
         precision, why = (found['precision'], '') if found else choose_precision(recipe.run.precision, joined)
         self.notes = [f'{precision}, since {why}'] if why else []

@@ -29,6 +29,7 @@ MODULES = {
     'rotary': 'rotary',
     'segmentation': 'segmentation',
     'pathfinder': 'pathfinder',
+    'attended': 'attended',
 }
 
 
