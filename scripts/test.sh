@@ -24,7 +24,7 @@ wait $!
 
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac
-echo "== pytest${marked:+, the slow tests too} (7 minutes on 2 cores${marked:+ without the slow ones})"
+echo "== pytest${marked:+, the slow tests too} (6 minutes on 2 cores${marked:+ without the slow ones})"
 export PYTHONDONTWRITEBYTECODE= # what is compiled is kept: tests start many processes
 export OMP_NUM_THREADS=1 # two processes, one core each: half of the files each, until one helps the other out
 "$python" -m pytest -n 2 --dist worksteal ${marked[@]+"${marked[@]}"} "$@"
