@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -337,7 +338,7 @@ def score(model: nn.Module, made: Scenes, settings: Settings, device: torch.devi
         found = predict(model, pixels, device)
         confusion += torch.bincount((truth * n + found).flatten(), minlength=n * n).view(n, n)
     iou = intersection_over_union(confusion)
-    names = {name: value for name, value in zip(made.classes, iou[1:].tolist(), strict=True) if value == value}
+    names = {name: value for name, value in zip(made.classes, iou[1:].tolist(), strict=True) if not isnan(value)}
     accuracy = (confusion.diagonal().sum() / confusion.sum()).item()
     return {'mean_iou': iou[1:].nanmean().item(), 'pixel_accuracy': accuracy, 'iou': names}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from linvision.data import ImageSet
 from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
-from linvision.train import Recipe
+from linvision.train import Recipe, train
 
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +45,19 @@ def small(folder: Path, **changes: Any) -> Recipe:
 def weights(folder: Path) -> dict[str, Tensor]:
     """The exported weights of a run."""
     return timm.create_model(f'local-dir:{folder}/model', pretrained=True).state_dict()
+
+
+def assert_stops_change_nothing(recipe: Recipe, folder: Path, *stops: int) -> dict[str, Any]:
+    """A run that is stopped after some steps, and goes on, ends with the weights of one that never stops, to the bit.
+
+    Gives the metrics of the latter, which runs in the folder of the recipe; the other has its own.
+    """
+    metrics = train(recipe)
+    for stop in (*stops, 0):
+        train(recipe.replace(output_dir=folder, max_steps=stop))
+    whole, resumed = weights(recipe.run.output_dir), weights(folder)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    return metrics
 
 
 def events(folder: Path) -> 'EventAccumulator':

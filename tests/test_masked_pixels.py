@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from runs import CPU, events, small, weights
+from runs import CPU, assert_stops_change_nothing, events, small, weights
 
 from linvision.data import ImageSet, create_batches, create_dataset, datasets
 from linvision.train import pictures, train
@@ -197,13 +197,7 @@ def test_the_best_is_one_of_the_last_image_size(recipe):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
-    recipe = recipe.replace(epochs=2)
-    train(recipe)
-    parts = recipe.replace(output_dir=tmp_path / 'parts')
-    for stop in (3, 10, 0):
-        train(parts.replace(max_steps=stop))
-    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_stops_change_nothing(recipe.replace(epochs=2), tmp_path / 'parts', 3, 10)
 
 
 def test_labels_change_nothing(recipe, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import free_port, small, weights
+from runs import assert_stops_change_nothing, free_port, small
 from test_streams import CLASSES, write_shards
 
 from linvision.cli import evaluate
@@ -233,12 +233,7 @@ def with_metadata(recipe, folder, content):
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_to_the_weights_of_one_that_never_stopped(sharded, tmp_path):
     whole = sharded.replace(output_dir=tmp_path / 'whole', opt='muon')
-    parts = whole.replace(output_dir=tmp_path / 'parts')
-    train(whole)
-    for stop in (2, 0):
-        train(parts.replace(max_steps=stop))
-    one, two = weights(whole.run.output_dir), weights(parts.run.output_dir)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_stops_change_nothing(whole, tmp_path / 'parts', 2)
 
 
 def test_metadata_that_are_code_are_refused(sharded, tmp_path, marker):

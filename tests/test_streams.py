@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CPU, small, weights
+from runs import CPU, assert_stops_change_nothing, small
 from torchvision.datasets import cifar
 
 from linvision.data import Augmentation, create_batches, create_dataset
-from linvision.train import train
 
 # webdataset leaves its shards to be closed by the garbage collector
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
@@ -200,12 +199,7 @@ def test_shards_without_a_readable_sample_end_the_run(tmp_path):
 def test_a_run_on_shards_ends_the_same_whether_it_stops_or_not(tmp_path, shards):
     settings = {'dataset': 'wds/x', 'dataset_args': CLASSES, 'data_dir': shards, 'hflip': 0.5}
     whole = small(tmp_path / 'whole', stages=((8, 1.0),), batch_size=4, epochs=2, **settings)
-    parts = whole.replace(output_dir=tmp_path / 'parts')
-    metrics = train(whole)
-    for stop in (3, 7, 0):
-        train(parts.replace(max_steps=stop))
-    one, two = weights(whole.run.output_dir), weights(parts.run.output_dir)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    metrics = assert_stops_change_nothing(whole, tmp_path / 'parts', 3, 7)
     assert metrics['num_samples'] == 7 and metrics['num_left_out'] == 0 and metrics['steps'] == 10
 
 

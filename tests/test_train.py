@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from runs import CPU, small, weights
+from runs import CPU, assert_stops_change_nothing, small, weights
 from timm.optim import muon as timm_muon
 from timm.optim.muon import zeropower_via_newtonschulz
 
@@ -58,12 +58,7 @@ def test_exported_model_gives_the_reported_score_and_the_same_logits(finished):
 
 @pytest.mark.slow  # the run of tests/test_train_facts.py has all of this, and draws dropout and mixtures besides
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(recipe, tmp_path):
-    train(recipe)
-    parts = recipe.replace(output_dir=tmp_path / 'parts')
-    for stop in (3, 11, 0):  # within the first stage, within the second, to the end
-        train(parts.replace(max_steps=stop))
-    whole, resumed = weights(recipe.run.output_dir), weights(parts.run.output_dir)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_stops_change_nothing(recipe, tmp_path / 'parts', 3, 11)  # within the first stage, and within the second
 
 
 def test_projection_and_positions_keep_training_after_the_boundary(recipe):
