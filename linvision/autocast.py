@@ -36,14 +36,18 @@ def in_compute_dtype(x: Tensor) -> Tensor:
     return x
 
 
-def is_emulated(x: Any) -> bool:
-    """Whether x would be computed in bf16 on a processor that emulates it, at a tenth of the speed of fp32."""
+def computes_in_fp32(model: Any, x: Any) -> bool:
+    """Whether a model's images x go through `InFp32`: a processor would emulate bf16, at a tenth of the speed of fp32.
+
+    Not if blocks are checkpointed and weights are in bf16: what is computed again finds weights in bf16.
+    """
     return (
         type(x) is Tensor  # no proxy of torch.fx
         and x.is_cpu
         and compute_dtype(x) == torch.bfloat16
         and not cpu_bf16()
         and not looked_into()
+        and not (model.grad_checkpointing and torch.is_grad_enabled() and x.dtype == torch.bfloat16)
     )
 
 

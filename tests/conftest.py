@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from linvision.train import Recipe
 
 
+def pytest_configure() -> None:
+    gc.disable()  # until all is imported
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests where there is no CUDA device."""
     import torch
@@ -40,6 +44,8 @@ def draw() -> Iterator[Callable[..., None]]:
 
     torch.set_num_threads(1)  # tests run in several processes
     gc.freeze()  # what is imported stays: else half a second each time that objects are collected
+    gc.set_threshold(10_000, 10, 10)  # and that is seldom
+    gc.enable()
     pictures = Board.pictures
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Board, 'pictures', lambda *args: None)

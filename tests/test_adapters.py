@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from linvision.convert import from_vit
 
@@ -67,6 +68,22 @@ def test_an_adapter_gives_the_outputs_of_the_merged_weight(targets, dora, shape,
     assert (wanted - before).abs().max() > 1e-3
     torch.testing.assert_close(learning, wanted)
     torch.testing.assert_close(still, wanted)
+
+
+@pytest.mark.parametrize('chunk_size', [0, 16])
+def test_weights_that_a_hook_makes_are_those_of_now(chunk_size):
+    """As `torch.nn.utils.prune` makes them before each call of the layer: weight = mask · weight_orig."""
+    model = small(chunk_size=chunk_size)
+    for block in model.blocks:
+        prune.l1_unstructured(block.attn.qkv, 'weight', 0.5)
+        with torch.no_grad():
+            block.attn.qkv.weight_orig.add_(torch.randn_like(block.attn.qkv.weight_orig))  # a step of training
+    found = model(images())
+    found.square().sum().backward()
+    for block in model.blocks:
+        assert torch.equal(block.attn.qkv.weight_orig.grad == 0, block.attn.qkv.weight_mask == 0)
+        prune.remove(block.attn.qkv, 'weight')
+    torch.testing.assert_close(found, model(images()))
 
 
 @pytest.mark.parametrize('chunk_size', [0, 8])

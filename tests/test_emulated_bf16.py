@@ -69,6 +69,17 @@ def test_weights_in_bf16_get_the_gradients_of_fp32(processor):
             torch.testing.assert_close(found.grad.float(), wanted.grad, rtol=2e-2, atol=1e-2 * wanted.grad.abs().max())
 
 
+def test_checkpointed_blocks_find_weights_in_bf16_again(processor):
+    gradients = []
+    for name, checkpointed in (('avx512_bf16', False), ('avx2', True)):
+        processor(name)
+        model = create().bfloat16()
+        model.set_grad_checkpointing(checkpointed)
+        model(images().bfloat16()).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_hooks_run_once_and_a_processor_with_bf16_uses_it(processor):
     processor('avx512_bf16')
     model, calls = create().bfloat16(), []

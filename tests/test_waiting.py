@@ -55,7 +55,7 @@ def test_questions_are_seen():
     ids=lambda changes: changes.get('task', changes.get('opt')),
 )
 def test_a_step_asks_the_device_nothing(tmp_path, changes):
-    recipe = small(tmp_path / 'run', augmentation='torch', stages=((16, 1.0),), batch_size=8, **changes)
+    recipe = small(tmp_path / 'run', augmentation='torch', stages=((16, 1.0),), batch_size=20, **changes)
     data = TrainingData(recipe, Processes(torch.device('cpu')))
     learner = Learner(recipe, data.shape, 16, 16, 10, data.mean, data.std, data.processes)
     learner.start('bf16')

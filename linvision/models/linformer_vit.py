@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer, feature_take_indic
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from linvision.autocast import InFp32, in_compute_dtype, is_emulated
+from linvision.autocast import InFp32, computes_in_fp32, in_compute_dtype
 from linvision.models.band import Band, check_shared
 from linvision.models.block import LinformerBlock
 from linvision.models.checks import (
@@ -439,7 +439,7 @@ class LinformerVisionTransformer(VisionTransformer):
                 refuse_mask(attn_mask, is_causal, key_padding_mask)
                 refuse_padding(key_padding_mask)
                 return self.classify(pooled_features(self, x))
-            if is_emulated(x):
+            if computes_in_fp32(self, x):
                 return InFp32(self, 'forward').compute(x, attn_mask, is_causal, key_padding_mask)
         if isinstance(key_padding_mask, Tensor):
             check_pool(self.global_pool)  # before the blocks run
@@ -481,7 +481,7 @@ class LinformerVisionTransformer(VisionTransformer):
                 refuse_mask(attn_mask, is_causal, key_padding_mask)
                 refuse_padding(key_padding_mask)
                 return token_features(self, x)
-            if is_emulated(x):
+            if computes_in_fp32(self, x):
                 return InFp32(self, 'forward_features').compute(x, attn_mask, is_causal, key_padding_mask)
         refuse_mask(attn_mask, is_causal, key_padding_mask)
         # isinstance, not `is not None`: under FX every argument is a proxy
