@@ -1,6 +1,7 @@
 """Starting from other weights: whose model it is, what is kept, what does not learn."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -148,6 +149,22 @@ def test_a_linear_probe_changes_nothing_but_the_head(model_folder, tmp_path, sta
         for size in (8, 16):
             model.set_input_size((size, size))
         assert all(torch.allclose(after[k], model.state_dict()[k], atol=1e-6) for k in resized)
+
+
+@pytest.mark.parametrize('model', ['', 'test_linformer_vit'])
+def test_a_run_whose_first_weights_are_gone_goes_on_and_is_reported(model_folder, tmp_path, model):
+    source = tmp_path / 'first'
+    shutil.copytree(model_folder, source)
+    recipe = small(tmp_path / 'run', model=model, init=str(source), epochs=0.6, stages=())
+    assert train(recipe.replace(max_steps=2)) == {}
+    shutil.rmtree(source)
+    with pytest.raises(ValueError, match='No weights to start from'):
+        train(recipe.replace(output_dir=tmp_path / 'other'))
+    with pytest.raises(ValueError, match='holds a run of other settings'):
+        train(recipe.replace(lr=0.1))
+    metrics = train(recipe)
+    shutil.rmtree(tmp_path / 'run/checkpoints')
+    assert train(recipe) == json.loads(json.dumps(metrics)) and metrics['num_samples'] == 100
 
 
 def test_frozen_blocks_and_what_stands_before_them_stay(model_folder, tmp_path):

@@ -10,10 +10,10 @@ from typing import Any, TextIO
 
 from linvision.data import create_dataset
 from linvision.data.recorded import read_metrics
-from linvision.train.checkpoint import check_same_images, check_same_run, checkpoints
+from linvision.train.checkpoint import check_same_images, check_same_run, checkpoints, read_state
 from linvision.train.data import fingerprint
 from linvision.train.parallel import Processes
-from linvision.train.pretrained import check_folder
+from linvision.train.pretrained import check_folder, is_source
 from linvision.train.recipe import Recipe
 
 WRITTEN: dict[str, tuple[str, ...]] = {  # by runs and reports; of a folder, what shows that it is theirs
@@ -99,6 +99,29 @@ def set_aside(folder: Path) -> None:
 def is_ours(path: Path, signs: tuple[str, ...]) -> bool:
     """Whether a run wrote it: a file of that name, or a folder of that name with what a run leaves in it."""
     return any(any(path.glob(sign)) for sign in signs) if signs else path.is_file()
+
+
+def as_begun(recipe: Recipe) -> Recipe:
+    """A recipe whose weights to start from are gone, with what they decided in the run of its output folder.
+
+    A recipe whose weights are there, or whose folder holds no run from them, is given back as it is.
+    """
+    if not recipe.init or is_source(recipe.init) or recipe.run.fresh or recipe.run.dry_run:
+        return recipe
+    folder = Path(recipe.run.output_dir)
+    runs: list[dict[str, Any]] = []
+    with suppress(ValueError, OSError):
+        runs = [read_state(path, look=True)['recipe'] for path in checkpoints(folder / 'checkpoints')[-1:]]
+        runs = runs or [read_metrics(folder / 'metrics.json')['recipe']]
+    if not runs or runs[0]['init'] != recipe.init:
+        return recipe
+    found, data = runs[0], recipe.data
+    return recipe.replace(
+        model=recipe.model or found['model'],
+        model_args=found['model_args'] | recipe.model_args,
+        img_size=data.img_size if data.img_size or data.stages else found['img_size'],
+        compile=found['compile'] if data.native_sizes else recipe.run.compile,
+    )
 
 
 def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any]:

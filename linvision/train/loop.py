@@ -34,7 +34,7 @@ from linvision.train.checkpoint import (
 )
 from linvision.train.data import TrainingData
 from linvision.train.finite import FiniteCheck
-from linvision.train.folder import finished_run, run_folder
+from linvision.train.folder import as_begun, finished_run, run_folder
 from linvision.train.freed_memory import keep_freed_memory
 from linvision.train.learner import Learner
 from linvision.train.memory import memory_advice, peak_memory_gib
@@ -70,7 +70,8 @@ def train(recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> di
         FloatingPointError: The loss is not finite; the last checkpoint is kept.
         MemoryError: Memory does not suffice; the message says what to change.
     """
-    recipe = resolved(recipe)
+    begun = as_begun(recipe)
+    recipe = resolved(recipe) if begun is recipe else begun
     recipe.validate()
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
