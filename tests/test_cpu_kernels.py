@@ -218,3 +218,18 @@ def test_short_images_keep_pytorchs_attention(monkeypatch):
         with torch.no_grad():
             model(batch(1))
         assert len(made) == times
+
+
+def test_without_fused_kernels_a_model_has_second_derivatives():
+    """A penalty on the gradient of 2,304 tokens, as float64 has it, whose products are plain in any case."""
+    timm.layers.set_fused_attn(False)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = timm.create_model('test_linformer_vit', img_size=48, depth=1, num_classes=3).to(dtype)
+        images = torch.randn(1, 3, 48, 48, dtype=torch.float64).to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
+        gradient.square().sum().backward()
+        found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+    assert 'blocks.0.mlp.fc1.weight' in found[0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
