@@ -15,7 +15,7 @@ not comparable to the digit with those on LRA's files, where Linformer has 76.3 
 
 Result: none yet; not run at full length, nor on a GPU. On 6 dashes a small model leaves chance with two other norms and
 without them does not begin (`recipes/pathfinder_1k_pico.py`, `docs/pathfinder.md`); here they are not tried:
-`--model-args token_norm True head_norm True`, in one process, without masked pixels.
+`--model-args token_norm True head_norm True`, in one process.
 """
 
 from pathlib import Path

@@ -35,8 +35,7 @@ def test_no_images_give_no_logits(kwargs):
     with torch.no_grad():
         assert model.eval()(images).shape == (0, 5)
     nothing_hidden = torch.zeros(0, 48, dtype=torch.bool)
-    if not kwargs.get('token_norm'):
-        assert model.forward_features(images, key_padding_mask=nothing_hidden).shape[::2] == (0, model.embed_dim)
+    assert model.forward_features(images, key_padding_mask=nothing_hidden).shape[::2] == (0, model.embed_dim)
 
 
 @pytest.mark.parametrize('chunk_size', [10**9, 10**30])

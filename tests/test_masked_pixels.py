@@ -287,7 +287,6 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path):
     'change, message',
     [
         ({'model': 'test_vit', 'stages': ((160, 1.0),)}, 'only linformer_vit_.* models can; got VisionTransformer'),
-        ({'model_args': {'token_norm': True}}, 'hides tokens as padding, of which token_norm takes none'),
         ({'mask_size': 16}, 'mask_size leaves one cell on a grid of 8×8 tokens'),
         ({'mask_ratio': 1.0}, 'mask_ratio must lie between 0 and 1, got 1.0'),
         ({'mixup': 0.2}, 'masked_pixels looks at no labels'),

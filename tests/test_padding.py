@@ -34,7 +34,9 @@ def masks() -> torch.Tensor:
     return torch.cat([corner(8, 8), corner(4, 5), torch.rand(1, 64) < 0.5])
 
 
-@pytest.mark.parametrize('tokens', [dict(), dict(class_token=True, global_pool='token', reg_tokens=1, row_norm=True)])
+@pytest.mark.parametrize(
+    'tokens', [dict(), dict(class_token=True, global_pool='token', reg_tokens=1, row_norm=True, token_norm=True)]
+)
 @pytest.mark.parametrize('sharing', SHARING)
 @pytest.mark.parametrize('kind', KINDS)
 def test_what_stands_in_padding_changes_no_output_and_no_gradient(kind, sharing, tokens):
@@ -59,6 +61,16 @@ def test_what_stands_in_padding_changes_no_output_and_no_gradient(kind, sharing,
 def test_padded_image_equals_the_image_without_padding_where_cells_are_aligned(kind, sharing):
     arguments = dict(projection=kind, sharing=sharing, class_token=True, local_size=3, pos_embed='conv')
     padded = create(img_size=16, proj_len=64, **arguments)  # cells of 2 × 2 tokens
+    small = create(img_size=8, proj_len=16, **arguments)
+    small.load_state_dict(padded.state_dict())
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    mask = corner(8, 8, 16).expand(2, -1)
+    torch.testing.assert_close(padded(images, key_padding_mask=mask), small(images[:, :, :8, :8]))
+
+
+def test_norms_over_all_tokens_leave_padding_out():
+    arguments = dict(projection='mean_pool', token_norm=True, class_token=True, local_size=3, pos_embed='conv')
+    padded = create(img_size=16, proj_len=64, **arguments)
     small = create(img_size=8, proj_len=16, **arguments)
     small.load_state_dict(padded.state_dict())
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)

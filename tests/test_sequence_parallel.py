@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     'a reach over several bands': dict(local_size=9, **PREFIX),
     'drop path': dict(drop_path_rate=0.5, drop_rate=0.5),
     'checkpointed': dict(local_size=3, checkpointed=True),
+    'norms over all tokens, streamed': dict(token_norm=True, depth=1, **LOCAL, **PREFIX, **STREAMED),
     'two processes': dict(count=2, **LOCAL, **PREFIX),
 }
 SLOW_CASES: dict[str, dict[str, Any]] = {
@@ -48,6 +49,7 @@ SLOW_CASES: dict[str, dict[str, Any]] = {
     'positions by axis': dict(pos_embed='separable', patch_size=2, img_size=(20, 16)),
     'taps two apart': dict(local_grid=5, **LOCAL, **PREFIX),
     'a reach over several bands, streamed': dict(local_size=9, **STREAMED),
+    'norms over all tokens': dict(token_norm=True, projection='dynamic', **LOCAL),
     'several images a chunk': dict(local_size=3, chunk_size=60),
     'class token': dict(global_pool='token', **PREFIX),
     'mean with prefix': dict(global_pool='avg', pool_include_prefix=True, padded=True, **PREFIX),
@@ -232,7 +234,6 @@ def test_a_whole_image_where_a_band_is_wanted_is_an_error_with_both_sizes(found)
     [
         (dict(projection='none'), 'full attention'),
         (dict(proj_len=80), 'full attention'),
-        (dict(token_norm=True), 'token_norm'),
         (dict(dynamic_img_size=True), 'set_input_size'),
         (dict(global_pool='map'), "'avg'"),
         (dict(proj_drop_rate=0.1), 'proj_drop_rate'),

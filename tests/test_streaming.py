@@ -60,7 +60,25 @@ def calls(monkeypatch) -> list[int]:
 @pytest.mark.parametrize('chunks, tokens', [([5, 30, 100], {}), ([24, 1000], PREFIX)])
 @pytest.mark.parametrize('kind, sharing', KINDS_AND_SHARING)
 def test_streaming_equals_plain_without_and_with_gradients(kind, sharing, chunks, tokens, calls):
-    model = create(projection=kind, sharing=sharing, depth=2, **tokens)
+    assert_streamed_is_whole(create(projection=kind, sharing=sharing, depth=2, **tokens), chunks, calls)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(projection='dynamic', **PREFIX),
+        dict(projection='separable', local_size=5, local_grid=(2, 2)),
+        dict(projection='linear', sharing='none'),
+        dict(projection='none', class_token=True),
+    ],
+    ids=lambda arguments: arguments['projection'],
+)
+def test_norms_over_all_tokens_stream(arguments, calls):
+    assert_streamed_is_whole(create(token_norm=True, depth=2, **arguments), [5, 30, 100], calls)
+
+
+def assert_streamed_is_whole(model: nn.Module, chunks: list[int], calls: list[int]) -> None:
+    """Outputs and all gradients, with and without padding."""
     for arguments in (dict(), dict(key_padding_mask=padding())):
         model.set_chunk_size(0)
         with torch.no_grad():
@@ -95,9 +113,10 @@ def test_a_dilated_local_path_finds_its_neighbours_in_other_chunks(local_grid):
         torch.testing.assert_close(gradients(model, batch()), exact)
 
 
-@pytest.mark.parametrize('kind', ['separable', 'dynamic'])
-def test_gradients_are_those_of_finite_differences(kind):
-    model = create(projection=kind, class_token=True, sharing='key_value', chunk_size=14, depth=2)
+@pytest.mark.parametrize('kind, token_norm', [('separable', True), ('dynamic', False)])
+def test_gradients_are_those_of_finite_differences(kind, token_norm):
+    shape = dict(class_token=True, sharing='key_value', depth=2)
+    model = create(projection=kind, token_norm=token_norm, chunk_size=14, **shape)
 
     def function(images, *weights):
         state = dict(zip((n for n, _ in model.named_parameters()), weights, strict=True))
@@ -132,8 +151,9 @@ def test_gradients_by_torch_func_are_those_of_whole_blocks(chunk_size, monkeypat
     torch.testing.assert_close(gradient(weights), exact)
 
 
-def test_dropout_is_the_same_in_both_passes():
-    model = create(chunk_size=24, proj_drop_rate=0.3, attn_drop_rate=0.2).train()
+@pytest.mark.parametrize('token_norm', [False, True])
+def test_dropout_is_the_same_in_both_passes(token_norm):
+    model = create(chunk_size=24, proj_drop_rate=0.3, attn_drop_rate=0.2, token_norm=token_norm).train()
     images, eps = batch(), 1e-6
     exact = gradients(model, images)
     direction = torch.randn_like(images)
@@ -146,8 +166,9 @@ def test_dropout_is_the_same_in_both_passes():
     assert slope == pytest.approx((exact['images'] * direction).sum().item(), rel=1e-5)
 
 
-def test_drop_path_is_drawn_once_for_each_image_and_block():
-    model = create(chunk_size=6, drop_path_rate=0.5, depth=2).train()
+@pytest.mark.parametrize('token_norm', [False, True])
+def test_drop_path_is_drawn_once_for_each_image_and_block(token_norm):
+    model = create(chunk_size=6, drop_path_rate=0.5, depth=2, token_norm=token_norm).train()
     block = model.blocks[1]
     x = torch.randn(64, 48, 32, dtype=torch.float64)
     projection = model.projection_tensors(x, (8, 6))[1]

@@ -204,7 +204,6 @@ def check_shared(model: Any, count: int) -> None:
         f'layers {some(full)} run full attention over all {grid[0] * grid[1]:,} tokens of the image. Choose a '
         'projection with K below them': bool(full),
         f'it has {grid[0]} rows of tokens for {count} processes. Choose fewer, or larger images': grid[0] < count,
-        'token_norm normalises over all tokens. Leave it out': model.runs_whole,
         'rotary positions are those of whole images. Choose a model without rope': model.rope is not None,
         'with dynamic_img_size a band does not say how large its image is. Call set_input_size instead': (
             model.dynamic_img_size

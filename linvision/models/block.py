@@ -5,12 +5,13 @@
 
 with layer scale and drop path on both branches, as in timm's `Block`. Once the keys and values of a block are known,
 everything else in it acts on each token alone (the local path needs a row of neighbours too). So `forward` runs it on
-the whole sequence, which can be traced, or chunk by chunk (`streaming/stream.py`); `residuals` is the equation of both.
+the whole sequence, which can be traced, or chunk by chunk (`streaming/stream.py`); `add_attention` and `add_mlp` are
+the equation of both. With `token_norm` each norm needs the mean and variance of all tokens first.
 """
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import timm.layers
 import torch
@@ -47,6 +48,8 @@ class LinformerBlock(nn.Module):
 
     The other arguments are those of `timm.models.vision_transformer.Block`.
     """
+
+    token_norm: Final[bool]  # TorchScript compiles what it chooses, and no more
 
     def __init__(
         self,
@@ -85,9 +88,10 @@ class LinformerBlock(nn.Module):
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
         self.compiles = ''  # backend of torch.compile for this block; see the model's `set_compile`
-        self.streams = not token_norm  # whose mean and variance are those of all tokens
+        self.token_norm = token_norm
         self.hidden = int(dim * mlp_ratio)  # width of the MLP's hidden layer
-        self.norm1 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
+        make_norm = partial(TokenNorm, num_prefix_tokens=num_prefix_tokens) if token_norm else norm_layer
+        self.norm1 = make_norm(dim, **dd)
         self.attn = LinformerAttention(
             dim,
             num_heads=num_heads,
@@ -112,7 +116,7 @@ class LinformerBlock(nn.Module):
         )
         self.ls1 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = TokenNorm(dim, **dd) if token_norm else norm_layer(dim, **dd)
+        self.norm2 = make_norm(dim, **dd)
         make_mlp: Any = MLPS[mlp_layer] if isinstance(mlp_layer, str) else mlp_layer
         make_mlp = Mlp if make_mlp is timm.layers.Mlp else make_mlp
         self.mlp = make_mlp(
@@ -160,12 +164,30 @@ class LinformerBlock(nn.Module):
                 for tensor in (x, valid, *scales):
                     open_sizes(tensor, 0)
                 return compiled(whole, self.compiles)(self, scales, x, projection, grid, valid)
+        return self.run_whole(x, projection, grid, valid)
+
+    def run_whole(self, x: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None) -> Tensor:
+        """The block on the whole sequence; arguments as of `forward`."""
+        if self.token_norm:
+            own = valid
+            if own is not None:
+                own = self.attn.own(own, grid)
+            x = self.add_attention(x, self.attn(self.norm1(x, own), projection, grid, valid))
+            return self.add_mlp(x, self.norm2(x, own))
         return self.residuals(x, self.attn(self.norm1(x), projection, grid, valid))
 
     def residuals(self, x: Tensor, attended: Tensor) -> Tensor:
         """Both residual branches, once attention has given its output for these tokens: (B, n, D) -> (B, n, D)."""
-        x = x + self.drop_path1(self.ls1(attended))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = self.add_attention(x, attended)
+        return self.add_mlp(x, self.norm2(x))
+
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The first residual branch: (B, n, D) -> (B, n, D)."""
+        return x + self.drop_path1(self.ls1(attended))
+
+    def add_mlp(self, x: Tensor, normalised: Tensor) -> Tensor:
+        """The second residual branch, from the tokens and those normalised: (B, n, D) -> (B, n, D)."""
+        return x + self.drop_path2(self.ls2(self.mlp(normalised)))
 
 
 def runs_compiled(block: LinformerBlock, x: Any) -> bool:
@@ -184,8 +206,7 @@ def whole(
     valid: Tensor | None,
 ) -> Tensor:
     """A block on the whole sequence, with drop path drawn before, as a function that all blocks can share compiled."""
-    attended = block.attn(block.norm1(x), projection, grid, valid)
-    return scaled(block, scales).residuals(x, attended)
+    return type(block).run_whole(scaled(block, scales), x, projection, grid, valid)
 
 
 if TYPE_CHECKING:

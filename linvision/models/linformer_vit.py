@@ -77,8 +77,8 @@ class LinformerVisionTransformer(VisionTransformer):
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.
         token_norm: In the blocks, normalise each channel over the tokens of an image (instance norm) in place of layer
-            norm over the channels of a token. Such blocks run whole, and take no padding. The weights have the names of
-            those of layer norms: what loads them has to know which they are.
+            norm over the channels of a token. The weights have the names of those of layer norms: what loads them has
+            to know which they are.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         rope: Rotary positions: timm's 'rope_type', 'cat', 'mixed' or 'dinov3', and its arguments (see `rotary.py`);
             empty for none.
@@ -179,8 +179,6 @@ class LinformerVisionTransformer(VisionTransformer):
         if projection != 'none':
             self.projection = Projection(projection, sharing, rows, grid, num_heads, embed_dim, **dd)
         self.token_norm = token_norm
-        # where blocks need all tokens of an image at once, they take no chunks and no padding
-        self.runs_whole = not all(block.streams for block in self.blocks)
         self.needs_batch = head_norm  # training needs two images or more together, in one process and one part
         # whether a padding mask that hides whole images is refused: on an accelerator the question waits for the answer
         self.looks_at_padding = True
@@ -268,12 +266,10 @@ class LinformerVisionTransformer(VisionTransformer):
         """How blocks are run: 0 whole, a number of images × tokens at a time, or 'auto'.
 
         Raises:
-            ValueError: Anything else, or a number for a model whose blocks only run whole.
+            ValueError: Anything else.
         """
         if chunk_size != 'auto' and not is_whole(chunk_size, 0):
             raise ValueError(f"chunk_size must be 'auto', 0 or a number of tokens, got {chunk_size!r}.")
-        if chunk_size not in ('auto', 0) and self.runs_whole:
-            raise ValueError(f"With token_norm blocks run whole: chunk_size must be 'auto' or 0, got {chunk_size}.")
         self.chunk_size = chunk_size
 
     @torch.jit.ignore
@@ -296,9 +292,11 @@ class LinformerVisionTransformer(VisionTransformer):
             raise ValueError(f'Processes share an image along one dimension of a mesh: choose it by name, got {mesh}.')
         check_shared(self, mesh.size())
         self.band = Band(mesh)
-        for module in (self.position, *(block.attn for block in self.blocks)):
-            if module is not None:
-                module.band = self.band
+        of_blocks = (part for block in self.blocks for part in (block.attn, block.norm1, block.norm2))
+        parts: list[Any] = [self.position, *of_blocks]
+        for part in parts:
+            if hasattr(part, 'band'):
+                part.band = self.band
         self.patch_embed.strict_img_size = False  # it has no say in how large a band is: `check_image` has
 
     @torch.jit.ignore
@@ -339,8 +337,6 @@ class LinformerVisionTransformer(VisionTransformer):
         all_inside: Tensor | None = None
         if key_padding_mask is not None:
             check_padding(key_padding_mask, x.shape[0], own, self.looks_at_padding and self.band is None)
-            if self.runs_whole:
-                raise ValueError('token_norm takes no key_padding_mask: padding would count in the norms of an image.')
             inside = all_inside = ~key_padding_mask.unsqueeze(-1)  # (B, N, 1)
             if self.band is not None:
                 padding = self.band.whole(key_padding_mask, grid)

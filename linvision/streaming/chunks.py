@@ -40,7 +40,7 @@ def choose_chunk_sizes(
     """
     depth = len(blocks)
     whole = [0] * depth
-    if chunk_size == 0 or not on_grid or not all(block.streams for block in blocks):
+    if chunk_size == 0 or not on_grid:
         return whole
     if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
         return whole

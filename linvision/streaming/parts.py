@@ -1,6 +1,6 @@
 """What streaming knows of a block: its parts by name, and no class."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class StreamedAttention(Protocol):
     @property
     def local(self) -> StreamedLocal | None: ...
     def is_full(self, grid: Grid) -> bool: ...
+    def own(self, valid: Tensor, grid: Grid) -> Tensor: ...
     def split_weights(self, x: Tensor) -> list[Tensor]: ...
     def query(self, x: Tensor, weights: list[Tensor], rope: Tensor | None = None) -> Tensor: ...
     def opening(self, x: Tensor) -> Tensor | None: ...
@@ -91,11 +92,12 @@ class StreamedBlock(Protocol):
     """
 
     compiles: str  # backend of torch.compile for its equation; '' for none
-    streams: bool  # whether it may run chunk by chunk at all
     hidden: int  # width of the MLP's hidden layer
     training: bool
     norm1: Any
 
+    @property
+    def token_norm(self) -> bool: ...  # whether its norms need the mean and variance of all tokens
     @property
     def attn(self) -> StreamedAttention: ...
 
@@ -107,6 +109,8 @@ class StreamedBlock(Protocol):
     drop_path2: Any
 
     def residuals(self, x: Tensor, attended: Tensor) -> Tensor: ...
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor: ...
+    def add_mlp(self, x: Tensor, normalised: Tensor) -> Tensor: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def modules(self) -> Iterator[nn.Module]: ...
@@ -121,15 +125,22 @@ class BlockWith:
     """
 
     def __init__(self, block: StreamedBlock, **parts: Any) -> None:
-        self.block = block
+        self.equations: Any = type(block)
         self.attn: Any = None
-        for name in ('attn', 'ls1', 'drop_path1', 'norm2', 'mlp', 'ls2', 'drop_path2'):
+        self.token_norm = block.token_norm
+        for name in ('norm1', 'attn', 'ls1', 'drop_path1', 'norm2', 'mlp', 'ls2', 'drop_path2'):
             setattr(self, name, parts.get(name, getattr(block, name)))
 
+    # the block's equations, with the parts that are here
+
     def residuals(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The block's equation, with the parts that are here."""
-        equation: Callable[[Any, Tensor, Tensor], Tensor] = type(self.block).residuals
-        return equation(self, x, attended)
+        return self.equations.residuals(self, x, attended)
+
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        return self.equations.add_attention(self, x, attended)
+
+    def add_mlp(self, x: Tensor, normalised: Tensor) -> Tensor:
+        return self.equations.add_mlp(self, x, normalised)
 
 
 def drop_path_scales(block: StreamedBlock, x: Tensor) -> list[Tensor]:

@@ -13,12 +13,15 @@ what each chunk gives; then attention, MLP and residuals, chunk by chunk. Notabl
   follows is streamed.
 - Where several processes share an image, x are the tokens of this one's band (`models/band.py`): E x is joined over the
   processes, and so is its gradient. Rows of the token grid are always counted in the image.
-- What a block computes is the block's own `residuals` and its attention's `output`; on CPUs without gradients some
-  parts are replaced by oneDNN's products (`cpu_kernels.py`).
+- What a block computes is the block's own equation and its attention's `output`; on CPUs without gradients some parts
+  are replaced by oneDNN's products (`cpu_kernels.py`).
+- With `token_norm` there are two loops more, for the mean and variance of all tokens before attention and before the
+  MLP. Both are leaves of the backward pass, as keys and values are.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +150,8 @@ def rest(
 ) -> Tensor:
     """All that follows the keys and values of a block, which acts on each token alone: (B, n, D) -> (B, n, D).
 
+    With `token_norm`, up to the first residual branch: the second needs that of all tokens.
+
     Args:
         block: The block, or one with some of its parts replaced.
         scales: Those of drop path.
@@ -158,7 +163,8 @@ def rest(
     """
     block = scaled(block, scales)
     query = block.attn.query(h, weights, rope)
-    return block.residuals(x, block.attn.output(query, key, value, mask, local, block.attn.opening(h)))
+    attended = block.attn.output(query, key, value, mask, local, block.attn.opening(h))
+    return block.add_attention(x, attended) if block.token_norm else block.residuals(x, attended)
 
 
 class Chunk(NamedTuple):
@@ -204,6 +210,10 @@ class TokenChunks:
         self.band = attention.band
         self.own = slice(0, grid[0]) if self.band is None else self.band.rows(grid[0])  # the rows that x are
         self.by_parts = attention.kind.by_parts and not attention.by_head and not attention.is_full(grid)
+        self.inside: Tensor | None = None  # `valid` of this process's tokens
+        if valid is not None:
+            self.inside = attention.own(valid, grid)
+        self.norm1: Any = block.norm1  # with the statistics of all tokens, once they are known
         self.weights: list[Tensor] = []  # of queries, keys and values: read once for all chunks
         self.rope: Tensor | None = None  # sines and cosines of all tokens
 
@@ -213,6 +223,8 @@ class TokenChunks:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
             halo = self.halo(self.x)
+            if self.block.token_norm:
+                self.norm1 = self.with_statistics(self.block.norm1, self.statistics(self.block.norm1, self.x))
             self.weights = self.block.attn.split_weights(self.x)
             projection = self.take_rope(projection)
             if self.by_parts:
@@ -224,13 +236,29 @@ class TokenChunks:
                 block: StreamedBlock | BlockWith = cpu_kernels.fused(self.block, self.chunk_size, self.x, key, value)
             else:
                 block = self.block
-            tokens = self.with_halo(self.x, halo)
-            for chunk in self.chunks():
-                y = self.output(block, self.context(tokens, chunk), key, value, mask, chunk)
-                if out is None or out.dtype != y.dtype:
-                    out = y.new_empty(self.x.shape)
-                place = self.rows(out, chunk.own)
-                place.copy_(y.reshape(place.shape))
+            out = self.outputs(block, halo, (key, value, mask), out)
+            if self.block.token_norm:
+                norm2 = self.with_statistics(self.block.norm2, self.statistics(self.block.norm2, out))
+                for own in self.parts():
+                    place = self.rows(out, own)
+                    place.copy_(self.add_mlp(block, norm2, place.flatten(1, 2)).view(place.shape))
+        return out
+
+    def outputs(
+        self,
+        block: StreamedBlock | BlockWith,
+        halo: Halo | None,
+        keys_values: KeysValues,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """What `output` gives for all chunks: (B, P + N, D)."""
+        tokens = self.with_halo(self.x, halo)
+        for chunk in self.chunks():
+            y = self.output(block, self.context(tokens, chunk), *keys_values, chunk)
+            if out is None or out.dtype != y.dtype:
+                out = y.new_empty(self.x.shape)
+            place = self.rows(out, chunk.own)
+            place.copy_(y.reshape(place.shape))
         assert out is not None, 'a sequence has at least one chunk'
         return out
 
@@ -244,7 +272,11 @@ class TokenChunks:
         projection = self.take_rope(inputs[sum(p.requires_grad for p in self.block.parameters()) :])
         made_weights = self.block.attn.split_weights(self.x)
         self.weights = [w.detach().requires_grad_(w.requires_grad) for w in made_weights]  # leaves
-        learning = [t for t in (*inputs, *self.weights) if t.requires_grad]
+        statistics: list[Tensor] = []  # leaves too, and made of the tokens at the end
+        if self.block.token_norm:
+            statistics = [self.statistics(self.block.norm1, self.x).detach().requires_grad_()]
+            self.norm1 = self.with_statistics(self.block.norm1, statistics[0])
+        learning = [t for t in (*inputs, *self.weights, *statistics) if t.requires_grad]
         dx = torch.zeros_like(self.x)
         sums: dict[int, Tensor] = {}  # gradients by the identity of what learns
 
@@ -271,6 +303,9 @@ class TokenChunks:
             sources = [self.x.clone().requires_grad_()]
             made = self.key_value_of_all(sources[0], projection)
         key, value = (t.detach().requires_grad_() for t in made[:2])
+
+        if self.block.token_norm:
+            grad = self.gradient_before_mlp(grad, halo, (key, value, made[2]), backward)
 
         # all that follows, chunk by chunk
         dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
@@ -304,6 +339,8 @@ class TokenChunks:
                 # a part's share of the whole: the gradient is right, the value counts the part twice
                 shares = self.merge(totals, self.reduce_rows(x, projection, own))
                 total += backward(shares, got[:-1], [x])[0]
+        for leaf in statistics:
+            dx += torch.autograd.grad(self.statistics(self.block.norm1, edges), edges, sums[id(leaf)])[0]
         # and through the weights, which a wrapper may have made of others
         used = [
             (w, sums[id(leaf)].to(w.dtype))
@@ -313,6 +350,37 @@ class TokenChunks:
         if used:
             backward([w for w, _ in used], [g for _, g in used], [])
         return [dx, *(sums[id(t)].to(t.dtype) if id(t) in sums else None for t in inputs)]
+
+    def gradient_before_mlp(
+        self,
+        grad: Tensor,
+        halo: Halo | None,
+        keys_values: KeysValues,
+        backward: Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]],
+    ) -> Tensor:
+        """Where a norm over all tokens stands before the MLP, the gradient of the tokens before that norm.
+
+        Args:
+            grad: Gradient of the block's output.
+            halo, keys_values: As for `outputs`.
+            backward: That of `gradients`.
+        """
+        devices = [self.x.device] if self.x.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=draws_dropout(self.block)):  # the first branch is drawn once more
+            with torch.no_grad():
+                tokens = self.outputs(self.block, halo, keys_values)
+            statistics = self.statistics(self.block.norm2, tokens).detach().requires_grad_()
+            norm2, dtokens = self.with_statistics(self.block.norm2, statistics), torch.empty_like(tokens)
+            dstatistics = torch.zeros_like(statistics)
+            for own in self.parts():
+                x = self.rows(tokens, own).flatten(1, 2).requires_grad_()
+                y = self.add_mlp(self.block, norm2, x)
+                dx, part = backward([y], [self.rows(grad, own).flatten(1, 2)], [x, statistics])
+                dstatistics += part
+                place = self.rows(dtokens, own)
+                place.copy_(dx.view(place.shape))
+            made = self.statistics(self.block.norm2, tokens.requires_grad_())
+            return dtokens.add_(torch.autograd.grad(made, tokens, dstatistics)[0])
 
     # ------------------------------------------------------------------------------------- keys and values from chunks
 
@@ -339,10 +407,10 @@ class TokenChunks:
         """What neighbouring rows of the token grid, x of (B, rows, width, D), give for E x and F x."""
         attention = self.block.attn
         n = len(projection) // attention.matrices
-        x = self.block.norm1(x).flatten(1, 2)
+        x = self.norm1(x.flatten(1, 2))
         inside: list[Tensor] = []
         if self.valid is not None:
-            inside = [self.inside(own)]  # (B, n)
+            inside = [self.valid_in(own)]  # (B, n)
             x = x.masked_fill(~inside[0].unsqueeze(-1), 0.0)
         parts = []
         for i in range(attention.matrices):
@@ -353,14 +421,25 @@ class TokenChunks:
 
     def key_value(self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask from what all chunks give for [E x] or [E x, F x], and the prefix tokens."""
-        attention, prefix = self.block.attn, self.block.norm1(prefix)
+        attention, prefix = self.block.attn, self.norm1(prefix)
         rows = [attention.kind.finish(r).to(prefix.dtype) for r in rows]
         return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, self.weights)
 
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask for kinds that take no parts, from the whole sequence."""
-        attention, h = self.block.attn, self.block.norm1(x)
+        attention, h = self.block.attn, self.norm1(x)
         return attention.key_value(h, projection, self.grid, self.valid, self.weights, self.rope)
+
+    # ------------------------------------------------------------------------------------------- norms over all tokens
+
+    def statistics(self, norm: Any, x: Tensor) -> Tensor:
+        """Mean and variance of each channel of x over the image, (B, 2, D), for a `TokenNorm`."""
+        found: Tensor = norm.statistics(x, self.inside)
+        return found
+
+    def with_statistics(self, norm: Any, statistics: Tensor) -> Callable[[Tensor], Tensor]:
+        """A `TokenNorm` for any tokens of these images."""
+        return partial(norm, statistics=statistics)
 
     # ------------------------------------------------------------------------------------------ all that follows them
 
@@ -385,10 +464,16 @@ class TokenChunks:
         """The tokens that a chunk reads, (B, n, D)."""
         return self.x[:, : self.P] if chunk.context is None else tokens.read(chunk.context).flatten(1, 2)
 
-    def inside(self, rows: slice) -> Tensor:
+    def valid_in(self, rows: slice) -> Tensor:
         """Which tokens of some rows are not padding, (B, n)."""
         assert self.valid is not None
         return self.valid[:, self.P :].unflatten(1, self.grid)[:, rows].flatten(1)
+
+    def parts(self) -> Iterator[slice | None]:
+        """This process's rows in chunks, after the prefix (None) where there is one."""
+        if self.P:
+            yield None
+        yield from (own for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own))
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of the token grid, after the prefix where there is one."""
@@ -401,8 +486,19 @@ class TokenChunks:
         (down, across), width = local.step(self.grid), self.grid[1]
         for own, context, part in row_chunks(self.grid, self.chunk_size, down, local.reach, self.own):
             size = (len(range(context.start, context.stop, context.step)), width)
-            valid = None if self.valid is None else self.inside(context).unsqueeze(-1)
+            valid = None if self.valid is None else self.valid_in(context).unsqueeze(-1)
             yield Chunk(own, context, size, slice(part.start * width, part.stop * width), (1, across), valid)
+
+    def add_mlp(self, block: StreamedBlock | BlockWith, norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The second residual branch, where a norm over all tokens stands before it: (B, n, D) -> (B, n, D).
+
+        Args:
+            block: As for `output`.
+            norm: The norm, with the statistics of all tokens.
+            x: Some tokens after the first branch.
+        """
+        block = scaled(block, self.scales if block is self.block else [])
+        return block.add_mlp(x, norm(x))
 
     def output(
         self,
@@ -421,7 +517,7 @@ class TokenChunks:
             key, value, mask: As `LinformerAttention.key_value` gives them.
             chunk: The chunk.
         """
-        h = self.block.norm1(x)
+        h = self.norm1(x)
         path, local = self.block.attn.local, None
         if path is not None and chunk.size is not None:
             read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
@@ -432,7 +528,8 @@ class TokenChunks:
             rope = self.rope.unflatten(-2, self.grid)[..., chunk.own, :, :].flatten(-3, -2)
         scales = self.scales if block is self.block else []  # a replaced block has none
         # the prefix is a few tokens; dropout must be the same in the backward pass, where it is another graph's
-        if chunk.own is None or not self.block.compiles or block is not self.block or draws_dropout(self.block):
+        plain = chunk.own is None or block is not self.block or draws_dropout(self.block)
+        if plain or not self.block.compiles:
             return rest(block, scales, x, h, local, self.weights, rope, key, value, mask)
         for tensor in (x, h, local):
             open_sizes(tensor, 0, 1)

@@ -32,8 +32,6 @@ def adapt(model: VisionTransformer) -> None:
             f'masked_pixels hides tokens, which only linformer_vit_* models can; got {type(model).__name__}. '
             "(--model-args projection none is a plain ViT's attention.)"
         )
-    if model.runs_whole:
-        raise ValueError('masked_pixels hides tokens as padding, of which token_norm takes none: leave token_norm out.')
     pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1] * model.in_chans
     # of the backbone that a run exports; nn.Module takes any attribute, but declares tensors and modules alone
     model.usual_pool = model.global_pool  # type: ignore[assignment]

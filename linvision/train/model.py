@@ -132,7 +132,7 @@ def is_ours(name: str) -> bool:
 
 def can_stream(model: nn.Module) -> bool:
     """Whether its blocks can run in chunks of tokens, each computed again in the backward pass."""
-    return isinstance(model, LinformerVisionTransformer) and not model.runs_whole
+    return isinstance(model, LinformerVisionTransformer)
 
 
 def compile_blocks(model: VisionTransformer, wanted: str, device: torch.device) -> bool:
