@@ -252,8 +252,15 @@ PHOTOGRAPH_NORMS = Study(
             norms_of('separable') | norms_of('dynamic'),
             'epochs',
             0.5,
-            ('validation top-1', 'parameters'),
-        )
+            ('validation top-1', 'training, min'),
+        ),
+        'photograph_norms_longer': Table(
+            '',
+            {name: own for name, own in norms_of('separable').items() if 'head_norm' not in name},
+            'epochs',
+            2.0,
+            ('validation top-1', 'training, min'),
+        ),
     },
     flags=Settings(),
     record='photograph_norms_runs.json',
