@@ -23,8 +23,6 @@ from linvision.train.checkpoint import load_shards, read_state, seal
 from linvision.train.pretrained import load_backbone, load_teacher
 from scripts.tools import model_card, report
 
-pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
-
 
 class Planted:
     """An object whose pickle runs a command when it is loaded."""
