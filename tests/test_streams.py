@@ -15,7 +15,6 @@ from torchvision.datasets import cifar
 
 from linvision.data import Augmentation, create_batches, create_dataset
 
-# webdataset leaves its shards to be closed by the garbage collector
 CLASSES = {'num_classes': 20}
 
 
