@@ -97,7 +97,7 @@ class TokenNorm(nn.Module):
     def mean_square(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Mean of the squares over the image: (B, P + N, D) -> (B, 1, D)."""
         x, tokens = self.counted(x, valid), x
-        return self.per_token(torch.linalg.vecdot(x, x, dim=1).unsqueeze(1), tokens, valid)
+        return self.per_token(x.square().sum(1, keepdim=True), tokens, valid)
 
     def counted(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """The tokens on the grid, zero where there is padding."""
