@@ -47,7 +47,11 @@ def computes_in_fp32(model: Any, x: Any) -> bool:
         and compute_dtype(x) == torch.bfloat16
         and not cpu_bf16()
         and not looked_into()
-        and not (model.grad_checkpointing and torch.is_grad_enabled() and x.dtype == torch.bfloat16)
+        and not (
+            model.grad_checkpointing
+            and torch.is_grad_enabled()
+            and any(p.dtype == torch.bfloat16 for p in model.parameters())
+        )
     )
 
 

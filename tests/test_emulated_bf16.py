@@ -69,13 +69,17 @@ def test_weights_in_bf16_get_the_gradients_of_fp32(processor):
             torch.testing.assert_close(found.grad.float(), wanted.grad, rtol=2e-2, atol=1e-2 * wanted.grad.abs().max())
 
 
-def test_checkpointed_blocks_find_weights_in_bf16_again(processor):
+@pytest.mark.parametrize('autocast', [False, True])
+def test_checkpointed_blocks_find_weights_in_bf16_again(autocast, processor):
+    x = images() if autocast else images().bfloat16()
     gradients = []
     for name, checkpointed in (('avx512_bf16', False), ('avx2', True)):
         processor(name)
         model = create().bfloat16()
         model.set_grad_checkpointing(checkpointed)
-        model(images().bfloat16()).sum().backward()
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = model(x).sum()
+        loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 

@@ -165,6 +165,10 @@ def test_token_norm_is_instance_norm_over_the_tokens_of_an_image():
     wide = TokenNorm(5)
     x = 300 * torch.randn(1, 64, 5).half()  # whose squares fp16 does not hold
     torch.testing.assert_close(wide(x), wide(x.float()).half(), rtol=2e-3, atol=1e-3)
+    exact = wide(x.float())
+    for dtype in (torch.float16, torch.bfloat16):  # autocast narrows no sum
+        with torch.autocast('cpu', dtype):
+            torch.testing.assert_close(wide(x.float()), exact, rtol=0, atol=0)
     torch.testing.assert_close(torch.cat([model(image) for image in images.split(1)]), together)  # no batch norm
 
 

@@ -96,8 +96,8 @@ class TokenNorm(nn.Module):
 
     def mean_square(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Mean of the squares over the image: (B, P + N, D) -> (B, 1, D)."""
-        x, tokens = self.counted(x, valid), x
-        return self.per_token(x.square().sum(1, keepdim=True), tokens, valid)
+        # not vecdot or a product of matrices, which autocast narrows
+        return self.per_token(self.counted(x, valid).square().sum(1, keepdim=True), x, valid)
 
     def counted(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """The tokens on the grid, zero where there is padding."""

@@ -19,7 +19,7 @@ REMEDY = 'Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or change the weight of 
 
 def weight_and_bias(layer: Any, dim: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Those of an `nn.Linear`, or of what wraps one; arguments and errors as of `wrapped_linear`."""
-    if type(layer).forward is nn.Linear.forward and not layer._forward_pre_hooks:
+    if type(layer).forward is nn.Linear.forward and not (layer._forward_pre_hooks and isinstance(like, Tensor)):
         return layer.weight, layer.bias
     return wrapped_linear(layer, dim, like)
 
