@@ -223,11 +223,12 @@ def test_short_images_keep_pytorchs_attention(monkeypatch):
 
 def test_without_fused_kernels_a_model_has_second_derivatives():
     """A penalty on the gradient of 2,304 tokens, as float64 has it, whose products are plain in any case."""
-    timm.layers.set_fused_attn(False)
     found = []
     for dtype in (torch.float64, torch.float32):
+        timm.layers.set_fused_attn(False)
         torch.manual_seed(0)
         model = timm.create_model('test_linformer_vit', img_size=48, depth=1, num_classes=3).to(dtype)
+        timm.layers.set_fused_attn(True)  # the model keeps what it was made with
         images = torch.randn(1, 3, 48, 48, dtype=torch.float64).to(dtype).requires_grad_()
         (gradient,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
         gradient.square().sum().backward()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, use_fused_attn
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -200,7 +200,6 @@ def learns_faster(mlp: Any, x: Any) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and supports(torch.float32)
         and is_plain(mlp)
-        and use_fused_attn()  # who turns it off wants plain operators, for second derivatives say
         and not (mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0)
         and not looked_into(*mlp.children())
     )

@@ -15,8 +15,8 @@ what each chunk gives; then attention, MLP and residuals, chunk by chunk. Notabl
   processes, and so is its gradient. Rows of the token grid are always counted in the image.
 - What a block computes is the block's own equation and its attention's `output`; on CPUs without gradients some parts
   are replaced by oneDNN's products (`cpu_kernels.py`).
-- With `token_norm` there are two loops more, for the mean and variance of all tokens before attention and before the
-  MLP. Both are leaves of the backward pass, as keys and values are.
+- With `token_norm` the mean and variance of all tokens come first, before attention and before the MLP, from the whole
+  sequence at once. Both are leaves of the backward pass, as keys and values are.
 """
 
 import math
@@ -365,8 +365,10 @@ class TokenChunks:
             halo, keys_values: As for `outputs`.
             backward: That of `gradients`.
         """
-        devices = [self.x.device] if self.x.is_cuda else []
-        with torch.random.fork_rng(devices, enabled=draws_dropout(self.block)):  # the first branch is drawn once more
+        devices = get_device_states(self.x)[0]
+        kind = self.x.device.type if devices else 'cuda'  # without devices, any
+        draws = draws_dropout(self.block)  # the first branch once more, after this
+        with torch.random.fork_rng(devices, enabled=draws, device_type=kind):
             with torch.no_grad():
                 tokens = self.outputs(self.block, halo, keys_values)
             statistics = self.statistics(self.block.norm2, tokens).detach().requires_grad_()
