@@ -156,7 +156,15 @@ def test_a_run_whose_first_weights_are_gone_goes_on_and_is_reported(model_folder
     source = tmp_path / 'first'
     shutil.copytree(model_folder, source)
     recipe = small(tmp_path / 'run', model=model, init=str(source), epochs=0.6, stages=())
-    assert train(recipe.replace(max_steps=2)) == {}
+    assert train(recipe.replace(max_steps=2, checkpoint_every=1, model_args={'row_norm': True} if model else {})) == {}
+    (source / 'model.safetensors').unlink()  # as where that run was started again
+    if model:
+        with pytest.raises(ValueError, match="model_args: .*'row_norm': True.* there"):
+            train(recipe)
+        recipe = recipe.replace(model_args={'row_norm': True})
+    newest = max((tmp_path / 'run/checkpoints').glob('step_*')) / 'state.pt'
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert train(recipe.replace(max_steps=1)) == {}
     shutil.rmtree(source)
     with pytest.raises(ValueError, match='No weights to start from'):
         train(recipe.replace(output_dir=tmp_path / 'other'))

@@ -10,10 +10,10 @@ from typing import Any, TextIO
 
 from linvision.data import create_dataset
 from linvision.data.recorded import read_metrics
-from linvision.train.checkpoint import check_same_images, check_same_run, checkpoints, read_state
+from linvision.train.checkpoint import check_same_images, check_same_run, checkpoints, damage, read_state
 from linvision.train.data import fingerprint
 from linvision.train.parallel import Processes
-from linvision.train.pretrained import check_folder, is_source
+from linvision.train.pretrained import check_folder, is_source, model_folder
 from linvision.train.recipe import Recipe
 
 WRITTEN: dict[str, tuple[str, ...]] = {  # by runs and reports; of a folder, what shows that it is theirs
@@ -106,19 +106,36 @@ def as_begun(recipe: Recipe) -> Recipe:
 
     A recipe whose weights are there, or whose folder holds no run from them, is given back as it is.
     """
-    if not recipe.init or is_source(recipe.init) or recipe.run.fresh or recipe.run.dry_run:
+    if not recipe.init or recipe.run.fresh or recipe.run.dry_run or holds_model(recipe.init):
         return recipe
     folder = Path(recipe.run.output_dir)
-    runs: list[dict[str, Any]] = []
     with suppress(ValueError, OSError):
-        runs = [read_state(path, look=True)['recipe'] for path in checkpoints(folder / 'checkpoints')[-1:]]
-        runs = runs or [read_metrics(folder / 'metrics.json')['recipe']]
-    if not runs or runs[0]['init'] != recipe.init:
-        return recipe
-    found, data = runs[0], recipe.data
+        whole = (path for path in reversed(checkpoints(folder / 'checkpoints')) if not damage(path))
+        path = next(whole, None)
+        found = read_state(path, look=True)['recipe'] if path else read_metrics(folder / 'metrics.json')['recipe']
+        return with_decisions(recipe, found) if found['init'] == recipe.init else recipe
+    return recipe
+
+
+def holds_model(name: str) -> bool:
+    """Whether weights may be had by a name: a folder must hold them."""
+    if not Path(name).is_dir():
+        return is_source(name)
+    try:
+        return bool(model_folder(Path(name)))
+    except FileNotFoundError:
+        return False
+
+
+def with_decisions(recipe: Recipe, found: dict[str, Any]) -> Recipe:
+    """A recipe with what its weights decided in a run: its model, if it names none, or the span of convolutions."""
+    data, kept = recipe.data, found['model_args']
+    if recipe.model:  # what else the run had, the command must say again
+        own = ('local_grid', *(['dynamic_img_size'] if data.native_sizes else []))
+        kept = {name: kept[name] for name in own if name in kept}
     return recipe.replace(
         model=recipe.model or found['model'],
-        model_args=found['model_args'] | recipe.model_args,
+        model_args=kept | recipe.model_args,
         img_size=data.img_size if data.img_size or data.stages else found['img_size'],
         compile=found['compile'] if data.native_sizes else recipe.run.compile,
     )
