@@ -17,14 +17,20 @@ prepare_environment dev
 echo '== ruff (seconds)'
 "$python" -m ruff check
 "$python" -m ruff format --check
-echo '== mypy, and the docs site with every link and docstring (half a minute)'
-"$python" -m mypy &
-NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict --quiet
-wait $!
-
 marked=()
 case "${1:-}" in --all) marked=(-m '') && shift ;; esac
-echo "== pytest${marked:+, the slow tests too} (6 minutes on 2 cores${marked:+ without the slow ones})"
+echo "== pytest${marked:+, the slow tests too} (6 minutes on 2 cores${marked:+ without the slow ones}); meanwhile mypy and the docs"
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+check() {
+    "$python" -m mypy && NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict --quiet
+}
+check > "$said" 2>&1 &
 export PYTHONDONTWRITEBYTECODE= # what is compiled is kept: tests start many processes
 export OMP_NUM_THREADS=1 # two processes, one core each: half of the files each, until one helps the other out
-"$python" -m pytest -n 2 --dist worksteal ${marked[@]+"${marked[@]}"} "$@"
+status=0
+"$python" -m pytest -n 2 --dist worksteal ${marked[@]+"${marked[@]}"} "$@" || status=$?
+echo '== mypy, and the docs site with every link and docstring'
+wait $! || status=$?
+cat "$said"
+exit $status

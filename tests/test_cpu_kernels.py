@@ -51,7 +51,7 @@ OPTIONS = [
     dict(act_layer=partial(nn.GELU, approximate='tanh')),
     dict(scale_attn_norm=True),
     dict(img_size=(8, 6), local_grid=(2, 2)),
-    dict(token_norm=True, class_token=True),
+    dict(token_norm=True),
 ]
 
 

@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     ],
 )
 def test_a_dry_run_knows_when_blocks_are_streamed(recipe, monkeypatch, capsys, name, limit, kept, arguments):
-    monkeypatch.setattr('linvision.streaming.chunks.whole_bytes', lambda device: limit)
+    monkeypatch.setattr('linvision.streaming.chunk_size.whole_bytes', lambda device: limit)
     train(recipe.replace(dry_run=True, batch_size=128, model=name, model_args=arguments))
     model = timm.create_model(name, img_size=16, in_chans=1, num_classes=10, **arguments)
     parameters = sum(p.numel() for p in model.parameters())

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import linvision  # noqa: F401  (registers the models)
 from linvision.data import Augmentation, create_batches
-from linvision.streaming.chunks import free_bytes
+from linvision.streaming.chunk_size import free_bytes
 from linvision.train import train
 from linvision.train.data import TrainingData
 from linvision.train.evaluate import evaluate

@@ -106,7 +106,7 @@ def test_fused_attention_equals_attention_written_out(kind, sharing):
 )
 def test_torchscript_gives_the_same_logits(kind, sharing, fused, tmp_path):
     set_fused_attn(fused)
-    model = create(projection=kind, sharing=sharing, class_token=True, token_norm=not fused, head_norm=not fused)
+    model = create(projection=kind, sharing=sharing, class_token=fused, token_norm=not fused, head_norm=not fused)
     torch.jit.script(model).save(str(tmp_path / 'model.pt'))
     loaded, images, mask = torch.jit.load(str(tmp_path / 'model.pt')), batch(), torch.rand(3, 64) < 0.3
     torch.testing.assert_close(loaded(images), model(images))
@@ -150,17 +150,15 @@ def test_head_norm_is_batch_norm_of_the_pooled_features_and_touches_nothing_else
 
 
 def test_token_norm_is_instance_norm_over_the_tokens_of_an_image():
-    model, images = create(token_norm=True, class_token=True, reg_tokens=1), batch(4)
+    model, images = create(token_norm=True), batch(4)
     seen = []
     for module in (model.blocks[1].norm1, model.blocks[1].norm2):
         module.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output)))
     together = model(images)
     for norm, x, out in seen:
-        assert x.shape == (4, 2 + 64, 32)
-        expected = nn.functional.instance_norm(x[:, 2:].mT, weight=norm.weight, bias=norm.bias, eps=1e-5).mT
-        torch.testing.assert_close(out[:, 2:], expected)
-        var, mean = torch.var_mean(x[:, 2:], 1, correction=0, keepdim=True)  # of the tokens on the grid
-        torch.testing.assert_close(out[:, :2], (x[:, :2] - mean) / (var + 1e-5).sqrt() * norm.weight + norm.bias)
+        assert x.shape == (4, 64, 32)
+        expected = nn.functional.instance_norm(x.mT, weight=norm.weight, bias=norm.bias, eps=1e-5).mT
+        torch.testing.assert_close(out, expected)
     assert len(seen) == 2
     wide = TokenNorm(5)
     x = 300 * torch.randn(1, 64, 5).half()  # whose squares fp16 does not hold
@@ -345,6 +343,7 @@ def test_saved_model_is_the_same_to_the_bit(kwargs, size, tmp_path: Path):
         (dict(local_size='3'), ValueError, r"local_size must be 0 or an odd side of at most 65,536, got '3'"),
         (dict(row_norm='yes'), ValueError, r"row_norm must be True or False, got 'yes'"),
         (dict(token_norm=1), ValueError, r'token_norm must be True or False, got 1'),
+        (dict(token_norm=True, reg_tokens=1), ValueError, r'class_token=False and reg_tokens=0, got False and 1'),
         (dict(mlp_layer='swiglue'), ValueError, r"Unknown mlp_layer 'swiglue'. Nearest: swiglu"),
         (dict(img_size=16.0), ValueError, r'img_size must be a positive integer.*got 16.0'),
         (dict(dynamic_img_pad=True), ValueError, r'dynamic_img_pad cannot be chosen'),

@@ -34,7 +34,8 @@ def samples(patch=2):
 @pytest.mark.parametrize('kind', KINDS)
 @torch.no_grad()
 def test_each_image_gives_what_it_gives_alone(kind, chunk_size):
-    model = create(projection=kind, patch_size=2, class_token=True, chunk_size=chunk_size, token_norm=chunk_size > 0)
+    tokens = dict(token_norm=True) if chunk_size else dict(class_token=True)
+    model = create(projection=kind, patch_size=2, chunk_size=chunk_size, **tokens)
     batch, labels = collate(samples(), (2, 2))
     found = model(batch)
     alone = torch.cat([model(image.unsqueeze(0)) for image, _ in samples()])

@@ -35,7 +35,7 @@ def masks() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    'tokens', [dict(), dict(class_token=True, global_pool='token', reg_tokens=1, row_norm=True, token_norm=True)]
+    'tokens', [dict(token_norm=True), dict(class_token=True, global_pool='token', reg_tokens=1, row_norm=True)]
 )
 @pytest.mark.parametrize('sharing', SHARING)
 @pytest.mark.parametrize('kind', KINDS)
@@ -69,13 +69,24 @@ def test_padded_image_equals_the_image_without_padding_where_cells_are_aligned(k
 
 
 def test_norms_over_all_tokens_leave_padding_out():
-    arguments = dict(projection='mean_pool', token_norm=True, class_token=True, local_size=3, pos_embed='conv')
+    arguments = dict(projection='mean_pool', token_norm=True, local_size=3, pos_embed='conv')
     padded = create(img_size=16, proj_len=64, **arguments)
     small = create(img_size=8, proj_len=16, **arguments)
     small.load_state_dict(padded.state_dict())
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     mask = corner(8, 8, 16).expand(2, -1)
     torch.testing.assert_close(padded(images, key_padding_mask=mask), small(images[:, :, :8, :8]))
+
+
+@pytest.mark.parametrize('chunk_size', [0, 20])
+def test_padding_stays_small_where_an_image_hardly_varies(chunk_size):
+    """Norms over all tokens multiply by 1 / sqrt(1e-5) there, in each of 24 norms."""
+    model = create(token_norm=True, depth=12, pos_embed='none', chunk_size=chunk_size)
+    images = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    tokens = model.forward_features(images, key_padding_mask=corner(5, 8))
+    assert tokens.abs().max() < 1e3
+    model(images, key_padding_mask=corner(5, 8)).square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() < 1e6 for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize('sharing', ['layerwise', 'key_value', 'headwise'])

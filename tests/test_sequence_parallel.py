@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     'a reach over several bands': dict(local_size=9, **PREFIX),
     'drop path': dict(drop_path_rate=0.5, drop_rate=0.5),
     'checkpointed': dict(local_size=3, checkpointed=True),
-    'norms over all tokens, streamed': dict(token_norm=True, depth=1, **LOCAL, **PREFIX, **STREAMED),
+    'norms over all tokens, streamed': dict(token_norm=True, depth=1, **LOCAL, **STREAMED),
     'two processes': dict(count=2, **LOCAL, **PREFIX),
 }
 SLOW_CASES: dict[str, dict[str, Any]] = {

@@ -41,7 +41,8 @@ class LinformerBlock(nn.Module):
         local_grid: Token grid that the local path's kernel is made for; (0, 0) for any.
         row_norm: Normalise the K projected rows.
         rotary, rotate_half, gated: As in `LinformerAttention`.
-        token_norm: Normalise each channel over an image's tokens, in place of `norm_layer` before attention and MLP.
+        token_norm: Normalise each channel over an image's tokens, in place of `norm_layer` before attention and MLP;
+            without prefix tokens.
         mlp_layer: A class of timm's, or its name in `MLPS`.
         attn_layer: Must stay timm's default: the attention of this block is its own.
         depth: Index of this block, which timm gives to every block.
@@ -90,7 +91,7 @@ class LinformerBlock(nn.Module):
         self.compiles = ''  # backend of torch.compile for this block; see the model's `set_compile`
         self.token_norm = token_norm
         self.hidden = int(dim * mlp_ratio)  # width of the MLP's hidden layer
-        make_norm = partial(TokenNorm, num_prefix_tokens=num_prefix_tokens) if token_norm else norm_layer
+        make_norm: Any = TokenNorm if token_norm else norm_layer
         self.norm1 = make_norm(dim, **dd)
         self.attn = LinformerAttention(
             dim,
@@ -169,9 +170,7 @@ class LinformerBlock(nn.Module):
     def run_whole(self, x: Tensor, projection: list[Tensor], grid: tuple[int, int], valid: Tensor | None) -> Tensor:
         """The block on the whole sequence; arguments as of `forward`."""
         if self.token_norm:
-            own = valid
-            if own is not None:
-                own = self.attn.own(own, grid)
+            own = None if valid is None else self.attn.own(valid, grid)
             x = self.add_attention(x, self.attn(self.norm1(x, own), projection, grid, valid))
             return self.add_mlp(x, self.norm2(x, own))
         return self.residuals(x, self.attn(self.norm1(x), projection, grid, valid))

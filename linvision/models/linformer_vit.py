@@ -46,7 +46,7 @@ from linvision.models.projection import Projection, projected_rows
 from linvision.models.resize import resized_state
 from linvision.models.rotary import create_rope, rope_tensors
 from linvision.rules import is_whole
-from linvision.streaming.chunks import choose_chunk_sizes
+from linvision.streaming.chunk_size import choose_chunk_sizes
 
 if TYPE_CHECKING:
     from linvision.models.block import Blocks
@@ -72,7 +72,7 @@ class LinformerVisionTransformer(VisionTransformer):
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
             training for all unless that would keep more than 4 GiB; on a GPU as many blocks as fit take all, and
-            the others chunks (see `chunks.py`). Results
+            the others chunks (see `chunk_size.py`). Results
             are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.

@@ -1,5 +1,7 @@
 """Norms that timm does not have."""
 
+from collections.abc import Sequence
+
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -30,28 +32,25 @@ def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: T
 
 
 class TokenNorm(nn.Module):
-    """Normalise each channel over the tokens of an image (instance norm): (B, P + N, D) -> (B, P + N, D).
+    """Normalise each channel over the tokens of an image (instance norm): (B, N, D) -> (B, N, D).
 
     Layer norm makes all tokens equally large, each by itself. This keeps how much larger one is than the others of its
-    image, and takes away what all have in common. Mean and variance are those of the tokens on the grid, without
-    padding; class and register tokens are normalised by them too.
+    image, and takes away what all have in common. Padding counts for nothing, and becomes zero.
 
     Args:
         dim: Width D of the tokens.
-        num_prefix_tokens: P, tokens before those on the grid.
         eps: Added to the variance.
     """
 
     def __init__(
         self,
         dim: int,
-        num_prefix_tokens: int = 0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_prefix_tokens, self.eps = num_prefix_tokens, eps
+        self.eps = eps
         self.band: Band | None = None  # this process's part of the image, where several share it
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
@@ -64,56 +63,75 @@ class TokenNorm(nn.Module):
         """Normalise tokens.
 
         Args:
-            x: Tokens, (B, P + N, D); any of them, where their image's statistics are given.
-            valid: Which of them are not padding, (B, P + N), boolean; all by default.
+            x: Tokens, (B, N, D); any of them, where their image's statistics are given.
+            valid: Which of them are not padding, (B, N), boolean; all by default.
             statistics: Mean and variance of each channel, (B, 2, D), as `statistics` gives them.
         """
         if isinstance(x.shape[0], int) and x.shape[0] == 0:  # no images: there is no mean of no numbers
             return x
-        wide = self.wide(x)
         if statistics is None:
-            centred = wide - self.mean(wide, valid)
-            var = self.mean_square(centred, valid)
+            count = self.over_image(tokens_in(x, valid))
+            wide = widened(x)
+            centred = wide - self.over_image(total(wide, valid)) / count
+            var = self.over_image(total(centred.square(), valid)) / count
         else:
-            centred = wide - statistics[:, :1]
-            var = statistics[:, 1:]
-        return torch.addcmul(self.bias, centred, torch.rsqrt(var + self.eps) * self.weight).to(x.dtype)
+            centred, var = widened(x) - statistics[:, :1], statistics[:, 1:]
+        y = torch.addcmul(self.bias, centred, torch.rsqrt(var + self.eps) * self.weight).to(x.dtype)
+        # where an image hardly varies, padding would grow from block to block
+        return y if valid is None else y.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+    def over_image(self, x: Tensor) -> Tensor:
+        """A sum over this process's tokens as that over all tokens of the image."""
+        if torch.jit.is_scripting() or self.band is None:
+            return x
+        return self.band.sum(x)
+
+    # --------------------------------------------------------------------------- from some of the tokens after others
 
     @torch.jit.unused
-    def statistics(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Mean and variance of each channel of an image: (B, P + N, D) -> (B, 2, D); arguments as of `forward`."""
-        wide = self.wide(x)
-        mean = self.mean(wide, valid)
-        return torch.cat([mean, self.mean_square(wide - mean, valid)], dim=1)
+    @torch.no_grad()
+    def statistics(self, parts: Sequence[tuple[Tensor, Tensor | None]], count: Tensor) -> Tensor:
+        """Mean and variance of each channel: (B, 2, D).
 
-    def wide(self, x: Tensor) -> Tensor:
-        """Tokens in fp32 at least: a sum of squares overflows in fp16."""
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        Args:
+            parts: The tokens, (B, n, D), and which of them are not padding, (B, n) or None for all.
+            count: How many tokens the image has, (B, 1, 1).
+        """
+        sums = [total(widened(x), valid) for x, valid in parts]
+        mean = self.over_image(torch.stack(sums).sum(0)) / count
+        sums = [total((widened(x) - mean).square(), valid) for x, valid in parts]
+        return torch.cat([mean, self.over_image(torch.stack(sums).sum(0)) / count], dim=1)
 
-    def mean(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Mean over the image: (B, P + N, D) -> (B, 1, D)."""
-        return self.per_token(self.counted(x, valid).sum(1, keepdim=True), x, valid)
+    @torch.jit.unused
+    @torch.no_grad()
+    def through_statistics(
+        self, x: Tensor, valid: Tensor | None, statistics: Tensor, grad: Tensor, count: Tensor
+    ) -> Tensor:
+        """The gradient that tokens get through `statistics`: (B, n, D).
 
-    def mean_square(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Mean of the squares over the image: (B, P + N, D) -> (B, 1, D)."""
-        # not vecdot or a product of matrices, which autocast narrows
-        return self.per_token(self.counted(x, valid).square().sum(1, keepdim=True), x, valid)
+        Args:
+            x, valid: As a part in `statistics`.
+            statistics: What it gave.
+            grad: The gradient of that, over all processes.
+            count: As for `statistics`.
+        """
+        dx = (grad[:, :1] + 2 * grad[:, 1:] * (widened(x) - statistics[:, :1])) / count
+        return dx if valid is None else dx.masked_fill(~valid.unsqueeze(-1), 0.0)
 
-    def counted(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """The tokens on the grid, zero where there is padding."""
-        if valid is not None:
-            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        return x[:, self.num_prefix_tokens :]
 
-    def per_token(self, total: Tensor, x: Tensor, valid: Tensor | None) -> Tensor:
-        """A sum over this process's tokens, (B, 1, D), as the mean over those of the image."""
-        if torch.jit.is_scripting() or self.band is None:
-            if valid is None:
-                return total / (x.shape[1] - self.num_prefix_tokens)
-            return total / valid[:, self.num_prefix_tokens :].sum(1).view(-1, 1, 1)
-        if valid is None:
-            count = total.new_full((x.shape[0], 1, 1), x.shape[1] - self.num_prefix_tokens)
-        else:
-            count = valid[:, self.num_prefix_tokens :].sum(1).view(-1, 1, 1).to(total.dtype)
-        joined = self.band.sum(torch.cat([total, count], dim=-1))
-        return joined[..., :-1] / joined[..., -1:]
+def widened(x: Tensor) -> Tensor:
+    """Tokens in fp32 at least: a sum of squares overflows in fp16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def total(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The sum over tokens that are not padding: (B, N, D) -> (B, 1, D)."""
+    # not a product of matrices, which autocast narrows
+    return (x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0)).sum(1, keepdim=True)
+
+
+def tokens_in(x: Tensor, valid: Tensor | None) -> Tensor:
+    """How many tokens are not padding: (B, 1, 1)."""
+    if valid is None:
+        return x.new_ones(x.shape[0], 1, 1, dtype=torch.float32) * x.shape[1]
+    return valid.sum(1).view(-1, 1, 1)

@@ -1,125 +1,18 @@
-"""How many tokens a block handles at a time: the rule behind `chunk_size='auto'`, and how a token grid is cut.
+"""How the tokens of some images are cut into chunks of whole rows of the token grid.
 
-A chunk is small enough for the MLP's hidden layer to stay in cache. Whole blocks are used where something must see the
-model's operators one by one. A local path whose taps are s rows apart never mixes row i with row i + 1: each s-th row
-makes an image of its own, and chunks are cut from these, so that a chunk's neighbours are few however far it reaches.
+A local path whose taps are s rows apart never mixes row i with row i + 1: each s-th row makes an image of its own, and
+chunks are cut from these, so that a chunk's neighbours are few however far it reaches.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from linvision.autocast import compute_dtype
-from linvision.compiled import looked_into
-from linvision.streaming import cpu_kernels
-from linvision.streaming.parts import StreamedBlock
-
-CACHE_BYTES = 8 * 2**20  # what the hidden layer of a chunk may take on a CPU
-# Numbers that a whole block keeps for the backward pass, for each token and channel, about: on a GPU 15.4, counted at
-# 16,384 tokens in bf16; on a CPU below fp32 the attention weights come on top.
-KEPT_NUMBERS = {'cpu': 24, 'gpu': 16}
-# On a CPU training recomputes (1.4 times the time, a fifth of the memory) where blocks would keep more than this; on a
-# GPU so many blocks that the others keep no more than a share of what is free.
-KEPT_BYTES = 2**32
-WHOLE_SHARE = 0.8
-# Of what is free on a GPU, for all that one chunk needs: few large chunks, since each costs launches.
-CHUNK_SHARE = 0.125
-
-
-def choose_chunk_sizes(
-    chunk_size: int | str, x: Tensor, blocks: Sequence[StreamedBlock], on_grid: bool = True
-) -> list[int]:
-    """Images × tokens in a chunk of each block for tokens x. All that keeps blocks whole (0) is here.
-
-    Args:
-        chunk_size: What the model was told: 'auto', 0 or a number.
-        x: Tokens, (B, N, D), with or without prefix.
-        blocks: The model's blocks.
-        on_grid: Whether x are the tokens of the whole grid; patch dropout leaves some of them only.
-    """
-    depth = len(blocks)
-    whole = [0] * depth
-    if chunk_size == 0 or not on_grid:
-        return whole
-    if not isinstance(x, Tensor) or x.is_meta:  # a proxy of torch.fx; nothing is computed
-        return whole
-    if x.shape[0] == 0:  # there is nothing to cut
-        return whole
-    if not blocks[0].attn.fused_attn or looked_into(*(m for block in blocks for m in block.modules())):
-        return whole
-    if chunk_size != 'auto':
-        return [int(chunk_size)] * depth
-    if not torch.is_grad_enabled():
-        return [auto_chunk_size(x, blocks[0].hidden)] * depth
-    n = whole_blocks(x.numel(), depth, compute_dtype(x), x.device)
-    return whole if n == depth else whole[:n] + [chunk_tokens(x, blocks[0].hidden)] * (depth - n)
-
-
-def whole_blocks(numbers: int, depth: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many blocks run whole in training, the first ones: all that fit; on a CPU all of them or none.
-
-    A streamed block computes twice, so that none is streamed in vain. (On a CPU memory is not what is short: there
-    chunks that stay in cache make up for half of that.)
-
-    Args:
-        numbers, depth, dtype, device: As for `kept_bytes`.
-    """
-    kept, limit = kept_bytes(numbers, depth, dtype, device), whole_bytes(device)
-    if kept < limit:
-        return depth
-    if device.type == 'cpu':
-        return 0
-    inputs = numbers * dtype.itemsize  # what a streamed block keeps
-    return max(0, (limit - depth * inputs) // (kept // depth - inputs))
-
-
-def kept_bytes(numbers: int, depth: int, dtype: torch.dtype, device: torch.device) -> int:
-    """What whole blocks keep for the backward pass, about.
-
-    Args:
-        numbers: Numbers in the tokens x of a block, B · N · D.
-        depth: Blocks.
-        dtype: What is computed in.
-        device: Where.
-    """
-    return KEPT_NUMBERS['cpu' if device.type == 'cpu' else 'gpu'] * numbers * depth * dtype.itemsize
-
-
-def whole_bytes(device: torch.device) -> int:
-    """Up to how much whole blocks may keep in training; where it is more, blocks are streamed."""
-    return KEPT_BYTES if device.type == 'cpu' else int(WHOLE_SHARE * free_bytes(device))
-
-
-def free_bytes(device: torch.device) -> int:
-    """What is free on an accelerator, with what torch has cached there; without a way to ask, 8 GiB."""
-    if device.type != 'cuda':
-        return 2**33
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def chunk_tokens(x: Tensor, hidden: int) -> int:
-    """Images × tokens in a chunk: on a CPU an MLP layer `hidden` wide stays in cache; a power of two."""
-    itemsize = compute_dtype(x).itemsize
-    if x.is_cpu:
-        tokens = CACHE_BYTES // (hidden * itemsize)
-    else:
-        tokens = int(CHUNK_SHARE * free_bytes(x.device)) // (KEPT_NUMBERS['gpu'] * x.shape[-1] * itemsize)
-    return max(256, 2 ** (tokens.bit_length() - 1))
-
-
-def auto_chunk_size(x: Tensor, hidden: int) -> int:
-    """Images × tokens in a chunk without gradients; 0, whole, where streaming gains nothing.
-
-    Args:
-        x: Tokens, (B, N, D).
-        hidden: Width of the MLP's hidden layer.
-    """
-    tokens, dtype = chunk_tokens(x, hidden), compute_dtype(x)
-    fused = x.is_cpu and cpu_kernels.supports(dtype)
-    least = cpu_kernels.FUSED_TOKENS if fused else tokens + 1
-    return tokens if x.shape[0] * x.shape[1] >= least else 0
+from linvision.streaming.parts import Grid, StreamedAttention
+from linvision.streaming.rows import Halo, Rows
 
 
 def row_chunks(
@@ -147,3 +40,85 @@ def row_chunks(
             own = slice(phase + first * step, phase + (last - 1) * step + 1, step)
             context = slice(phase + top * step, phase + (bottom - 1) * step + 1, step)
             yield own, context, slice(first - top, last - top)
+
+
+class Chunk(NamedTuple):
+    """Some rows of the token grid, or the prefix.
+
+    Attributes:
+        own: The rows whose output it gives, counted in the image; None for the prefix.
+        context: The rows that it reads: its own, and those above and below that the local path reaches.
+        size: For a local path: rows and width of the context; None for no local path.
+        tokens: For a local path: which tokens of the context are its own.
+        step: For a local path: tokens from tap to tap, down and across.
+    """
+
+    own: slice | None
+    context: slice | None
+    size: Grid | None = None
+    tokens: slice = slice(None)
+    step: tuple[int, int] = (1, 1)
+
+
+class TokenChunks:
+    """Tokens (B, P + N, …) of some images in chunks of whole rows of the token grid; the prefix is a chunk of its own.
+
+    Where several processes share an image, the tokens are those of this one's band, and rows are counted in the image.
+
+    Args:
+        attention: The attention of the block that they are for: its prefix, band and local path.
+        grid: Token grid (height, width).
+        size: Tokens of an image in a chunk; it has one row at least.
+        valid: Which tokens are not padding, (B, P + N), None for all.
+    """
+
+    def __init__(self, attention: StreamedAttention, grid: Grid, size: int, valid: Tensor | None) -> None:
+        self.attention, self.grid, self.size, self.valid = attention, grid, size, valid
+        self.P, self.band = attention.num_prefix_tokens, attention.band
+        self.own = slice(0, grid[0]) if self.band is None else self.band.rows(grid[0])  # the rows that are here
+
+    def rows(self, tokens: Tensor, rows: slice | None) -> Tensor:
+        """A view of some of this process's rows, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
+        if rows is None:
+            return tokens[:, : self.P].unsqueeze(1)  # (B, 1, P, …)
+        return self.with_halo(tokens).read(rows)
+
+    def with_halo(self, tokens: Tensor, halo: Halo | None = None) -> Rows:
+        """This process's rows of tokens (B, P + N, …), and those that it has of its neighbours."""
+        return Rows(tokens[:, self.P :].unflatten(1, (-1, self.grid[1])), self.own.start, halo)
+
+    def halo(self, x: Tensor) -> Halo | None:
+        """What the local path reads of the neighbours' tokens; None where it reads nothing."""
+        local = self.attention.local
+        if self.band is None or local is None:
+            return None
+        return self.band.halo(x[:, self.P :], self.grid, local.rows_needed(self.grid))
+
+    def valid_in(self, rows: slice | None) -> Tensor | None:
+        """Which tokens of some rows, or of the prefix, are not padding: (B, n), None for all."""
+        if self.valid is None or rows is None:
+            return None
+        return self.valid[:, self.P :].unflatten(1, self.grid)[:, rows].flatten(1)
+
+    def parts(self) -> Iterator[slice]:
+        """This process's rows of the token grid in chunks."""
+        return (own for own, _, _ in row_chunks(self.grid, self.size, rows=self.own))
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of the token grid, after the prefix where there is one."""
+        local = self.attention.local
+        if self.P:
+            yield Chunk(None, None)
+        if local is None:
+            yield from (Chunk(own, own) for own in self.parts())
+            return
+        (down, across), width = local.step(self.grid), self.grid[1]
+        for own, context, part in row_chunks(self.grid, self.size, down, local.reach, self.own):
+            size = (len(range(context.start, context.stop, context.step)), width)
+            yield Chunk(own, context, size, slice(part.start * width, part.stop * width), (1, across))
+
+    def count(self, device: torch.device) -> Tensor:
+        """How many tokens an image has, (B, 1, 1) or, where there is no padding, (1, 1, 1)."""
+        if self.valid is not None:
+            return self.valid.sum(1).view(-1, 1, 1)
+        return torch.full((1, 1, 1), math.prod(self.grid), device=device)

@@ -15,14 +15,13 @@ what each chunk gives; then attention, MLP and residuals, chunk by chunk. Notabl
   processes, and so is its gradient. Rows of the token grid are always counted in the image.
 - What a block computes is the block's own equation and its attention's `output`; on CPUs without gradients some parts
   are replaced by oneDNN's products (`cpu_kernels.py`).
-- With `token_norm` the mean and variance of all tokens come first, before attention and before the MLP, from the whole
-  sequence at once. Both are leaves of the backward pass, as keys and values are.
+- With `token_norm` the mean and variance of all tokens come first, before attention and before the MLP. Both are leaves
+  of the backward pass, as keys and values are.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from linvision.compiled import compiled, open_sizes
 from linvision.streaming import cpu_kernels
-from linvision.streaming.chunks import row_chunks
+from linvision.streaming.chunks import Chunk, TokenChunks
 from linvision.streaming.parts import (
     BlockWith,
     Grid,
@@ -80,7 +79,7 @@ def stream(
             weights = {name: p for name, p in block.named_parameters() if p.requires_grad}
             results.append(Recomputed.apply(block, settings, tuple(weights), images, *weights.values(), *projection))
         else:
-            results.append(TokenChunks(block, images, *settings).run(projection, None if out is None else out[part]))
+            results.append(Pass(block, images, *settings).run(projection, None if out is None else out[part]))
     if len(results) == 1:
         return results[0]
     written = not learns and out is not None and out.dtype == results[0].dtype
@@ -100,7 +99,7 @@ class Recomputed(torch.autograd.Function):
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.random = (torch.get_rng_state(), *get_device_states(x)) if draws_dropout(block) else None
-        return TokenChunks(block, x, *settings).run(list(inputs[len(names) :]))
+        return Pass(block, x, *settings).run(list(inputs[len(names) :]))
 
     @staticmethod
     @once_differentiable
@@ -133,7 +132,7 @@ class BackwardPass(nn.Module):
 
     def forward(self, x: Tensor, settings: tuple[Any, ...], inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
         """Gradients of x and the inputs of `Recomputed`."""
-        return TokenChunks(self.block, x, *settings).gradients(inputs, grad)
+        return Pass(self.block, x, *settings).gradients(inputs, grad)
 
 
 def rest(
@@ -167,28 +166,8 @@ def rest(
     return block.add_attention(x, attended) if block.token_norm else block.residuals(x, attended)
 
 
-class Chunk(NamedTuple):
-    """Some rows of the token grid, or the prefix.
-
-    Attributes:
-        own: The rows whose output it gives, counted in the image; None for the prefix.
-        context: The rows that it reads: its own, and those above and below that the local path reaches.
-        size: For a local path: rows and width of the context; None for no local path.
-        tokens: For a local path: which tokens of the context are its own.
-        step: For a local path: tokens from tap to tap, down and across.
-        valid: For a local path: which tokens of the context are not padding, (B, n, 1), None for all.
-    """
-
-    own: slice | None
-    context: slice | None
-    size: Grid | None = None
-    tokens: slice = slice(None)
-    step: tuple[int, int] = (1, 1)
-    valid: Tensor | None = None
-
-
-class TokenChunks:
-    """Some images' tokens, cut into chunks of whole rows of the token grid; the prefix is a chunk of its own.
+class Pass:
+    """A block over some images, chunk by chunk: forward, or forward and backward.
 
     Args:
         block: The block.
@@ -202,18 +181,12 @@ class TokenChunks:
     def __init__(
         self, block: StreamedBlock, x: Tensor, grid: Grid, chunk_size: int, valid: Tensor | None, scales: list[Tensor]
     ) -> None:
-        self.block, self.grid, self.valid, self.x = block, grid, valid, x.detach()
-        self.P = block.attn.num_prefix_tokens
+        self.block, self.grid, self.valid, self.x, self.scales = block, grid, valid, x.detach(), scales
+        self.P, self.band, attention = block.attn.num_prefix_tokens, block.attn.band, block.attn
         self.chunk_size = chunk_size // len(x)
-        self.scales = scales
-        attention = block.attn
-        self.band = attention.band
-        self.own = slice(0, grid[0]) if self.band is None else self.band.rows(grid[0])  # the rows that x are
+        self.cut = TokenChunks(attention, grid, self.chunk_size, valid)
         self.by_parts = attention.kind.by_parts and not attention.by_head and not attention.is_full(grid)
-        self.inside: Tensor | None = None  # `valid` of this process's tokens
-        if valid is not None:
-            self.inside = attention.own(valid, grid)
-        self.norm1: Any = block.norm1  # with the statistics of all tokens, once they are known
+        self.statistics1: Tensor | None = None  # those of all tokens, where the norm needs them
         self.weights: list[Tensor] = []  # of queries, keys and values: read once for all chunks
         self.rope: Tensor | None = None  # sines and cosines of all tokens
 
@@ -222,9 +195,9 @@ class TokenChunks:
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:
         """The block's output, written to `out` where it is given; no gradients."""
         with torch.no_grad():
-            halo = self.halo(self.x)
+            halo = self.cut.halo(self.x)
             if self.block.token_norm:
-                self.norm1 = self.with_statistics(self.block.norm1, self.statistics(self.block.norm1, self.x))
+                self.statistics1 = self.statistics(self.block.norm1, self.x)
             self.weights = self.block.attn.split_weights(self.x)
             projection = self.take_rope(projection)
             if self.by_parts:
@@ -238,10 +211,10 @@ class TokenChunks:
                 block = self.block
             out = self.outputs(block, halo, (key, value, mask), out)
             if self.block.token_norm:
-                norm2 = self.with_statistics(self.block.norm2, self.statistics(self.block.norm2, out))
-                for own in self.parts():
-                    place = self.rows(out, own)
-                    place.copy_(self.add_mlp(block, norm2, place.flatten(1, 2)).view(place.shape))
+                statistics = self.statistics(self.block.norm2, out)
+                for own in self.cut.parts():
+                    place = self.cut.rows(out, own)
+                    place.copy_(self.add_mlp(block, place.flatten(1, 2), own, statistics).view(place.shape))
         return out
 
     def outputs(
@@ -252,12 +225,12 @@ class TokenChunks:
         out: Tensor | None = None,
     ) -> Tensor:
         """What `output` gives for all chunks: (B, P + N, D)."""
-        tokens = self.with_halo(self.x, halo)
-        for chunk in self.chunks():
+        tokens = self.cut.with_halo(self.x, halo)
+        for chunk in self.cut.chunks():
             y = self.output(block, self.context(tokens, chunk), *keys_values, chunk)
             if out is None or out.dtype != y.dtype:
                 out = y.new_empty(self.x.shape)
-            place = self.rows(out, chunk.own)
+            place = self.cut.rows(out, chunk.own)
             place.copy_(y.reshape(place.shape))
         assert out is not None, 'a sequence has at least one chunk'
         return out
@@ -274,8 +247,8 @@ class TokenChunks:
         self.weights = [w.detach().requires_grad_(w.requires_grad) for w in made_weights]  # leaves
         statistics: list[Tensor] = []  # leaves too, and made of the tokens at the end
         if self.block.token_norm:
-            statistics = [self.statistics(self.block.norm1, self.x).detach().requires_grad_()]
-            self.norm1 = self.with_statistics(self.block.norm1, statistics[0])
+            self.statistics1 = self.statistics(self.block.norm1, self.x).requires_grad_()
+            statistics = [self.statistics1]
         learning = [t for t in (*inputs, *self.weights, *statistics) if t.requires_grad]
         dx = torch.zeros_like(self.x)
         sums: dict[int, Tensor] = {}  # gradients by the identity of what learns
@@ -291,7 +264,7 @@ class TokenChunks:
             return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, got, strict=False)]
 
         edges = self.x.detach().requires_grad_()
-        halo = self.halo(edges)
+        halo = self.cut.halo(edges)
 
         # keys and values, from leaves
         if self.by_parts:
@@ -310,11 +283,11 @@ class TokenChunks:
         # all that follows, chunk by chunk
         dkey, dvalue = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value))
         dhalo = None if halo is None else halo._replace(received=torch.zeros_like(halo.received))
-        tokens, gradients = self.with_halo(self.x, halo), self.with_halo(dx, dhalo)
-        for chunk in self.chunks():
+        tokens, gradients = self.cut.with_halo(self.x, halo), self.cut.with_halo(dx, dhalo)
+        for chunk in self.cut.chunks():
             x = self.context(tokens, chunk).requires_grad_()
             y = self.output(self.block, x, key, value, made[2], chunk)
-            part, *parts = backward([y], [self.rows(grad, chunk.own).flatten(1, 2)], [x, key, value])
+            part, *parts = backward([y], [self.cut.rows(grad, chunk.own).flatten(1, 2)], [x, key, value])
             if chunk.context is None:
                 dx[:, : self.P] += part
             else:
@@ -333,14 +306,14 @@ class TokenChunks:
             totals = [r.detach() for r in rows]
             if self.band is not None:  # of all processes' losses
                 got = [self.band.sum(g) for g in got]
-            for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own):
-                x = self.rows(self.x, own).requires_grad_()
-                total = self.rows(dx, own)
+            for own in self.cut.parts():
+                x = self.cut.rows(self.x, own).requires_grad_()
+                total = self.cut.rows(dx, own)
                 # a part's share of the whole: the gradient is right, the value counts the part twice
                 shares = self.merge(totals, self.reduce_rows(x, projection, own))
                 total += backward(shares, got[:-1], [x])[0]
         for leaf in statistics:
-            dx += torch.autograd.grad(self.statistics(self.block.norm1, edges), edges, sums[id(leaf)])[0]
+            self.add_through_statistics(dx, self.block.norm1, self.x, leaf.detach(), sums[id(leaf)])
         # and through the weights, which a wrapper may have made of others
         used = [
             (w, sums[id(leaf)].to(w.dtype))
@@ -371,18 +344,17 @@ class TokenChunks:
         with torch.random.fork_rng(devices, enabled=draws, device_type=kind):
             with torch.no_grad():
                 tokens = self.outputs(self.block, halo, keys_values)
-            statistics = self.statistics(self.block.norm2, tokens).detach().requires_grad_()
-            norm2, dtokens = self.with_statistics(self.block.norm2, statistics), torch.empty_like(tokens)
-            dstatistics = torch.zeros_like(statistics)
-            for own in self.parts():
-                x = self.rows(tokens, own).flatten(1, 2).requires_grad_()
-                y = self.add_mlp(self.block, norm2, x)
-                dx, part = backward([y], [self.rows(grad, own).flatten(1, 2)], [x, statistics])
+            statistics = self.statistics(self.block.norm2, tokens).requires_grad_()
+            dtokens, dstatistics = torch.empty_like(tokens), torch.zeros_like(statistics)
+            for own in self.cut.parts():
+                x = self.cut.rows(tokens, own).flatten(1, 2).requires_grad_()
+                y = self.add_mlp(self.block, x, own, statistics)
+                dx, part = backward([y], [self.cut.rows(grad, own).flatten(1, 2)], [x, statistics])
                 dstatistics += part
-                place = self.rows(dtokens, own)
+                place = self.cut.rows(dtokens, own)
                 place.copy_(dx.view(place.shape))
-            made = self.statistics(self.block.norm2, tokens.requires_grad_())
-            return dtokens.add_(torch.autograd.grad(made, tokens, dstatistics)[0])
+            self.add_through_statistics(dtokens, self.block.norm2, tokens, statistics.detach(), dstatistics)
+            return dtokens
 
     # ------------------------------------------------------------------------------------- keys and values from chunks
 
@@ -396,8 +368,8 @@ class TokenChunks:
     def reduce(self, projection: list[Tensor]) -> list[Tensor]:
         """What all chunks give for [E x], or [E x, F x]: (B, K, C) each."""
         total: list[Tensor] = []
-        for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own):
-            parts = self.reduce_rows(self.rows(self.x, own), projection, own)
+        for own in self.cut.parts():
+            parts = self.reduce_rows(self.cut.rows(self.x, own), projection, own)
             total = self.merge(total, parts) if total else parts
         return total if self.band is None else [self.block.attn.kind.total(t, self.band) for t in total]
 
@@ -409,98 +381,67 @@ class TokenChunks:
         """What neighbouring rows of the token grid, x of (B, rows, width, D), give for E x and F x."""
         attention = self.block.attn
         n = len(projection) // attention.matrices
-        x = self.norm1(x.flatten(1, 2))
-        inside: list[Tensor] = []
-        if self.valid is not None:
-            inside = [self.valid_in(own)]  # (B, n)
-            x = x.masked_fill(~inside[0].unsqueeze(-1), 0.0)
-        parts = []
+        x, inside, parts = self.normalised(x.flatten(1, 2), own), self.cut.valid_in(own), []
+        if inside is not None:
+            x = x.masked_fill(~inside.unsqueeze(-1), 0.0)
         for i in range(attention.matrices):
-            factors = projection[i * n : (i + 1) * n - 1] + inside
+            factors = projection[i * n : (i + 1) * n - 1] + ([] if inside is None else [inside])
             y = attention.kind.partial(x, factors, own, self.grid, attention.rows)
             parts.append(y.to(torch.promote_types(y.dtype, torch.float32)))  # a sum of many
         return parts
 
     def key_value(self, rows: list[Tensor], prefix: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask from what all chunks give for [E x] or [E x, F x], and the prefix tokens."""
-        attention, prefix = self.block.attn, self.norm1(prefix)
+        attention, prefix = self.block.attn, self.normalised(prefix, None)
         rows = [attention.kind.finish(r).to(prefix.dtype) for r in rows]
         return attention.key_value_of_rows(rows, prefix, projection, self.grid, self.valid, self.weights)
 
     def key_value_of_all(self, x: Tensor, projection: list[Tensor]) -> KeysValues:
         """Keys, values and mask for kinds that take no parts, from the whole sequence."""
-        attention, h = self.block.attn, self.norm1(x)
+        attention, h = self.block.attn, self.normalised(x, self.cut.own)
         return attention.key_value(h, projection, self.grid, self.valid, self.weights, self.rope)
 
     # ------------------------------------------------------------------------------------------- norms over all tokens
 
-    def statistics(self, norm: Any, x: Tensor) -> Tensor:
-        """Mean and variance of each channel of x over the image, (B, 2, D), for a `TokenNorm`."""
-        found: Tensor = norm.statistics(x, self.inside)
+    def normalised(self, x: Tensor, rows: slice | None) -> Tensor:
+        """The block's first norm of tokens of some rows; of the prefix for None."""
+        norm, statistics = self.block.norm1, self.statistics1
+        h: Tensor = norm(x) if statistics is None else norm(x, self.cut.valid_in(rows), statistics)
+        return h
+
+    def statistics(self, norm: Any, tokens: Tensor) -> Tensor:
+        """Mean and variance of each channel over the image, (B, 2, D), for a `TokenNorm`."""
+        parts = [(self.cut.rows(tokens, own).flatten(1, 2), self.cut.valid_in(own)) for own in self.cut.parts()]
+        found: Tensor = norm.statistics(parts, self.cut.count(self.x.device))
         return found
 
-    def with_statistics(self, norm: Any, statistics: Tensor) -> Callable[[Tensor], Tensor]:
-        """A `TokenNorm` for any tokens of these images."""
-        return partial(norm, statistics=statistics)
+    def add_through_statistics(
+        self, total: Tensor, norm: Any, tokens: Tensor, statistics: Tensor, grad: Tensor
+    ) -> None:
+        """Add to a gradient of the tokens what they get through the statistics, of whose gradient this is a part."""
+        grad, count = norm.over_image(grad), self.cut.count(self.x.device)
+        for own in self.cut.parts():
+            x = self.cut.rows(tokens, own)
+            dx = norm.through_statistics(x.flatten(1, 2), self.cut.valid_in(own), statistics, grad, count)
+            self.cut.rows(total, own).add_(dx.view(x.shape))
 
     # ------------------------------------------------------------------------------------------ all that follows them
 
-    def rows(self, tokens: Tensor, rows: slice | None) -> Tensor:
-        """A view of some of this process's rows, (B, P + N, …) -> (B, rows, width, …); of the prefix for None."""
-        if rows is None:
-            return tokens[:, : self.P].unsqueeze(1)  # (B, 1, P, …)
-        return self.with_halo(tokens).read(rows)
-
-    def with_halo(self, tokens: Tensor, halo: Halo | None = None) -> Rows:
-        """This process's rows of tokens (B, P + N, …), and those that it has of its neighbours."""
-        return Rows(tokens[:, self.P :].unflatten(1, (-1, self.grid[1])), self.own.start, halo)
-
-    def halo(self, x: Tensor) -> Halo | None:
-        """What the local path reads of the neighbours' tokens; None where it reads nothing."""
-        local = self.block.attn.local
-        if self.band is None or local is None:
-            return None
-        return self.band.halo(x[:, self.P :], self.grid, local.rows_needed(self.grid))
-
-    def context(self, tokens: Rows, chunk: 'Chunk') -> Tensor:
+    def context(self, tokens: Rows, chunk: Chunk) -> Tensor:
         """The tokens that a chunk reads, (B, n, D)."""
         return self.x[:, : self.P] if chunk.context is None else tokens.read(chunk.context).flatten(1, 2)
 
-    def valid_in(self, rows: slice) -> Tensor:
-        """Which tokens of some rows are not padding, (B, n)."""
-        assert self.valid is not None
-        return self.valid[:, self.P :].unflatten(1, self.grid)[:, rows].flatten(1)
-
-    def parts(self) -> Iterator[slice | None]:
-        """This process's rows in chunks, after the prefix (None) where there is one."""
-        if self.P:
-            yield None
-        yield from (own for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own))
-
-    def chunks(self) -> Iterator[Chunk]:
-        """The chunks of the token grid, after the prefix where there is one."""
-        local = self.block.attn.local
-        if self.P:
-            yield Chunk(None, None)
-        if local is None:
-            yield from (Chunk(own, own) for own, _, _ in row_chunks(self.grid, self.chunk_size, rows=self.own))
-            return
-        (down, across), width = local.step(self.grid), self.grid[1]
-        for own, context, part in row_chunks(self.grid, self.chunk_size, down, local.reach, self.own):
-            size = (len(range(context.start, context.stop, context.step)), width)
-            valid = None if self.valid is None else self.valid_in(context).unsqueeze(-1)
-            yield Chunk(own, context, size, slice(part.start * width, part.stop * width), (1, across), valid)
-
-    def add_mlp(self, block: StreamedBlock | BlockWith, norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def add_mlp(self, block: StreamedBlock | BlockWith, x: Tensor, rows: slice, statistics: Tensor) -> Tensor:
         """The second residual branch, where a norm over all tokens stands before it: (B, n, D) -> (B, n, D).
 
         Args:
             block: As for `output`.
-            norm: The norm, with the statistics of all tokens.
-            x: Some tokens after the first branch.
+            x: Tokens of some rows after the first branch.
+            rows: The rows.
+            statistics: Mean and variance of all tokens, (B, 2, D).
         """
         block = scaled(block, self.scales if block is self.block else [])
-        return block.add_mlp(x, norm(x))
+        return block.add_mlp(x, self.block.norm2(x, self.cut.valid_in(rows), statistics))
 
     def output(
         self,
@@ -519,10 +460,11 @@ class TokenChunks:
             key, value, mask: As `LinformerAttention.key_value` gives them.
             chunk: The chunk.
         """
-        h = self.norm1(x)
+        h = self.normalised(x, chunk.context)
         path, local = self.block.attn.local, None
         if path is not None and chunk.size is not None:
-            read = h if chunk.valid is None else h.masked_fill(~chunk.valid, 0.0)
+            valid = self.cut.valid_in(chunk.context)
+            read = h if valid is None else h.masked_fill(~valid.unsqueeze(-1), 0.0)
             local = path.convolve(read, chunk.size, chunk.step)[:, chunk.tokens]
             x, h = x[:, chunk.tokens], h[:, chunk.tokens]
         rope: Tensor | None = None

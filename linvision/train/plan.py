@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.scheduler import Scheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.streaming.chunks import kept_bytes, whole_blocks
+from linvision.streaming.chunk_size import kept_bytes, whole_blocks
 from linvision.train.data import TrainingData
 from linvision.train.learner import Learner
 from linvision.train.model import can_stream, count_tokens, empty_model
@@ -74,15 +74,16 @@ def kept_for_backward(
     """Bytes that the backward pass needs of so many images, or parts of one, at the model's present size."""
     run, depth = recipe.run, len(model.blocks)
     numbers = round(images * count_tokens(model) * model.embed_dim)
-    kept = kept_bytes(numbers, depth, dtype, device)
-    whole = whole_blocks(numbers, depth, dtype, device) if run.chunk_size == 'auto' else 0
+    token_norm = getattr(model, 'token_norm', False)
+    one = kept_bytes(numbers, 1, dtype, device, token_norm)
+    whole = whole_blocks(numbers, depth, dtype, device, token_norm) if run.chunk_size == 'auto' else 0
     if can_stream(model) and run.chunk_size != 0 and whole < depth:
         # all of those that run whole, the input of each other in fp32, and what one is at
-        return kept_bytes(numbers, whole, dtype, device) + (depth - whole + STREAMED) * numbers * 4
+        return whole * one + (depth - whole + STREAMED) * numbers * 4
     if run.grad_checkpointing:
         # the input of each block, and all of one
-        return depth * numbers * 4 + kept_bytes(numbers, 1, dtype, device)
-    return kept
+        return depth * numbers * 4 + one
+    return depth * one
 
 
 def rates(schedule: Scheduler, optimizer: torch.optim.Optimizer, updates: int) -> list[str]:
