@@ -266,12 +266,12 @@ def test_layer_decay_scales_the_rate_by_depth():
 
 
 def test_a_student_with_a_teacher_alone_comes_near_to_it(recipe, tmp_path):
-    teacher = recipe.replace(epochs=8, output_dir=tmp_path / 'teacher', stages=((8, 1.0),), test=False)
+    teacher = recipe.replace(epochs=5, output_dir=tmp_path / 'teacher', stages=((8, 1.0),), test=False)
     train(teacher)
     agreement = []
     for weight in (0.0, 1.0):
         student = teacher.replace(
-            output_dir=tmp_path / f'student_{weight}', epochs=3, lr=1e-2, seed=1,
+            output_dir=tmp_path / f'student_{weight}', epochs=2, lr=1e-2, seed=1,
             teacher=str(teacher.run.output_dir / 'model'), teacher_weight=weight,
         )  # fmt: skip
         train(student)
