@@ -40,9 +40,15 @@ def command(*words: str) -> str:
 
 def test_models_and_image_sets_need_no_extra(tmp_path):
     code = """
-import timm, torch, linvision
+import sys, timm, torch, linvision
 from PIL import Image
 from pathlib import Path
+
+before = set(sys.modules)
+import linvision.cli.main
+light = {'extras', 'guard', 'nearest', 'version', 'cli'}  # the command says what it has before it loads torch
+assert {name.split('.')[1] for name in set(sys.modules) - before} <= light
+import linvision.train
 
 model = timm.create_model('linformer_vit_pico_patch1_32', pretrained=True).eval()
 assert model(torch.randn(1, 1, 32, 32)).shape == (1, 10)
@@ -59,9 +65,13 @@ for split in ('train', 'val'):
 images = linvision.create_dataset('image_folder', Path('folder'), 'train')
 batches = linvision.data.create_batches(images, 2, *images.statistics(), torch.device('cpu'))
 assert next(iter(batches.ordered(8)))[0].shape == (2, 1, 8, 8)
+for library in ('torchvision', 'torch'):
+    augmentation = linvision.data.Augmentation(library, hflip=0.5)
+    next(linvision.data.create_batches(images, 2, (0.5,), (0.5,), torch.device('cpu'), augmentation).stream(0, 0, 8))
 print('done')
 """
-    done = run_without(set(EXTRAS) - {'tqdm'}, code, tmp_path)  # which huggingface_hub brings
+    hidden = set(EXTRAS) - {'tqdm'}  # which huggingface_hub brings
+    done = run_without(hidden, code, tmp_path)
     assert done.stdout == 'done\n', done.stderr
 
 

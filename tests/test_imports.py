@@ -1,9 +1,6 @@
-"""No module of the package needs another that needs it, for types alone neither; heavy packages come where used."""
+"""No module of the package needs another that needs it, for types alone neither."""
 
 import ast
-import os
-import subprocess
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -72,36 +69,3 @@ def test_a_circle_is_found(tmp_path, line, found):
     (tmp_path / 'package/a.py').write_text('from package.b import B')
     (tmp_path / 'package/b.py').write_text(line)
     assert bool(circle(tmp_path, 'package')) == found
-
-
-LAZY = """
-import sys, torch
-heavy = {'kornia', 'albumentations', 'cv2', 'matplotlib', 'webdataset'}
-import linvision
-print(heavy & set(sys.modules))
-before = set(sys.modules)
-import linvision.cli.main
-print({name for name in set(sys.modules) - before if not name.startswith('linvision.cli')})
-import linvision.train
-print(heavy & set(sys.modules))
-from linvision.data import Augmentation, create_batches, create_dataset
-images = create_dataset('fake', '', 'train')
-for library in (None, 'torchvision', 'torch', 'kornia'):
-    augmentation = Augmentation(library, hflip=0.5) if library else None
-    next(create_batches(images, 8, (0.5,), (0.5,), torch.device('cpu'), augmentation).stream(0, 0, 16))
-    print(heavy & set(sys.modules))
-"""
-
-
-def test_packages_are_imported_where_they_are_used():
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    command = [sys.executable, '-c', LAZY]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
-    first, of_the_command, *others = run.stdout.splitlines()
-    assert [first, *others] == ['set()'] * 5 + ["{'kornia'}"]
-    assert set(ast.literal_eval(of_the_command)) <= {
-        'linvision.extras',
-        'linvision.guard',
-        'linvision.nearest',
-        'linvision.version',
-    }

@@ -106,7 +106,8 @@ def test_fused_attention_equals_attention_written_out(kind, sharing):
 )
 def test_torchscript_gives_the_same_logits(kind, sharing, fused, tmp_path):
     set_fused_attn(fused)
-    model = create(projection=kind, sharing=sharing, class_token=fused, token_norm=not fused, head_norm=not fused)
+    options = dict(class_token=fused, token_norm=not fused, head_norm=not fused)
+    model = create(projection=kind, sharing=sharing, depth=2, **options)
     torch.jit.script(model).save(str(tmp_path / 'model.pt'))
     loaded, images, mask = torch.jit.load(str(tmp_path / 'model.pt')), batch(), torch.rand(3, 64) < 0.3
     torch.testing.assert_close(loaded(images), model(images))
@@ -123,7 +124,7 @@ def test_torchscript_gives_the_same_logits(kind, sharing, fused, tmp_path):
     ],
 )
 def test_export_with_a_dynamic_batch_gives_the_same_logits(kwargs):
-    model = create(**kwargs)
+    model = create(depth=2, **kwargs)
     dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)}, None, None)
     program = torch.export.export(model, (batch(3), None, False), dynamic_shapes=dynamic).module()
     for n in (1, 3, 8):
