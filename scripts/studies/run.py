@@ -25,6 +25,7 @@ MODULES = {
     'photographs': 'photographs',
     'pretraining': 'pretraining',
     'transfer': 'transfer',
+    'few_labels': 'few_labels',
     'conversion': 'conversion',
     'rotary': 'rotary',
     'segmentation': 'segmentation',

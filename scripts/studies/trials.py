@@ -229,8 +229,9 @@ class Trials:
         best: Callable[[dict[float, float]], float] = lambda scores: max(scores, key=scores.get),
         known: Scores | None = None,
         folder: str = 'rates',
+        score: str = 'val_top1',
     ) -> tuple[dict[str, float], Scores]:
-        """The learning rate of each variant by the validation slice, one seed; the test set is not touched.
+        """The learning rate of each variant by validation images, one seed; the test set is not touched.
 
         Args:
             recipe: Name of the file in `recipes/`.
@@ -240,6 +241,7 @@ class Trials:
             best: The rate that scores speak for.
             known: Scores that need no run.
             folder: Where the runs' own folders go, in that of the study.
+            score: Of the validation slice; 'top1' where what the variants score on is no test set.
 
         Returns:
             The rate of each, and all scores.
@@ -248,10 +250,12 @@ class Trials:
         asked = [(name, lr) for name, rates in first.items() for lr in rates if lr not in scores[name]]
         while True:
             names = {f'{name}, lr {lr:g}': (name, lr) for name, lr in asked}
-            tried = {title: {**variants[name], 'lr': lr, 'test': False} for title, (name, lr) in names.items()}
+            tried = {
+                title: {**variants[name], 'lr': lr, 'test': score == 'top1'} for title, (name, lr) in names.items()
+            }
             for title, (run,) in (self.run(recipe, tried, folder=folder) if tried else {}).items():
                 name, lr = names[title]
-                scores[name][lr] = run['val_top1']
+                scores[name][lr] = run[score]
             chosen = {name: best(found) for name, found in scores.items()}
             asked = [(name, lr) for name, rate in chosen.items() for lr in around(rate) if lr not in scores[name]]
             if not asked:

@@ -1,0 +1,103 @@
+"""What is the colour backbone worth where labels are few? CIFAR-10 with 10 to 1,000 images a class.
+
+    python -m scripts.studies.run few_labels
+
+The backbone has seen Tiny ImageNet; `recipes/finetune.py` trains it on the first images of each class, at 32×32 pixels
+(256 tokens), or its head alone; from scratch is the same model with random weights and with Muon, which the package's
+recipes train it with. The learning rate is chosen for each on 2,000 training images that no run learns from: the one
+whose neighbours, three times as large and as small, are no better. The test images are for the scores alone. Writes
+`results/few_labels.json` and its table in `docs/results.md` after each number of images; what runs gave is kept in
+`results/few_labels_runs.json`, and they are not repeated.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linvision.guard import end
+from scripts.studies.tables import Rows, points_above, publish, table
+from scripts.studies.transfer import RATES, neighbours
+from scripts.studies.trials import Changes, Scores, SeedFlags, Trials
+
+BACKBONE = 'linformer_vit_pico_patch2_64.tiny_imagenet'
+STARTS: Changes = {
+    'from scratch': {'model': 'linformer_vit_pico_patch2_64', 'init': '', 'layer_decay': 1.0, 'opt': 'muon'},
+    'linear probe': {'init': BACKBONE, 'freeze': -1, 'layer_decay': 1.0},
+    'fine-tuned': {'init': BACKBONE},
+}
+EPOCHS = {10: 100, 100: 15, 1000: 5}  # by training images a class
+CHOSEN_ON = 200  # images a class
+
+
+@dataclass
+class Settings(SeedFlags):
+    """What the study can be asked.
+
+    Args:
+        images: Training images a class.
+    """
+
+    images: tuple[int, ...] = tuple(EPOCHS)
+
+
+def folders(cifar10: Path, where: Path, count: int) -> tuple[Path, Path]:
+    """Folders of links with the first `count` images of each class to train on: scored on others, and on the test set.
+
+    Args:
+        cifar10: Folder that holds train/CLASS and test/CLASS.
+        where: Receives the two folders.
+        count: Training images a class.
+    """
+    if not (cifar10 / 'train').is_dir():
+        end(f'{cifar10} holds no train/CLASS with images. --data-dir must hold cifar10/train and cifar10/test.')
+    choice, test = where / f'choice_{count}', where / f'few_{count}'
+    for source in sorted((cifar10 / 'train').iterdir()):
+        files = sorted(source.iterdir())
+        scored = sorted((cifar10 / 'test' / source.name).iterdir())
+        for folder, val in ((choice, files[-CHOSEN_ON:]), (test, scored)):
+            for split, images in (('train', files[:count]), ('val', val)):
+                own = folder / split / source.name
+                own.mkdir(parents=True, exist_ok=True)
+                for image in images:
+                    link = own / image.name
+                    if not link.is_symlink():
+                        link.symlink_to(image.resolve())
+    return choice, test
+
+
+def few_labels(settings: Settings) -> None:
+    """What is the colour backbone worth where labels are few? CIFAR-10 with 10 to 1,000 images a class."""
+    own = {'img_size': 32, 'hflip': 0.5, 'shift': 2}
+    trials = Trials('few_labels', settings, record='few_labels_runs.json', **own)
+    rows: Rows = {}
+    rates: dict[tuple[int, str], float] = {}
+    validation: dict[int, Scores] = {}
+    best = dict.fromkeys(STARTS, RATES[len(RATES) // 2])
+    for count in settings.images:
+        choice, test = folders(settings.data_dir.resolve() / 'cifar10', trials.folder / 'images', count)
+        starts: Changes = {start: {**own, 'epochs': EPOCHS[count]} for start, own in STARTS.items()}
+        tried: Changes = {start: {**own, 'data_dir': choice} for start, own in starts.items()}
+        first = {start: neighbours(lr) for start, lr in best.items()}
+        best, validation[count] = trials.choose_rates(
+            'finetune', tried, first, neighbours, folder=f'rates_{count}', score='top1'
+        )
+        rates |= {(count, start): lr for start, lr in best.items()}
+        variants: Changes = {start: {**own, 'data_dir': test, 'lr': best[start]} for start, own in starts.items()}
+        scored = trials.run('finetune', variants, range(settings.seeds), f'scores_{count}')
+        rows |= {(count, start): runs for start, runs in scored.items()}
+        runs: dict[int, Any] = {n: {s: found for (k, s), found in rows.items() if k == n} for n in validation}
+        result = {'precision': settings.precision, 'rates': validation, 'runs': runs}
+        publish('few_labels', result, few_labels_table(rows, rates))
+
+
+def few_labels_table(rows: Rows, rates: dict[tuple[int, str], float]) -> str:
+    """A line for each number of images and start."""
+    columns = {
+        'images a class': lambda key, _: f'{key[0]:,}',
+        'epochs': lambda key, _: str(EPOCHS[key[0]]),
+        '': lambda key, _: key[1],
+        'learning rate': lambda key, _: f'{rates[key]:g}',
+        'top-1': None,
+        'points above scratch': points_above('from scratch'),
+    }
+    return table({**columns, 'training, min': None, 'seeds': None}, rows)
