@@ -1,5 +1,6 @@
 """What the studies choose, count and write, on figures that are known."""
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,6 +206,28 @@ def test_a_study_leaves_its_figures_and_its_table_between_the_marks_of_its_page(
     assert (tmp_path / 'results' / 'a.json').read_text() == '{\n  "seeds": 1\n}\n'
     with pytest.raises(ValueError, match='no place for the table: <!-- b -->'):
         tables.write_table('b', '')
+
+
+def test_a_plain_network_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    def train_for(calls: float, **changes):
+        """With a clock that goes on by a second at each call, and stops the training after some."""
+        seconds = itertools.count()
+
+        def process_time():
+            if (now := next(seconds)) >= calls:
+                raise KeyboardInterrupt
+            return now
+
+        monkeypatch.setattr(plain_cnn.time, 'process_time', process_time)
+        return plain_cnn.train_cnn('fake', Path(), minutes=0.15, shift=1, **changes)
+
+    monkeypatch.setattr(plain_cnn, 'SAVE_EVERY', 2)
+    whole, state = train_for(99), tmp_path / 'state.pt'
+    with pytest.raises(KeyboardInterrupt):
+        train_for(6, state=state)
+    assert train_for(99, state=state) == whole
+    with pytest.raises(SystemExit, match='another training'):
+        train_for(99, state=state, seed=1)
 
 
 def test_the_plain_network_is_as_large_as_pico_and_learns():
