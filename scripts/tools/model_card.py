@@ -3,12 +3,14 @@
     python -m scripts.tools.model_card linformer_vit_pico_patch1_32.fashion_mnist
 
 Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Where a run began
-with the weights of another (`--init`), `first_run.json` is the metrics of that one. Beside the score stand softmax
+with the weights of another (`--init`), `earlier_runs.json` has the metrics of those before it, the first one first. Beside the score stand softmax
 regression and a plain CNN of equal size, which are trained once and kept in `baselines.json`: remove that to train them
 again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,11 @@ def going_on(recipe: dict[str, Any], folder: str) -> str:
 
 
 def card(
-    name: str, config: dict[str, Any], metrics: dict[str, Any], others: dict[str, Any], first: dict[str, Any] | None
+    name: str,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    others: dict[str, Any],
+    earlier: Sequence[dict[str, Any]],
 ) -> str:
     """The card as Markdown, with the front matter of the Hugging Face Hub.
 
@@ -93,7 +99,7 @@ def card(
         config: Their `config.json`.
         metrics: Those of the run that made them.
         others: Scores to compare with, and a note.
-        first: Metrics of the run that this one began with, where there is one.
+        earlier: Metrics of the runs before this one, each of which the next began with.
     """
     side = round(config['pretrained_cfg']['input_size'][1] / metrics['tokens'] ** 0.5)
     token = 'a pixel' if side == 1 else f'for {side}×{side} pixels'
@@ -101,12 +107,16 @@ def card(
     file = f'recipes/{Path(recipe["output_dir"]).name}.py'
     channels, height, width = cfg['input_size']
     commands = [f'python {file} --threads {metrics["threads"]} --precision {metrics["precision"]}']
-    trained = [f'- **Recipe**: `{file}`: {schedule(first["recipe"] if first else recipe)}.']
-    if first:
-        commands[0] += ' --output-dir outputs/first'
-        commands.append(f'python {file} --threads {metrics["threads"]} {going_on(recipe, "outputs/first")}')
-        trained.append(f'- **Then**, from the {100 * first["top1"]:.2f} % of that run: {schedule(recipe)}.')
-        metrics = metrics | {field: metrics[field] + first[field] for field in ('train_minutes', 'images_seen')}
+    runs = [*earlier, metrics]
+    trained = [f'- **Recipe**: `{file}`: {schedule(runs[0]["recipe"])}.']
+    if earlier:
+        commands[0] += ' --output-dir outputs/run_1'
+        for n, (before, run) in enumerate(pairwise(runs), 1):
+            words = f'{going_on(run["recipe"], f"outputs/run_{n}")} --output-dir outputs/run_{n + 1}'
+            commands.append(f'python {file} --threads {run["threads"]} {words}')
+            trained.append(f'- **Then**, from the {100 * before["top1"]:.2f} % of that run: {schedule(run["recipe"])}.')
+        total = {field: sum(run[field] for run in runs) for field in ('train_minutes', 'images_seen')}
+        metrics = metrics | total
     command_lines = '\n'.join(f'    {command}' for command in commands)
     recipe_lines = '\n'.join(trained)
     note = others.pop('note', '')
@@ -178,8 +188,9 @@ def main(
     config, metrics = json.loads((folder / 'config.json').read_text()), read_metrics(folder / 'metrics.json')
     dataset, data_dir, _ = recorded_data(folder, metrics, dataset, data_dir)
     others = baselines(folder, dataset, data_dir, minutes, metrics['recipe']['shift'], softmax)
-    first = read_metrics(folder / 'first_run.json') if (folder / 'first_run.json').is_file() else None
-    (folder / 'README.md').write_text(card(name, config, metrics, others, first))
+    file = folder / 'earlier_runs.json'
+    earlier = json.loads(file.read_text()) if file.is_file() else []
+    (folder / 'README.md').write_text(card(name, config, metrics, others, earlier))
 
 
 if __name__ == '__main__':
