@@ -3,9 +3,9 @@
     python -m scripts.tools.model_card linformer_vit_pico_patch1_32.fashion_mnist
 
 Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Where a run began
-with the weights of another (`--init`), `earlier_runs.json` has the metrics of those before it, the first one first. Beside the score stand softmax
-regression and a plain CNN of equal size, which are trained once and kept in `baselines.json`: remove that to train them
-again. A `note` there, by hand, says what their figures do not.
+with the weights of another (`--init`), `earlier_runs.json` has the metrics of those before it, the first one first.
+Beside the score stand softmax regression and a plain CNN of equal size, which are trained once and kept in
+`baselines.json`: remove that to train them again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
