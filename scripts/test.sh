@@ -23,7 +23,9 @@ echo "== pytest${marked:+, the slow tests too} (6 minutes on 2 cores${marked:+ w
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
 check() {
-    "$python" -m mypy && NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict --quiet
+    local types=0
+    "$python" -m mypy || types=$?
+    NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore "$python" -m mkdocs build --strict --quiet && return $types
 }
 check > "$said" 2>&1 &
 export PYTHONDONTWRITEBYTECODE= # what is compiled is kept: tests start many processes

@@ -112,8 +112,8 @@ def test_streamed_equals_whole(data):
         local_size=draw('local_size', 0, 3, 5),
         local_grid=draw('local_grid', 0, 2, 16),
         pos_embed=draw('pos_embed', 'learn', 'conv', 'separable', 'none'),
-        reg_tokens=draw('reg_tokens', 0, 2),
         row_norm=draw('row_norm', False, True),
+        **draw('tokens', {}, {'reg_tokens': 2}, {'token_norm': True}),
     )
     torch.manual_seed(data.draw(st.integers(0, 99)))
     model = timm.create_model(

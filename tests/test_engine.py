@@ -164,7 +164,7 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(recipe, capsys):
     [
         ('test_linformer_vit', 2**40, 24 * 3, {}),
         ('test_linformer_vit', 0, 3 + 3, {}),
-        ('test_linformer_vit', 0, 3 + 3, {'token_norm': True}),
+        ('test_linformer_vit', 0, 3 + 5, {'token_norm': True}),
         pytest.param('test_vit', 0, 24 * 6, {'patch_size': 1}, marks=pytest.mark.slow),
     ],
 )

@@ -1,10 +1,17 @@
-"""No module of the package needs another that needs it, for types alone neither."""
+"""No module of the package needs another that needs it, for types alone neither; heavy packages come where used."""
 
 import ast
+import importlib
+import json
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from runs import PROCESSES
+
+from linvision.data import Augmentation, create_batches, create_dataset
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,3 +76,27 @@ def test_a_circle_is_found(tmp_path, line, found):
     (tmp_path / 'package/a.py').write_text('from package.b import B')
     (tmp_path / 'package/b.py').write_text(line)
     assert bool(circle(tmp_path, 'package')) == found
+
+
+def note_heavy(file: Path) -> None:
+    """Which heavy packages are there once linvision is, what its command adds, and which are there once images come.
+
+    In a process that has imported no more than `linvision.train`.
+    """
+    heavy = {'kornia', 'albumentations', 'cv2', 'matplotlib', 'webdataset'}
+    before, lines = set(sys.modules), [sorted(heavy & set(sys.modules))]
+    importlib.import_module('linvision.cli.main')
+    lines.append(sorted(name for name in set(sys.modules) - before if not name.startswith('linvision.')))
+    images = create_dataset('fake', '', 'train')
+    for library in ('torchvision', 'torch', 'kornia'):
+        augmentation = Augmentation(library, hflip=0.5)
+        next(create_batches(images, 8, (0.5,), (0.5,), torch.device('cpu'), augmentation).stream(0, 0, 16))
+        lines.append(sorted(heavy & set(sys.modules)))
+    file.write_text(json.dumps(lines))
+
+
+def test_packages_are_imported_where_they_are_used(tmp_path):
+    process = PROCESSES.Process(target=note_heavy, args=(tmp_path / 'found',))
+    process.start()
+    process.join()
+    assert json.loads((tmp_path / 'found').read_text()) == [[], [], [], [], ['kornia']]

@@ -344,7 +344,7 @@ def test_saved_model_is_the_same_to_the_bit(kwargs, size, tmp_path: Path):
         (dict(local_size='3'), ValueError, r"local_size must be 0 or an odd side of at most 65,536, got '3'"),
         (dict(row_norm='yes'), ValueError, r"row_norm must be True or False, got 'yes'"),
         (dict(token_norm=1), ValueError, r'token_norm must be True or False, got 1'),
-        (dict(token_norm=True, reg_tokens=1), ValueError, r'class_token=False and reg_tokens=0, got False and 1'),
+        (dict(token_norm=True, reg_tokens=1), ValueError, r'class_token must be False and reg_tokens 0, got 1'),
         (dict(mlp_layer='swiglue'), ValueError, r"Unknown mlp_layer 'swiglue'. Nearest: swiglu"),
         (dict(img_size=16.0), ValueError, r'img_size must be a positive integer.*got 16.0'),
         (dict(dynamic_img_pad=True), ValueError, r'dynamic_img_pad cannot be chosen'),

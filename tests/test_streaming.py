@@ -1,5 +1,6 @@
 """Streaming equals plain: outputs, gradients, dropout, and what must stay as it is while blocks are streamed."""
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from runs import KINDS_AND_SHARING
 from timm.models import save_for_hf
 from torch import nn
 
-from linvision.streaming import cpu_kernels
+from linvision.streaming import chunk_size, cpu_kernels
 from linvision.streaming.chunk_size import auto_chunk_size
 
 PREFIX = dict(class_token=True, reg_tokens=2, global_pool='token')
@@ -74,7 +75,7 @@ def test_streaming_equals_plain_without_and_with_gradients(kind, sharing, chunks
     ids=lambda arguments: arguments['projection'],
 )
 def test_norms_over_all_tokens_stream(arguments, calls):
-    assert_streamed_is_whole(create(token_norm=True, depth=2, **arguments), [30, 100], calls)
+    assert_streamed_is_whole(create(token_norm=True, depth=2, **arguments), [1, 30, 100], calls)
 
 
 def assert_streamed_is_whole(model: nn.Module, chunks: list[int], calls: list[int]) -> None:
@@ -313,8 +314,6 @@ def test_automatic_chunks_fit_into_cache_and_small_inputs_stay_whole():
 
 
 def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibibytes(calls, monkeypatch):
-    from linvision.streaming import chunk_size
-
     model, images = create(chunk_size='auto'), batch()
     exact = gradients(model, images)
     assert not calls
@@ -329,20 +328,42 @@ def test_automatic_chunks_in_training_begin_where_whole_blocks_would_keep_gibiby
 
 
 def test_on_a_gpu_only_the_blocks_that_do_not_fit_are_streamed(calls, monkeypatch):
-    from linvision.streaming import chunk_size as chunks
-
     numbers, device = 48 * 32 * 3, torch.device('cuda')
-    one, inputs = chunks.kept_bytes(numbers, 1, torch.bfloat16, device), 2 * numbers
+    one, inputs = chunk_size.kept_bytes(numbers, 1, torch.bfloat16, device), 2 * numbers
     limit = 0
-    monkeypatch.setattr(chunks, 'whole_bytes', lambda device: limit)
+    monkeypatch.setattr(chunk_size, 'whole_bytes', lambda device: limit)
     for n in range(4):
         limit = n * one + (12 - n) * inputs  # what n whole and 12 - n streamed blocks keep
-        assert chunks.whole_blocks(numbers, 12, torch.bfloat16, device) == n
+        assert chunk_size.whole_blocks(numbers, 12, torch.bfloat16, device) == n
     limit = 12 * one + 1
-    assert chunks.whole_blocks(numbers, 12, torch.bfloat16, device) == 12
+    assert chunk_size.whole_blocks(numbers, 12, torch.bfloat16, device) == 12
     limit = 1
-    assert chunks.whole_blocks(numbers, 12, torch.bfloat16, device) == 0
-    assert chunks.whole_blocks(numbers, 12, torch.bfloat16, torch.device('cpu')) == 0
+    assert chunk_size.whole_blocks(numbers, 12, torch.bfloat16, device) == 0
+    assert chunk_size.whole_blocks(numbers, 12, torch.bfloat16, torch.device('cpu')) == 0
+
+
+def test_norms_over_all_tokens_keep_two_numbers_more_below_fp32():
+    kept = {}
+    for token_norm, dtype in itertools.product([False, True], [torch.float32, torch.bfloat16]):
+        model = create(torch.float32, token_norm=token_norm, img_size=32, patch_size=1, proj_len=16, depth=1)
+        (block,), sizes = model.blocks, {}
+        x = torch.randn(1, 1024, 32, dtype=dtype, requires_grad=True)
+        projection = model.projection_tensors(x, (32, 32))[0]
+
+        def note(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autocast('cpu', dtype, dtype != torch.float32), torch.autograd.graph.saved_tensors_hooks(note, id):
+            held = block(x, projection, (32, 32))
+        kept[token_norm, dtype] = sum(sizes.values()) / (x.numel() * x.itemsize)
+        assert held.shape == x.shape
+    for dtype, more in ((torch.float32, 0), (torch.bfloat16, 2)):
+        assert kept[True, dtype] - kept[False, dtype] == pytest.approx(more, abs=0.3)
+        numbers, devices = 10**6, (torch.device('cpu'), torch.device('cuda'))
+        for device in devices:
+            counted = [chunk_size.kept_bytes(numbers, 2, dtype, device, norm) for norm in (False, True)]
+            assert counted[1] - counted[0] == more * 2 * numbers * dtype.itemsize
 
 
 def test_a_model_of_whole_and_streamed_blocks_has_the_gradients_of_either(calls, monkeypatch):

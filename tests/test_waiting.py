@@ -50,7 +50,7 @@ def test_questions_are_seen():
     [
         {'opt': 'muon', 'hflip': 0.5, 'shift': 1, 'erase': 0.5, 'crop_scale': (0.5, 1.0)},
         {'opt': 'adamw', 'ema_decay': 0.9, 'hflip': 0.5, 'cutmix': 1.0, 'accumulate': 2},
-        {'task': 'masked_pixels', 'mask_size': 2, 'model_args': {'chunk_size': 2048}},
+        {'task': 'masked_pixels', 'mask_size': 2, 'model_args': {'chunk_size': 128, 'depth': 1}},
     ],
     ids=lambda changes: changes.get('task', changes.get('opt')),
 )

@@ -42,12 +42,15 @@ class LinformerBlock(nn.Module):
         row_norm: Normalise the K projected rows.
         rotary, rotate_half, gated: As in `LinformerAttention`.
         token_norm: Normalise each channel over an image's tokens, in place of `norm_layer` before attention and MLP;
-            without prefix tokens.
+            without prefix tokens (class and register tokens).
         mlp_layer: A class of timm's, or its name in `MLPS`.
         attn_layer: Must stay timm's default: the attention of this block is its own.
         depth: Index of this block, which timm gives to every block.
 
     The other arguments are those of `timm.models.vision_transformer.Block`.
+
+    Raises:
+        ValueError: `token_norm` with prefix tokens.
     """
 
     token_norm: Final[bool]  # TorchScript compiles what it chooses, and no more
@@ -86,6 +89,11 @@ class LinformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if token_norm and num_prefix_tokens:
+            raise ValueError(
+                'token_norm=True takes tokens of the image alone: class_token must be False and reg_tokens 0, got '
+                f'{num_prefix_tokens} such tokens.'
+            )
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         scale = partial(LayerScale, dim, init_values=init_values, **dd) if init_values else nn.Identity
         self.compiles = ''  # backend of torch.compile for this block; see the model's `set_compile`

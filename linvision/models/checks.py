@@ -124,11 +124,6 @@ def check_arguments(model: type[VisionTransformer], values: dict[str, Any]) -> N
         raise ValueError(
             f'patch_drop_rate must be 0: E needs every token of the grid, got {values["patch_drop_rate"]}.'
         )
-    if values['token_norm'] and (values['class_token'] or values['reg_tokens']):
-        raise ValueError(
-            'token_norm is for tokens of the image alone: it needs class_token=False and reg_tokens=0, got '
-            f'{values["class_token"]} and {values["reg_tokens"]}.'
-        )
     embed_dim, num_heads = values['embed_dim'], values['num_heads']
     if embed_dim % num_heads:
         raise ValueError(f'embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.')

@@ -71,14 +71,13 @@ class LinformerVisionTransformer(VisionTransformer):
         local_grid: Token grid that the depth-wise convolutions are made for, one number or (height, width); on a finer
             grid their taps lie further apart. 0 for the grid of `img_size`; a registered name has that of its name.
         chunk_size: Images × tokens that a block handles at a time: 0 for all, 'auto' for what fits into cache, and in
-            training for all unless that would keep more than 4 GiB; on a GPU as many blocks as fit take all, and
-            the others chunks (see `chunk_size.py`). Results
-            are equal but for rounding.
+            training for all unless that would keep more than 4 GiB; on a GPU as many blocks as fit take all, and the
+            others chunks (see `chunk_size.py`). Results are equal but for rounding.
         row_norm: Normalise the K projected rows before the key and value weights (with `sharing='none'`, where weights
             come first, each head's rows of keys and of values); the paper does not.
         token_norm: In the blocks, normalise each channel over the tokens of an image (instance norm) in place of layer
-            norm over the channels of a token. The weights have the names of those of layer norms: what loads them has
-            to know which they are.
+            norm over the channels of a token; without class and register tokens. The weights have the names of those of
+            layer norms: what loads them has to know which they are.
         pos_embed: 'learn' (timm's table), 'separable', 'conv', or 'none'.
         rope: Rotary positions: timm's 'rope_type', 'cat', 'mixed' or 'dinov3', and its arguments (see `rotary.py`);
             empty for none.

@@ -67,12 +67,11 @@ class TokenNorm(nn.Module):
             valid: Which of them are not padding, (B, N), boolean; all by default.
             statistics: Mean and variance of each channel, (B, 2, D), as `statistics` gives them.
         """
-        if isinstance(x.shape[0], int) and x.shape[0] == 0:  # no images: there is no mean of no numbers
-            return x
         if statistics is None:
-            count = self.over_image(tokens_in(x, valid))
             wide = widened(x)
-            centred = wide - self.over_image(total(wide, valid)) / count
+            sums = self.over_image(torch.cat([total(wide, valid), tokens_in(wide, valid)], dim=-1))  # in one exchange
+            count = sums[..., -1:]
+            centred = wide - sums[..., :-1] / count
             var = self.over_image(total(centred.square(), valid)) / count
         else:
             centred, var = widened(x) - statistics[:, :1], statistics[:, 1:]
@@ -133,5 +132,5 @@ def total(x: Tensor, valid: Tensor | None) -> Tensor:
 def tokens_in(x: Tensor, valid: Tensor | None) -> Tensor:
     """How many tokens are not padding: (B, 1, 1)."""
     if valid is None:
-        return x.new_ones(x.shape[0], 1, 1, dtype=torch.float32) * x.shape[1]
-    return valid.sum(1).view(-1, 1, 1)
+        return x.new_ones(x.shape[0], 1, 1) * x.shape[1]
+    return valid.sum(1).view(-1, 1, 1).to(x.dtype)

@@ -95,7 +95,7 @@ class TokenChunks:
         return self.band.halo(x[:, self.P :], self.grid, local.rows_needed(self.grid))
 
     def valid_in(self, rows: slice | None) -> Tensor | None:
-        """Which tokens of some rows, or of the prefix, are not padding: (B, n), None for all."""
+        """Which tokens of some rows are not padding: (B, n), None for all, and for the prefix (None)."""
         if self.valid is None or rows is None:
             return None
         return self.valid[:, self.P :].unflatten(1, self.grid)[:, rows].flatten(1)

@@ -13,7 +13,9 @@ from linvision.train.parallel import Processes
 from linvision.train.precision import DTYPES
 from linvision.train.recipe import Recipe
 
-STREAMED = 3  # numbers for each token and channel that a streamed block needs: its output, two gradients
+# numbers for each token and channel that a streamed block needs: its output, two gradients; with `token_norm` also the
+# tokens before the MLP and their gradient
+STREAMED = {False: 3, True: 5}
 MOMENTS = 2  # numbers that AdamW and its like keep for each parameter
 
 
@@ -79,7 +81,7 @@ def kept_for_backward(
     whole = whole_blocks(numbers, depth, dtype, device, token_norm) if run.chunk_size == 'auto' else 0
     if can_stream(model) and run.chunk_size != 0 and whole < depth:
         # all of those that run whole, the input of each other in fp32, and what one is at
-        return whole * one + (depth - whole + STREAMED) * numbers * 4
+        return whole * one + (depth - whole + STREAMED[token_norm]) * numbers * 4
     if run.grad_checkpointing:
         # the input of each block, and all of one
         return depth * numbers * 4 + one

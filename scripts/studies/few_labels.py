@@ -10,6 +10,7 @@ whose neighbours, three times as large and as small, are no better. The test ima
 `results/few_labels_runs.json`, and they are not repeated.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +52,28 @@ def folders(cifar10: Path, where: Path, count: int) -> tuple[Path, Path]:
     if not (cifar10 / 'train').is_dir():
         end(f'{cifar10} holds no train/CLASS with images. --data-dir must hold cifar10/train and cifar10/test.')
     choice, test = where / f'choice_{count}', where / f'few_{count}'
+    for folder in (choice, test):
+        shutil.rmtree(folder, ignore_errors=True)  # links alone
     for source in sorted((cifar10 / 'train').iterdir()):
         files = sorted(source.iterdir())
+        if len(files) < count + CHOSEN_ON:
+            end(f'{source} has {len(files)} images; {count} to train on and {CHOSEN_ON} others are needed.')
         scored = sorted((cifar10 / 'test' / source.name).iterdir())
         for folder, val in ((choice, files[-CHOSEN_ON:]), (test, scored)):
             for split, images in (('train', files[:count]), ('val', val)):
                 own = folder / split / source.name
-                own.mkdir(parents=True, exist_ok=True)
+                own.mkdir(parents=True)
                 for image in images:
-                    link = own / image.name
-                    if not link.is_symlink():
-                        link.symlink_to(image.resolve())
+                    (own / image.name).symlink_to(image.resolve())
     return choice, test
 
 
 def few_labels(settings: Settings) -> None:
     """What is the colour backbone worth where labels are few? CIFAR-10 with 10 to 1,000 images a class."""
-    own = {'img_size': 32, 'hflip': 0.5, 'shift': 2}
-    trials = Trials('few_labels', settings, record='few_labels_runs.json', **own)
+    if unknown := set(settings.images) - set(EPOCHS):
+        end(f'--images must be among {", ".join(map(str, EPOCHS))}, got {", ".join(map(str, sorted(unknown)))}.')
+    common = {'img_size': 32, 'hflip': 0.5, 'shift': 2}
+    trials = Trials('few_labels', settings, record='few_labels_runs.json', **common)
     rows: Rows = {}
     rates: dict[tuple[int, str], float] = {}
     validation: dict[int, Scores] = {}
