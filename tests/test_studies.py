@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from linvision.cli.images import ImagesOf
 from linvision.data import create_dataset, split_validation
 from scripts import ROOT
-from scripts.studies import attended, attention, changes, conversion, tables, transfer, trials
+from scripts.studies import attended, attention, changes, conversion, few_labels, tables, transfer, trials
 from scripts.studies import run as command
 from scripts.tools import digits_folder, model_card, plain_cnn
 
@@ -206,6 +206,25 @@ def test_a_study_leaves_its_figures_and_its_table_between_the_marks_of_its_page(
     assert (tmp_path / 'results' / 'a.json').read_text() == '{\n  "seeds": 1\n}\n'
     with pytest.raises(ValueError, match='no place for the table: <!-- b -->'):
         tables.write_table('b', '')
+
+
+def test_rates_are_chosen_on_images_that_no_run_learns_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(few_labels, 'CHOSEN_ON', 2)
+    for file in [*(f'train/{c}/{i}.png' for c in 'ab' for i in range(5)), 'test/a/9.png', 'test/b/8.png']:
+        (tmp_path / 'cifar10' / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'cifar10' / file).touch()
+
+    def images(folder: Path) -> list[str]:
+        return sorted(str(file.resolve().relative_to(tmp_path / 'cifar10')) for file in folder.rglob('*.png'))
+
+    for _ in range(2):  # links of before are gone
+        choice, test = few_labels.folders(tmp_path / 'cifar10', tmp_path, 3)
+        learned = [f'train/{c}/{i}.png' for c in 'ab' for i in range(3)]
+        assert images(choice / 'train') == images(test / 'train') == learned
+        assert images(choice / 'val') == [f'train/{c}/{i}.png' for c in 'ab' for i in (3, 4)]
+        assert images(test / 'val') == ['test/a/9.png', 'test/b/8.png']
+    with pytest.raises(SystemExit, match='has 5 images; 4 to train on and 2 others are needed'):
+        few_labels.folders(tmp_path / 'cifar10', tmp_path, 4)
 
 
 def test_a_plain_network_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
