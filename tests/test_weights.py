@@ -26,8 +26,8 @@ GOLDEN = {  # logits of the ramp below, fp32, torch 2.14.1
         *(-3.2363343, 2.1212339, -7.3743868, 8.8493624, -2.3217034),
     ],
     'linformer_vit_pico_patch1_32.cifar10': [
-        *(3.7524707, -3.0796616, 4.2846789, -0.1802786, 0.3034488),
-        *(-0.1160076, -1.0045338, -3.8156662, 0.8493803, -3.0330887),
+        *(2.7688303, -1.4353484, 4.3810463, -0.1072035, 0.5843463),
+        *(-0.9222226, -1.8091911, -2.7363353, 1.6022452, -3.2183862),
     ],
     'linformer_vit_pico_patch2_64.tiny_imagenet': [  # of its first classes
         *(2.8140094, -3.4593773, -1.7091845, -1.3118727, 2.3995481),
@@ -36,7 +36,7 @@ GOLDEN = {  # logits of the ramp below, fp32, torch 2.14.1
 }
 SLICE = {  # test images, and how many of them are right; of CIFAR-10 those of the JPEG copy
     'linformer_vit_pico_patch1_32.fashion_mnist': (400, 375),
-    'linformer_vit_pico_patch1_32.cifar10': (200, 174),
+    'linformer_vit_pico_patch1_32.cifar10': (200, 175),
     'linformer_vit_pico_patch2_64.tiny_imagenet': (100, 79),
 }
 
