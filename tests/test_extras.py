@@ -40,11 +40,15 @@ def command(*words: str) -> str:
 
 def test_models_and_image_sets_need_no_extra(tmp_path):
     code = """
-import timm, torch, linvision
+import sys, timm, torch, linvision
 from PIL import Image
 from pathlib import Path
 
-import linvision.cli.main, linvision.train
+before = set(sys.modules)
+import linvision.cli.main
+added = {name for name in set(sys.modules) - before if not name.startswith('linvision.cli')}
+assert added <= {f'linvision.{name}' for name in ('extras', 'guard', 'nearest', 'version')}, added
+import linvision.train
 
 model = timm.create_model('linformer_vit_pico_patch1_32', pretrained=True).eval()
 assert model(torch.randn(1, 1, 32, 32)).shape == (1, 10)

@@ -174,8 +174,8 @@ def test_a_picture_shows_what_is_seen_and_what_is_told(monkeypatch):
 
 
 def test_a_run_learns_to_tell_hidden_pixels_and_shows_them(recipe, with_pictures):
-    metrics = train(recipe.replace(epochs=5, opt='muon', lr=0.03, stages=(), val_fraction=0.25, eval_every=2.5))
-    assert 0.1 < metrics['loss'] < 0.9 and metrics['val_loss'] < 0.9  # 1 is the variance of the pixels
+    metrics = train(recipe.replace(epochs=8, opt='muon', lr=0.01, stages=(), val_fraction=0.25, eval_every=4))
+    assert 0.1 < metrics['loss'] < 0.85 and metrics['val_loss'] < 0.85  # 1 is the variance of the pixels
     assert metrics['num_samples'] == 100 and metrics['num_left_out'] == 0 and 'top1' not in metrics
     assert metrics['best_val_loss'] <= metrics['val_loss'] + 1e-3
     assert json.loads((recipe.run.output_dir / 'metrics.json').read_text()) == metrics

@@ -189,7 +189,7 @@ def test_tables_show_means_spreads_and_distances():
 def test_distances_are_seed_by_seed():
     rows = {(5, 'from scratch'): runs(0.80, 0.82, 0.81), (5, 'fine-tuned'): runs(0.83, 0.83, 0.87)}
     rates = {(5, 'from scratch'): 0.01, (5, 'fine-tuned'): 0.003}
-    assert transfer.transfer_table(rows, rates).splitlines()[2:] == [
+    assert transfer.starts_table(transfer.EPOCHS, rows, rates).splitlines()[2:] == [
         '| 5 | from scratch | 0.01 | 81.0 ± 1.0 % | | 2.0 | 3 |',
         '| 5 | fine-tuned | 0.003 | 84.3 ± 2.3 % | +3.3 (s.e. 1.5) | 2.0 | 3 |',  # of 3, 1 and 6: 2.52 / √3
     ]

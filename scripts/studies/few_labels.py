@@ -13,12 +13,11 @@ whose neighbours, three times as large and as small, are no better. The test ima
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from linvision.guard import end
-from scripts.studies.tables import Rows, points_above, publish, table
-from scripts.studies.transfer import RATES, neighbours
-from scripts.studies.trials import Changes, Scores, SeedFlags, Trials
+from scripts.studies.tables import Cell
+from scripts.studies.transfer import compare_starts
+from scripts.studies.trials import Changes, SeedFlags, Trials
 
 BACKBONE = 'linformer_vit_pico_patch2_64.tiny_imagenet'
 STARTS: Changes = {
@@ -74,35 +73,16 @@ def few_labels(settings: Settings) -> None:
         end(f'--images must be among {", ".join(map(str, EPOCHS))}, got {", ".join(map(str, sorted(unknown)))}.')
     common = {'img_size': 32, 'hflip': 0.5, 'shift': 2}
     trials = Trials('few_labels', settings, record='few_labels_runs.json', **common)
-    rows: Rows = {}
-    rates: dict[tuple[int, str], float] = {}
-    validation: dict[int, Scores] = {}
-    best = dict.fromkeys(STARTS, RATES[len(RATES) // 2])
-    for count in settings.images:
+
+    def variants_of(count: int) -> tuple[Changes, Changes]:
         choice, test = folders(settings.data_dir.resolve() / 'cifar10', trials.folder / 'images', count)
-        starts: Changes = {start: {**own, 'epochs': EPOCHS[count]} for start, own in STARTS.items()}
-        tried: Changes = {start: {**own, 'data_dir': choice} for start, own in starts.items()}
-        first = {start: neighbours(lr) for start, lr in best.items()}
-        best, validation[count] = trials.choose_rates(
-            'finetune', tried, first, neighbours, folder=f'rates_{count}', score='top1'
-        )
-        rates |= {(count, start): lr for start, lr in best.items()}
-        variants: Changes = {start: {**own, 'data_dir': test, 'lr': best[start]} for start, own in starts.items()}
-        scored = trials.run('finetune', variants, range(settings.seeds), f'scores_{count}')
-        rows |= {(count, start): runs for start, runs in scored.items()}
-        runs: dict[int, Any] = {n: {s: found for (k, s), found in rows.items() if k == n} for n in validation}
-        result = {'precision': settings.precision, 'rates': validation, 'runs': runs}
-        publish('few_labels', result, few_labels_table(rows, rates))
+        starts = {start: {**own, 'epochs': EPOCHS[count]} for start, own in STARTS.items()}
+        tried, scored = ({s: {**own, 'data_dir': where} for s, own in starts.items()} for where in (choice, test))
+        return tried, scored
 
-
-def few_labels_table(rows: Rows, rates: dict[tuple[int, str], float]) -> str:
-    """A line for each number of images and start."""
-    columns = {
+    columns: dict[str, Cell] = {
         'images a class': lambda key, _: f'{key[0]:,}',
         'epochs': lambda key, _: str(EPOCHS[key[0]]),
-        '': lambda key, _: key[1],
-        'learning rate': lambda key, _: f'{rates[key]:g}',
-        'top-1': None,
-        'points above scratch': points_above('from scratch'),
     }
-    return table({**columns, 'training, min': None, 'seeds': None}, rows)
+    facts = {'precision': settings.precision}
+    compare_starts(trials, 'few_labels', settings.images, variants_of, columns, settings.seeds, facts, score='top1')

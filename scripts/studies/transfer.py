@@ -10,11 +10,12 @@ neighbours, three times as large and as small, are no better. The test images ar
 `results/transfer_runs.json`, and they are not repeated.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.tables import Rows, points_above, publish, table
+from scripts.studies.tables import Cell, Rows, points_above, publish, table
 from scripts.studies.trials import Changes, Scores, SeedFlags, Trials
 
 BACKBONE = 'linformer_vit_pico_patch1_32.fashion_mnist'  # the digits are grey too
@@ -47,36 +48,71 @@ def neighbours(lr: float) -> tuple[float, ...]:
     return RATES[max(place - 1, 0) : place + 2]
 
 
-def transfer(settings: Settings) -> None:
-    """Is the shipped backbone worth starting from? Against the same model from scratch, on handwritten digits."""
-    own = {'img_size': settings.img_size, 'hflip': 0.0, 'shift': 1}
-    trials = Trials('transfer', settings, record='transfer_runs.json', **own)
+def compare_starts(
+    trials: Trials,
+    name: str,
+    keys: Sequence[int],
+    variants_of: Callable[[int], tuple[Changes, Changes]],
+    columns: dict[str, Cell],
+    seeds: int,
+    facts: dict[str, Any],
+    score: str = 'val_top1',
+) -> None:
+    """Choose a learning rate for each start and train it with all seeds; publish after each key what there is.
+
+    Args:
+        trials: The study's runs.
+        name: Of the study.
+        keys: What stands first in a line of the table, such as numbers of epochs; the search for a key's rates begins
+            with those of the key before.
+        variants_of: For a key, the starts as rates are chosen and as they are scored.
+        columns: The first cells of a line, whose key is (key, start).
+        seeds: Runs of each that is scored.
+        facts: What else the result says.
+        score: As for `choose_rates`.
+    """
     rows: Rows = {}
     rates: dict[tuple[int, str], float] = {}
     validation: dict[int, Scores] = {}
-    best = dict.fromkeys(STARTS, RATES[len(RATES) // 2])
-    for epochs in settings.epochs:
-        held_out = {start: {**own, 'epochs': epochs, 'val_fraction': 0.2} for start, own in STARTS.items()}
-        first = {start: neighbours(lr) for start, lr in best.items()}
-        best, validation[epochs] = trials.choose_rates(
-            'finetune', held_out, first, neighbours, folder=f'rates_{epochs}'
+    best: dict[str, float] = {}
+    for key in keys:
+        tried, variants = variants_of(key)
+        first = {start: neighbours(best.get(start, RATES[len(RATES) // 2])) for start in tried}
+        best, validation[key] = trials.choose_rates(
+            'finetune', tried, first, neighbours, folder=f'rates_{key}', score=score
         )
-        rates |= {(epochs, start): lr for start, lr in best.items()}
-        variants = {start: {**STARTS[start], 'epochs': epochs, 'lr': lr} for start, lr in best.items()}
-        scored = trials.run('finetune', variants, range(settings.seeds), f'scores_{epochs}')
-        rows |= {(epochs, start): runs for start, runs in scored.items()}
+        rates |= {(key, start): lr for start, lr in best.items()}
+        chosen: Changes = {start: {**own, 'lr': best[start]} for start, own in variants.items()}
+        scored = trials.run('finetune', chosen, range(seeds), f'scores_{key}')
+        rows |= {(key, start): runs for start, runs in scored.items()}
         runs: dict[int, Any] = {n: {s: found for (k, s), found in rows.items() if k == n} for n in validation}
-        result = {'img_size': settings.img_size, 'precision': settings.precision, 'rates': validation, 'runs': runs}
-        publish('transfer', result, transfer_table(rows, rates))
+        publish(name, {**facts, 'rates': validation, 'runs': runs}, starts_table(columns, rows, rates))
 
 
-def transfer_table(rows: Rows, rates: dict[tuple[int, str], float]) -> str:
-    """A line for each number of epochs and start."""
-    columns = {
-        'epochs': lambda key, _: str(key[0]),
+def starts_table(columns: dict[str, Cell], rows: Rows, rates: dict[tuple[int, str], float]) -> str:
+    """A line for each key and start."""
+    shared = {
         '': lambda key, _: key[1],
         'learning rate': lambda key, _: f'{rates[key]:g}',
         'top-1': None,
         'points above scratch': points_above('from scratch'),
+        'training, min': None,
+        'seeds': None,
     }
-    return table({**columns, 'training, min': None, 'seeds': None}, rows)
+    return table({**columns, **shared}, rows)
+
+
+EPOCHS: dict[str, Cell] = {'epochs': lambda key, _: str(key[0])}
+
+
+def transfer(settings: Settings) -> None:
+    """Is the shipped backbone worth starting from? Against the same model from scratch, on handwritten digits."""
+    own = {'img_size': settings.img_size, 'hflip': 0.0, 'shift': 1}
+    trials = Trials('transfer', settings, record='transfer_runs.json', **own)
+
+    def variants_of(epochs: int) -> tuple[Changes, Changes]:
+        variants = {start: {**own, 'epochs': epochs} for start, own in STARTS.items()}
+        return {start: {**own, 'val_fraction': 0.2} for start, own in variants.items()}, variants
+
+    facts = {'img_size': settings.img_size, 'precision': settings.precision}
+    compare_starts(trials, 'transfer', settings.epochs, variants_of, EPOCHS, settings.seeds, facts)
