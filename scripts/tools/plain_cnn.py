@@ -23,6 +23,7 @@ from linvision.data import Augmentation, create_batches, create_dataset, split_v
 from linvision.guard import end, guarded
 from linvision.train.evaluate import evaluate
 from linvision.train.metrics import machine
+from linvision.train.precision import autocast, has_bf16
 
 WIDTHS = (38, 77, 154)  # 202,073 parameters with one channel and ten classes
 BATCH_SIZE, LR, WARMUP = 128, 4e-3, 0.1
@@ -63,24 +64,28 @@ def train_cnn(
         state: File to go on from and to save to.
 
     Returns:
-        Scores, `images_seen`, `train_minutes`, `num_parameters`.
+        Scores, `images_seen`, `train_minutes`, `num_parameters`, `precision`.
     """
     torch.manual_seed(seed)
     train_set, val_set = split_validation(create_dataset(dataset, data_dir, 'train'), val_fraction, seed)
     test_set = val_set if val_fraction else create_dataset(dataset, data_dir, 'test')
     statistics, device = train_set.statistics(), torch.device('cpu')
     batches = create_batches(train_set, BATCH_SIZE, *statistics, device, Augmentation('torch', hflip=0.5, shift=shift))
-    model = plain_cnn(train_set.in_chans, len(train_set.classes))
+    model = plain_cnn(train_set.in_chans, len(train_set.classes)).to(memory_format=torch.channels_last)
+    precision = 'bf16' if has_bf16(device)[0] else 'fp32'
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     seconds = 60 * minutes * torch.get_num_threads()
     asked = {'dataset': dataset, 'minutes': minutes, 'lr': lr, 'seed': seed, 'shift': shift, 'of': len(train_set)}
+    asked['precision'] = precision
     steps, spent = restore(state, asked, model, optimizer) if state else (0, 0.0)
     start, saved, progress = time.process_time() - spent, spent, spent / seconds
     for images, labels in batches.stream(seed, steps, train_set.img_size):
         for group in optimizer.param_groups:  # up in a line, then down in a line
             group['lr'] = lr * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        with autocast(device, precision):
+            loss = nn.functional.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels)
+        loss.backward()
         optimizer.step()
         steps, spent = steps + 1, time.process_time() - start
         progress = spent / seconds
@@ -97,6 +102,7 @@ def train_cnn(
         'lr': lr,
         'seed': seed,
         'shift': shift,
+        'precision': precision,
         **machine(device),
     }
 
