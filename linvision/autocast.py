@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from linvision.compiled import looked_into
+from linvision.reweighted import reweighted
 
 # torch's names of what multiplies in bf16; the last is ARM's
 CPU_BF16 = ('amx_bf16', 'avx512_bf16', 'sve_bf16', 'bf16')
@@ -44,9 +44,9 @@ def computes_in_fp32(model: Any, x: Any) -> bool:
     return (
         type(x) is Tensor  # no proxy of torch.fx
         and x.is_cpu
+        and not looked_into()  # first: compilers do not see what follows
         and compute_dtype(x) == torch.bfloat16
         and not cpu_bf16()
-        and not looked_into()
         and not (
             model.grad_checkpointing
             and torch.is_grad_enabled()
@@ -77,5 +77,5 @@ class InFp32(nn.Module):
         every = (*self.named_parameters(), *self.named_buffers())
         weights = {name: tensor.float() for name, tensor in every if tensor.dtype == dtype}
         with torch.autocast('cpu', enabled=False):
-            out: Tensor = functional_call(self, weights, (x.float(), *args))
+            out: Tensor = reweighted(self, weights)(x.float(), *args)
         return out.to(dtype)

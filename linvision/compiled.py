@@ -11,8 +11,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.modules.module as registered
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
+
+HOOKS = ('forward_hooks', 'forward_pre_hooks', 'backward_hooks', 'backward_pre_hooks')  # torch's names, of a module
 
 
 @cache
@@ -32,10 +36,18 @@ def open_sizes(tensor: Tensor | None, *dims: int) -> Tensor | None:
 
 
 def looked_into(*modules: nn.Module) -> bool:
-    """Whether something traces the modules, or looks at what is computed inside them, operator by operator."""
+    """Whether something traces the modules, or must see their calls: hooks, or a `forward` that replaces their own."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if torch._C._are_functorch_transforms_active():  # torch.func
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # torch.func, forward_ad
+        return True
+    if any(getattr(registered, f'_global_{kind}') for kind in HOOKS):
         return True
     # FSDP's own hooks look into nothing
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules if not isinstance(m, FSDPModule))
+    calls = (m.__dict__ for m in modules if not isinstance(m, FSDPModule))
+    return any('forward' in own or any(own[f'_{kind}'] for kind in HOOKS) for own in calls)
+
+
+def dispatched() -> bool:
+    """Whether something sees every operator, as `FlopCounterMode` and `FakeTensorMode` do."""
+    return torch._C._len_torch_dispatch_stack() > 0

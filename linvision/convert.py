@@ -267,7 +267,7 @@ def fit_projection(
         lr: Learning rate at the start; it falls as a cosine, to zero after `steps`.
 
     Returns:
-        The relative error (the root of the loss) at each step.
+        The relative error (the root of the loss) before each step; nothing is dropped.
 
     Raises:
         ValueError: There is no E to fit: the projection has no parameters, or K is not below N. Or the weights are of
@@ -286,7 +286,8 @@ def fit_projection(
         )
     optimizer = torch.optim.Adam(weights, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    errors = []
+    errors, mode = [], model.training
+    model.eval()
     for images in islice(batches, steps):
         seen = watched(original, [block.attn for block in original.blocks], images)
         tensors = model.projection_tensors(images, grid)
@@ -301,6 +302,7 @@ def fit_projection(
         errors.append(loss.item() ** 0.5)
     for weight in weights:
         weight.grad = None
+    model.train(mode)
     return errors
 
 

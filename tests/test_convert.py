@@ -1,5 +1,6 @@
 """Conversion: what it must not change, what it must refuse, and what fitting E is worth."""
 
+import copy
 import json
 import runpy
 from functools import partial
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models import save_for_hf
@@ -18,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from linvision.analysis.watched import watched
 from linvision.cli import convert
 from linvision.cli.images import ImagesOf
+from linvision.cli.pretrained import load_vit
 from linvision.convert import agreement, fit_projection, from_vit
 from linvision.data import create_batches, create_dataset
 from linvision.train import Recipe, train
@@ -284,6 +287,10 @@ def test_the_command_takes_timms_own_folders_a_k_for_each_layer_and_leaves_out_b
     assert report['proj_len'] == list(lengths) and report['pooled']['num_samples'] == 3  # a fifth of 20, but for one
     worse = report['fitted']['relative_error'] > report['pooled']['relative_error']
     assert ('further from the original than pooling' in caplog.text) == worse
+    saved = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    fresh = from_vit(timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True), lengths, sharing='key_value')
+    pooled = all(map(torch.equal, saved.projection.parameters(), fresh.projection.parameters()))
+    assert pooled == worse
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert [block.attn.rows[0] * block.attn.rows[1] for block in loaded.blocks] == list(lengths)
 
@@ -311,3 +318,15 @@ def test_distillation_from_the_original_brings_a_conversion_back_to_it(vit_folde
     after = agreement(student, original, images.test(0))
     assert student.blocks[0].attn.rows == (2, 2)
     assert after['relative_error'] < 0.7 * before['relative_error'] and after['same_top1'] > before['same_top1']
+
+
+def test_the_weights_of_a_file_fit_another_image_size(tmp_path):
+    original = timm.create_model('vit_tiny_patch16_224', depth=1).eval()
+    save_file(original.state_dict(), tmp_path / 'vit.safetensors')
+    loaded = load_vit('vit_tiny_patch16_224', str(tmp_path / 'vit.safetensors'), 64, depth=1)
+    wanted = copy.deepcopy(original)
+    wanted.set_input_size((64, 64))
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), wanted(x))
+    same = load_vit('vit_tiny_patch16_224', str(tmp_path / 'vit.safetensors'), 0, depth=1)
+    assert torch.equal(same(torch.ones(1, 3, 224, 224)), original(torch.ones(1, 3, 224, 224)))

@@ -305,3 +305,12 @@ def test_tensorboard_holds_what_a_run_shows(recipe, with_pictures):
     assert 'weights/blocks.0.attn.qkv.weight' in tags['histograms']
     assert '"lr": 0.003' in board.Tensors('recipe/text_summary')[0].tensor_proto.string_val[0].decode()
     assert all(0 <= p.value <= 1 for p in board.Scalars('speed/waiting_for_data'))
+
+
+def test_a_run_that_is_stopped_where_it_is_to_be_scored_is_scored_when_it_goes_on(recipe):
+    recipe = recipe.replace(stages=((8, 1.0),), epochs=3, val_fraction=0.25, eval_every=1.0, test=False)
+    wanted = [point['step'] for point in train(recipe.replace(output_dir=recipe.run.output_dir / 'whole'))['val_curve']]
+    stopped = recipe.replace(output_dir=recipe.run.output_dir / 'stopped')
+    assert train(stopped.replace(max_steps=wanted[0])) == {}
+    found = train(stopped)['val_curve']
+    assert [point['step'] for point in found] == wanted and len(wanted) == 3

@@ -15,7 +15,7 @@ from linvision.data import create_batches, create_dataset
 from linvision.data.preparation import Preparation
 from linvision.train import Recipe, train
 from linvision.train.board import Board
-from linvision.train.checkpoint import newest_checkpoint, read_state
+from linvision.train.checkpoint import check_same_run, newest_checkpoint, read_state
 from linvision.train.evaluate import evaluate
 from linvision.train.optimizer import create_optimizer, create_schedule, step_in_stacks
 
@@ -218,3 +218,11 @@ def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
 def test_recipe_errors_say_what_was_wanted(recipe, change, message):
     with pytest.raises(ValueError, match=message):
         train(recipe.replace(**change))
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on_with_the_default_of_it():
+    recipe = Recipe().to_dict() | {'processes': 1}
+    older = {name: value for name, value in recipe.items() if name not in ('layer_decay', 'native_sizes')}
+    check_same_run(Path(), recipe, older)
+    with pytest.raises(ValueError, match=r'layer_decay: 1\.0 there, 0\.5 now'):
+        check_same_run(Path(), recipe | {'layer_decay': 0.5}, older)

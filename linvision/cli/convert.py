@@ -11,6 +11,7 @@ predict` and `evaluate` and a recipe's `--init` read, and `conversion.json`, whi
 
 import json
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Literal
 
@@ -74,12 +75,16 @@ def main(
     }
     errors: list[float] = []
     if steps and projection not in ('none', 'mean_pool', 'max_pool'):
+        pooling = deepcopy(converted)
         errors = fit_projection(converted, original, counted(images.training(), 'fitting', steps, 'steps'), steps, lr)
     save_for_hf(converted, str(output_dir), safe_serialization=True)  # now: a test image may fail
     if errors:
         report['fitted'] = agreement(converted, original, images.test(limit))
         if report['fitted']['relative_error'] > report['pooled']['relative_error']:
-            logging.warning('the fitted E is further from the original than pooling: try more steps, or a smaller lr.')
+            save_for_hf(pooling, str(output_dir), safe_serialization=True)
+            logging.warning(
+                'the fitted E is further from the original than pooling, which is saved: try more steps, or another lr.'
+            )
         report['attention_error'] = {'first': errors[0], 'last': errors[-1], 'steps': steps}
     (output_dir / 'conversion.json').write_text(json.dumps(report, indent=2) + '\n')
     print(json.dumps(report))

@@ -181,7 +181,7 @@ def check_indices(indices: Any, depth: int) -> None:
         indices: What was given; None for all.
         depth: Blocks that there are.
     """
-    some = isinstance(indices, tuple | list) and len(indices) > 0
+    some = isinstance(indices, tuple | list | range) and len(indices) > 0
     if indices is not None and not (
         is_whole(indices, 1, depth) or some and all(is_whole(i, -depth, depth - 1) for i in indices)
     ):

@@ -27,3 +27,6 @@ class Mlp(timm.layers.Mlp):
                 return cpu_kernels.learning_mlp(self, x)
         x = self.norm(self.drop1(self.act(self.fc1(x))))
         return self.drop2(self.fc2(x))
+
+
+cpu_kernels.EQUATIONS.append(Mlp.forward)

@@ -1,11 +1,10 @@
-"""Weight and bias of a linear layer that another module wraps, as peft's adapters do (LoRA, DoRA), or hooks change.
+"""Weight and bias of a linear layer that is wrapped, as by peft's adapters (LoRA, DoRA), or changed by hooks.
 
 Attention reads the weight of `qkv` in parts and never calls it. A wrapper changes what the layer computes, not the
-weight that it shows, and so does a hook before the layer (`torch.nn.utils.prune`). So the layer is asked: of a function
-f(x) = x Wᵀ + bᵀ the outputs of zero and of the identity are bᵀ and Wᵀ + bᵀ. One row more, of no special form, tells a
-linear function from another. Gradients flow through the layer to the parameters of the wrapper. It costs D + 2 rows a
-forward pass, where a block has thousands. A hook that looks at what such a layer gives sees these rows; on a plain
-`nn.Linear` one after the layer is never called.
+weight that it shows, and so do a hook (`torch.nn.utils.prune`) and a `forward` put in its place. So the layer is
+asked: of a function f(x) = x Wᵀ + bᵀ the outputs of zero and of the identity are bᵀ and Wᵀ + bᵀ. One row more, of no
+special form, tells a linear function from another. Gradients flow through the layer to the parameters of the wrapper.
+It costs D + 2 rows a forward pass, where a block has thousands. A hook sees these rows, not tokens.
 """
 
 from typing import Any
@@ -19,7 +18,8 @@ REMEDY = 'Adapt attn.proj, mlp.fc1 and mlp.fc2 instead, or change the weight of 
 
 def weight_and_bias(layer: Any, dim: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Those of an `nn.Linear`, or of what wraps one; arguments and errors as of `wrapped_linear`."""
-    if type(layer).forward is nn.Linear.forward and not (layer._forward_pre_hooks and isinstance(like, Tensor)):
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or 'forward' in layer.__dict__
+    if type(layer).forward is nn.Linear.forward and not (hooks and isinstance(like, Tensor)):
         return layer.weight, layer.bias
     return wrapped_linear(layer, dim, like)
 

@@ -46,6 +46,8 @@ def choose_chunk_sizes(
         return whole
     if x.shape[0] == 0:  # there is nothing to cut
         return whole
+    if getattr(blocks[0], '_is_replica', False):  # of nn.DataParallel, which has no parameters for `Recomputed` to name
+        return whole
     if not blocks[0].attn.fused_attn or looked_into(*(m for block in blocks for m in block.modules())):
         return whole
     if chunk_size != 'auto':

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from linvision.autocast import compute_dtype
-from linvision.compiled import looked_into
+from linvision.compiled import dispatched, looked_into
 from linvision.streaming.parts import BlockWith, StreamedBlock
 
 Layer = tuple[Tensor, Tensor | None]  # a packed weight, and a bias
@@ -35,6 +35,8 @@ FUSED_TOKENS = 2048  # images × tokens; below, oneDNN gains little, and a model
 MAX_ROWS = 1024  # up to so many rows of keys the array of weights stays in cache
 
 
+# functions that compute fc2(GELU(fc1(x))), to which `models/mlp.py` adds its own: a subclass may compute anything else
+EQUATIONS: list[Callable[..., Tensor]] = [Mlp.forward]
 # private to PyTorch, which may rename them; without one of them blocks run as they are written
 OPERATORS = ('_linear_pointwise', '_reorder_linear_weight', '_is_mkldnn_bf16_supported')
 
@@ -58,6 +60,7 @@ def applies(block: StreamedBlock, x: Tensor, mask: Tensor | None) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and supports(compute_dtype(x))
         and x.dtype in (torch.float32, torch.bfloat16)
+        and not dispatched()
         and isinstance(attention.q_norm, nn.Identity)
         and is_plain(mlp)
         and all(is_linear(layer) for layer in (attention.qkv, attention.proj))
@@ -68,6 +71,7 @@ def is_plain(mlp: Any) -> bool:
     """Whether an MLP is two linear layers with GELU between them, and nothing else but dropout."""
     return (
         isinstance(mlp, Mlp)
+        and type(mlp).forward in EQUATIONS
         and all(is_linear(layer) for layer in (mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and isinstance(mlp.norm, nn.Identity)
@@ -192,6 +196,8 @@ def learns_faster(mlp: Any, x: Any) -> bool:
     """Whether `learning_mlp` can stand for an MLP of this input, and gains."""
     return (
         type(x) is Tensor  # no proxy of torch.fx, and no subclass
+        and not looked_into(*(m for m in mlp.modules() if m is not mlp))  # first: compilers do not see what follows
+        and not dispatched()
         and torch.is_grad_enabled()
         and x.is_cpu
         and x.dim() == 3
@@ -201,7 +207,6 @@ def learns_faster(mlp: Any, x: Any) -> bool:
         and supports(torch.float32)
         and is_plain(mlp)
         and not (mlp.training and max(mlp.drop1.p, mlp.drop2.p) > 0)
-        and not looked_into(*mlp.children())
     )
 
 
@@ -222,7 +227,7 @@ class LearningMlp(torch.autograd.Function):
         hidden = product(x, w1, b1)
         activated = F.gelu(hidden, approximate=approximate)
         ctx.save_for_backward(x, hidden, activated, w1, w2)
-        ctx.approximate, ctx.biases = approximate, (b1 is not None, b2 is not None)
+        ctx.approximate = approximate
         return product(activated, w2, b2)
 
     @staticmethod
@@ -231,12 +236,15 @@ class LearningMlp(torch.autograd.Function):
         x, hidden, activated, w1, w2 = ctx.saved_tensors
         grad = grad.contiguous()
         rows = grad.flatten(0, 1)  # (B · n, D)
-        dw2 = rows.t() @ activated.flatten(0, 1)
-        db2 = rows.sum(0) if ctx.biases[1] else None
+        wants_x, *wants = ctx.needs_input_grad[:5]  # a frozen layer's products are saved
+        dw2 = rows.t() @ activated.flatten(0, 1) if wants[2] else None
+        db2 = rows.sum(0) if wants[3] else None
+        if not (wants_x or wants[0] or wants[1]):
+            return None, None, None, dw2, db2, None
         dhidden = product(grad, w2.t().contiguous())
         torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, approximate=ctx.approximate, grad_input=dhidden)
         rows = dhidden.flatten(0, 1)  # (B · n, 4 D)
-        dw1 = rows.t() @ x.flatten(0, 1)
-        db1 = rows.sum(0) if ctx.biases[0] else None
-        dx = product(dhidden, w1.t().contiguous()) if ctx.needs_input_grad[0] else None
+        dw1 = rows.t() @ x.flatten(0, 1) if wants[0] else None
+        db1 = rows.sum(0) if wants[1] else None
+        dx = product(dhidden, w1.t().contiguous()) if wants_x else None
         return dx, dw1, db1, dw2, db2, None

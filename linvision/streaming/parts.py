@@ -160,4 +160,4 @@ def scaled(block: Any, scales: list[Tensor]) -> Any:
 
 def draws_dropout(block: StreamedBlock) -> bool:
     """Whether the block draws dropout."""
-    return block.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+    return block.training and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in block.modules())

@@ -24,12 +24,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from linvision.compiled import compiled, open_sizes
+from linvision.reweighted import reweighted
 from linvision.streaming import cpu_kernels
 from linvision.streaming.chunks import Chunk, TokenChunks
 from linvision.streaming.parts import (
@@ -98,7 +98,8 @@ class Recomputed(torch.autograd.Function):
         ctx.save_for_backward(x, *inputs)
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.random = (torch.get_rng_state(), *get_device_states(x)) if draws_dropout(block) else None
+        # whatever draws in it: an MLP may be anyone's
+        ctx.random = (torch.get_rng_state(), *get_device_states(x)) if block.training else None
         return Pass(block, x, *settings).run(list(inputs[len(names) :]))
 
     @staticmethod
@@ -106,7 +107,7 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *inputs = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        weights = {f'block.{n}': t for n, t in zip(ctx.names, inputs, strict=False)}
+        weights = dict(zip(ctx.names, inputs, strict=False))
         device, dtype, enabled = ctx.autocast
         state, devices, states = ctx.random or (None, [], [])
         kind = device if devices else 'cuda'  # without devices, any
@@ -119,20 +120,7 @@ class Recomputed(torch.autograd.Function):
                 torch.set_rng_state(state)
                 set_device_states(devices, states, device_type=kind)
             # the weights of the forward pass, whatever the block holds by now
-            gradients = functional_call(BackwardPass(ctx.block), weights, (x, ctx.settings, inputs, grad))
-            return None, None, None, *gradients
-
-
-class BackwardPass(nn.Module):
-    """A block's backward pass as a module, so that `torch.func.functional_call` can give it its weights."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor, settings: tuple[Any, ...], inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
-        """Gradients of x and the inputs of `Recomputed`."""
-        return Pass(self.block, x, *settings).gradients(inputs, grad)
+            return None, None, None, *Pass(reweighted(ctx.block, weights), x, *ctx.settings).gradients(inputs, grad)
 
 
 def rest(

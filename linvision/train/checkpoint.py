@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 from linvision.data.timm_sets import STREAMS
 from linvision.train.parallel import Processes
 from linvision.train.precision import DTYPES
+from linvision.train.recipe import Recipe
 from linvision.train.sharded import ShardPlanner, ShardReader, refusal
 
 FREE_TO_CHANGE = {
@@ -289,7 +290,7 @@ def check_same_run(folder: Path, recipe: dict[str, Any], found: dict[str, Any]) 
         found: Those found in the folder.
     """
     recipe, found = json.loads(json.dumps(recipe)), json.loads(json.dumps(found))  # tuples as JSON keeps them
-    found.setdefault('native_sizes', False)  # of a run that is older than the setting
+    found = Recipe().to_dict() | found  # of a run that is older than a setting
     for each in (recipe, found):
         as_dict(each.get('dataset_args')).pop('test_split', None)
         if each.get('parallel') == 'sequence':  # every process has the whole model, as with DDP

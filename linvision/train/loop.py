@@ -175,6 +175,13 @@ class TrainingRun:
             return self.progress.minutes / self.recipe.run.max_minutes
         return self.progress.step / self.updates
 
+    @property
+    def to_score(self) -> bool:
+        """Whether the validation slice is scored after this step, and has not been."""
+        every, step = self.recipe.run.eval_every, self.progress.step
+        due = every and step and step % self.data.batches.order.steps(every) == 0
+        return bool(due) and all(point['step'] != step for point in self.progress.curve)
+
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def to_its_end(self, interrupted: Callable[[], bool]) -> dict[str, Any]:
@@ -182,6 +189,8 @@ class TrainingRun:
         if self.recipe.run.max_steps and self.progress.step >= self.recipe.run.max_steps and self.fraction < 1:
             self.board.say(f'{self.progress.step} steps are taken, and --max-steps is {self.recipe.run.max_steps}')
             return {}
+        if self.to_score:  # stopped before it was
+            self.validate()
         while self.fraction < 1:
             stage = stage_at(self.data.stages, self.fraction)
             if stage != self.progress.stage:
@@ -229,7 +238,7 @@ class TrainingRun:
             # log, evaluate, save
             due = progress.step % recipe.run.log_every == 0 or progress.minutes - self.last_log[1] > LOG_MINUTES
             logs = due or self.fraction >= 1
-            scores = recipe.run.eval_every and progress.step % self.data.batches.order.steps(recipe.run.eval_every) == 0
+            scores = self.to_score
             saves = progress.step % recipe.run.checkpoint_every == 0
             if logs or scores or saves or stop:
                 self.settle()

@@ -42,7 +42,7 @@ class Progress:
         if isinstance(kept, dict) and set(kept) == {each.name for each in fields(cls)}:
             return cls(**kept)
         raise ValueError(
-            f'{path} is of another version of linvision, whose images came in another order. Finish the run with that '
+            f'{path} is of another version of linvision, which kept other facts of a run. Finish the run with that '
             'version, or start over beside it with --fresh.'
         )
 
