@@ -2,15 +2,12 @@
 
     python -m scripts.tools.model_card linformer_vit_pico_patch1_32.fashion_mnist
 
-Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there. Where a run began
-with the weights of another (`--init`), `earlier_runs.json` has the metrics of those before it, the first one first.
+Reads `config.json` and `metrics.json` in `linvision/weights/NAME.TAG/`, and writes `README.md` there.
 Beside the score stand softmax regression and a plain CNN of equal size, which are trained once and kept in
 `baselines.json`: remove that to train them again. A `note` there, by hand, says what their figures do not.
 """
 
 import json
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +76,11 @@ def schedule(recipe: dict[str, Any]) -> str:
     )
 
 
-def going_on(recipe: dict[str, Any], folder: str) -> str:
-    """The flags of a run by the clock that begins with the weights of another."""
-    stages = ' '.join(f'{size} {share:g}' for size, share in recipe['stages'])
-    return f'--init {folder} --max-minutes {recipe["max_minutes"]:g} --lr {recipe["lr"]:g} --stages {stages}'
-
-
 def card(
     name: str,
     config: dict[str, Any],
     metrics: dict[str, Any],
     others: dict[str, Any],
-    earlier: Sequence[dict[str, Any]],
 ) -> str:
     """The card as Markdown, with the front matter of the Hugging Face Hub.
 
@@ -99,26 +89,12 @@ def card(
         config: Their `config.json`.
         metrics: Those of the run that made them.
         others: Scores to compare with, and a note.
-        earlier: Metrics of the runs before this one, each of which the next began with.
     """
     side = round(config['pretrained_cfg']['input_size'][1] / metrics['tokens'] ** 0.5)
     token = 'a pixel' if side == 1 else f'for {side}×{side} pixels'
     recipe, cfg, cnn, tag = metrics['recipe'], config['pretrained_cfg'], others['plain CNN'], name.partition('.')[2]
     file = f'recipes/{Path(recipe["output_dir"]).name}.py'
     channels, height, width = cfg['input_size']
-    commands = [f'python {file} --threads {metrics["threads"]} --precision {metrics["precision"]}']
-    runs = [*earlier, metrics]
-    trained = [f'- **Recipe**: `{file}`: {schedule(runs[0]["recipe"])}.']
-    if earlier:
-        commands[0] += ' --output-dir outputs/run_1'
-        for n, (before, run) in enumerate(pairwise(runs), 1):
-            words = f'{going_on(run["recipe"], f"outputs/run_{n}")} --output-dir outputs/run_{n + 1}'
-            commands.append(f'python {file} --threads {run["threads"]} {words}')
-            trained.append(f'- **Then**, from the {100 * before["top1"]:.2f} % of that run: {schedule(run["recipe"])}.')
-        total = {field: sum(run[field] for run in runs) for field in ('train_minutes', 'images_seen')}
-        metrics = metrics | total
-    command_lines = '\n'.join(f'    {command}' for command in commands)
-    recipe_lines = '\n'.join(trained)
     note = others.pop('note', '')
     described = f'{tag} ({metrics["data_note"]})' if 'data_note' in metrics else tag
     time, seen = (cnn[field] / metrics[field] for field in ('train_minutes', 'images_seen'))
@@ -151,11 +127,11 @@ One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precisio
 {cnn['precision']}, torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw {seen:.0%} of its
 images. {note}
 
-{command_lines}
+    python {file} --threads {metrics['threads']} --precision {metrics['precision']}
     linvision evaluate {name} --data-dir data
     python -m scripts.tools.model_card {name} --minutes {cnn['train_minutes']:.0f}
 
-{recipe_lines}
+- **Recipe**: `{file}`: {schedule(recipe)}.
 - **Data**: {described}, all training images; {LICENCES[tag]}. Normalised by mean
   {cfg['mean']} and deviation {cfg['std']}.
 - **Licence of the weights**: {cfg['license']}.
@@ -189,9 +165,7 @@ def main(
     config, metrics = json.loads((folder / 'config.json').read_text()), read_metrics(folder / 'metrics.json')
     dataset, data_dir, _ = recorded_data(folder, metrics, dataset, data_dir)
     others = baselines(folder, dataset, data_dir, minutes, metrics['recipe']['shift'], softmax)
-    file = folder / 'earlier_runs.json'
-    earlier = json.loads(file.read_text()) if file.is_file() else []
-    (folder / 'README.md').write_text(card(name, config, metrics, others, earlier))
+    (folder / 'README.md').write_text(card(name, config, metrics, others))
 
 
 if __name__ == '__main__':
