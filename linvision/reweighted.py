@@ -25,7 +25,7 @@ def reweighted(module: Module, weights: Mapping[str, Tensor]) -> Module:
 
 def copied(module: Module, weights: Mapping[int, Tensor]) -> Module:
     """A copy of a module and of the modules in it, with other tensors by the identity of its own."""
-    copy = module.__new__(type(module))
+    copy: Module = object.__new__(type(module))  # FSDP2 has a __new__ of its own, which calls __init__
     copy.__dict__ = {
         **module.__dict__,
         '_parameters': {name: weights.get(id(p), p) for name, p in module._parameters.items()},
