@@ -125,7 +125,7 @@ names = model.pretrained_cfg['label_names']
 One seed each. The model: {metrics['threads']} CPU thread(s), {metrics['precision']}, torch
 {metrics['versions']['torch']}. The plain CNN (`scripts/tools/plain_cnn.py`): {cnn['threads']} CPU thread(s),
 {cnn['precision']}, torch {cnn['versions']['torch']}; it had {time:.0%} of the model's time and saw {seen:.0%} of its
-images. {note}
+images.{note and ' ' + note}
 
     python {file} --threads {metrics['threads']} --precision {metrics['precision']}
     linvision evaluate {name} --data-dir data
