@@ -96,8 +96,9 @@ def test_floating_point_operations_are_counted_in_chunks_too():
     assert counts[0] == pytest.approx(counts[1], rel=0.05)
 
 
+@pytest.mark.parametrize('token_norm', [False, True])
 @pytest.mark.parametrize('drop', [nn.Dropout1d, nn.functional.dropout])
-def test_an_mlp_may_drop_as_it_likes_and_streams_with_its_own_gradient(drop):
+def test_an_mlp_may_drop_as_it_likes_and_streams_with_its_own_gradient(drop, token_norm):
     class Dropping(timm.layers.Mlp):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -106,7 +107,7 @@ def test_an_mlp_may_drop_as_it_likes_and_streams_with_its_own_gradient(drop):
         def forward(self, x: Tensor) -> Tensor:
             return self.fc2(self.own(self.act(self.fc1(x))))
 
-    model = pico(16, mlp_layer=Dropping, chunk_size=64).double().train()
+    model = pico(16, mlp_layer=Dropping, chunk_size=64, token_norm=token_norm).double().train()
     weight = model.blocks[0].mlp.fc1.weight
     x, direction = images(16).double(), torch.randn_like(weight)
 
@@ -136,10 +137,9 @@ def test_a_model_of_this_length_compiles_in_one_graph_and_is_traced(learns):
         torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.skipif(not cpu_kernels.supports(torch.float32), reason='this PyTorch has no oneDNN')
 @pytest.mark.parametrize('frozen', ['fc1', 'fc2', 'fc1.weight', 'fc2.bias'])
 def test_frozen_layers_of_an_mlp_get_no_gradient_and_the_others_theirs(frozen):
-    if not cpu_kernels.supports(torch.float32):
-        pytest.skip('needs oneDNN')
     found = []
     for size in (16, SIZE):  # plain products, and oneDNN's
         x = images(SIZE)[..., :size, :size].flatten(2).mT @ torch.eye(3, 64)

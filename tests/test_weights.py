@@ -48,7 +48,13 @@ def offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError('the network is off')
 
-    monkeypatch.setattr(socket, 'getaddrinfo', refuse)  # sockets themselves are for a data loader's workers
+    connect = socket.socket.connect
+
+    def local(self, address):  # to the workers of a data loader
+        return connect(self, address) if self.family == socket.AF_UNIX else refuse()
+
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    monkeypatch.setattr(socket.socket, 'connect', local)
 
 
 @pytest.fixture(params=NAMES)

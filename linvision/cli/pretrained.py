@@ -41,9 +41,10 @@ def load_vit(name: str, checkpoint: str, img_size: int, **arguments: Any) -> Any
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
     check_weights_file(checkpoint)
     arguments |= {'img_size': img_size} if img_size else {}
-    if checkpoint and is_model(name):  # as the weights of a name: timm fits positions to the image size
+    named = is_model(name)
+    if checkpoint and named:  # as the weights of a name: timm fits positions to the image size
         arguments |= {'pretrained_cfg_overlay': {'file': checkpoint, 'custom_load': False}}
     elif checkpoint:
         arguments |= {'checkpoint_path': checkpoint}
     what = f'The weights of {checkpoint or name} cannot be loaded'
-    return load_source(name, what, weights=not checkpoint or is_model(name), **arguments).eval()
+    return load_source(name, what, weights=named or not checkpoint, **arguments).eval()

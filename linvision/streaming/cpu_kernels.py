@@ -196,10 +196,10 @@ def learns_faster(mlp: Any, x: Any) -> bool:
     """Whether `learning_mlp` can stand for an MLP of this input, and gains."""
     return (
         type(x) is Tensor  # no proxy of torch.fx, and no subclass
+        and x.is_cpu
         and not looked_into(*(m for m in mlp.modules() if m is not mlp))  # first: compilers do not see what follows
         and not dispatched()
         and torch.is_grad_enabled()
-        and x.is_cpu
         and x.dim() == 3
         and x.shape[0] * x.shape[1] >= FUSED_TOKENS
         and x.dtype == compute_dtype(x) == torch.float32
@@ -236,15 +236,15 @@ class LearningMlp(torch.autograd.Function):
         x, hidden, activated, w1, w2 = ctx.saved_tensors
         grad = grad.contiguous()
         rows = grad.flatten(0, 1)  # (B · n, D)
-        wants_x, *wants = ctx.needs_input_grad[:5]  # a frozen layer's products are saved
-        dw2 = rows.t() @ activated.flatten(0, 1) if wants[2] else None
-        db2 = rows.sum(0) if wants[3] else None
-        if not (wants_x or wants[0] or wants[1]):
+        of_x, of_w1, of_b1, of_w2, of_b2, _ = ctx.needs_input_grad  # a frozen layer's products are saved
+        dw2 = rows.t() @ activated.flatten(0, 1) if of_w2 else None
+        db2 = rows.sum(0) if of_b2 else None
+        if not (of_x or of_w1 or of_b1):
             return None, None, None, dw2, db2, None
         dhidden = product(grad, w2.t().contiguous())
         torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, approximate=ctx.approximate, grad_input=dhidden)
         rows = dhidden.flatten(0, 1)  # (B · n, 4 D)
-        dw1 = rows.t() @ x.flatten(0, 1) if wants[0] else None
-        db1 = rows.sum(0) if wants[1] else None
-        dx = product(dhidden, w1.t().contiguous()) if wants_x else None
+        dw1 = rows.t() @ x.flatten(0, 1) if of_w1 else None
+        db1 = rows.sum(0) if of_b1 else None
+        dx = product(dhidden, w1.t().contiguous()) if of_x else None
         return dx, dw1, db1, dw2, db2, None

@@ -328,8 +328,8 @@ class Pass:
         """
         devices = get_device_states(self.x)[0]
         kind = self.x.device.type if devices else 'cuda'  # without devices, any
-        draws = draws_dropout(self.block)  # the first branch once more, after this
-        with torch.random.fork_rng(devices, enabled=draws, device_type=kind):
+        drawn = self.block.training  # the first branch once more, after this
+        with torch.random.fork_rng(devices, enabled=drawn, device_type=kind):
             with torch.no_grad():
                 tokens = self.outputs(self.block, halo, keys_values)
             statistics = self.statistics(self.block.norm2, tokens).requires_grad_()
