@@ -51,10 +51,10 @@ assert added <= {f'linvision.{name}' for name in ('extras', 'guard', 'nearest', 
 import linvision.train
 
 model = timm.create_model('linformer_vit_pico_patch1_32', pretrained=True).eval()
-assert model(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 plain = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=1)
 assert linvision.convert.from_vit(plain, proj_len=4)(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
-assert linvision.analysis.attention_maps(model, torch.randn(1, 1, 32, 32)).shape[-2:] == (32, 32)
+assert linvision.analysis.attention_maps(model, torch.randn(1, 3, 32, 32)).shape[-2:] == (32, 32)
 
 images, label = linvision.create_dataset('fake', Path('data'), 'train')[0]
 for split in ('train', 'val'):

@@ -18,6 +18,7 @@ from torch import nn
 
 from linvision.models.norms import TokenNorm
 from linvision.models.projection import SHARING
+from linvision.train.model import freeze
 
 CREATE = dict(num_classes=5, img_size=8, proj_len=6, depth=3)
 VIT = dict(img_size=(16, 24), patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)  # 24 patches
@@ -300,6 +301,20 @@ def test_layer_decay_treats_projection_and_position_as_the_stem():
     scales = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
     assert scales['projection.weights.0'] == scales['position.local.weight'] == scales['patch_embed.proj.weight']
     assert scales['projection.weights.0'] < scales['blocks.0.attn.qkv.weight'] < scales['head.weight']
+
+
+@pytest.mark.parametrize('sharing', ['key_value', 'headwise', 'none'])
+def test_a_projection_of_one_layer_goes_with_its_block(sharing):
+    model = create(projection='separable', sharing=sharing)
+    groups = param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5)
+    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    for layer, block in enumerate(model.blocks):
+        own = [model.projection.weights[i] for i in model.projection.indices(layer)]
+        assert own and {scale[id(weight)] for weight in own} == {scale[id(block.attn.qkv.weight)]}
+    freeze(model, 1)
+    kept = len(model.projection.indices(0))
+    learning = [weight.requires_grad for weight in model.projection.weights]
+    assert learning == [False] * kept + [True] * (len(learning) - kept)
 
 
 # Files

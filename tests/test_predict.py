@@ -147,7 +147,7 @@ def test_a_model_is_named_as_timm_names_it(model_folder, tmp_path):
 def test_a_name_without_a_tag_says_which_weights_it_has(tmp_path, caplog):
     Image.new('L', (28, 28)).save(tmp_path / 'black.png')
     pico = 'linformer_vit_pico_patch1_32'
-    for name, said in ((pico, ['fashion_mnist']), (f'{pico}.cifar10', [])):
+    for name, said in ((pico, ['cifar10']), (f'{pico}.fashion_mnist', [])):
         caplog.clear()
         run(name, tmp_path / 'black.png')
         assert [message.rpartition('.')[2] for message in caplog.messages] == said

@@ -85,7 +85,7 @@ def test_weights_load_without_a_network_and_give_the_golden_output(model):
 
 
 def test_the_tagged_weights_are_the_default():
-    assert timm.get_pretrained_cfg('linformer_vit_pico_patch1_32').tag == 'fashion_mnist'
+    assert timm.get_pretrained_cfg('linformer_vit_pico_patch1_32').tag == 'cifar10'
     plain = timm.create_model('linformer_vit_pico_patch1_32.untrained')
     assert plain.num_classes == 1000 and plain.patch_embed.proj.in_channels == 3
 
@@ -104,9 +104,11 @@ def test_colour_images_of_one_grey_and_another_size_and_head_take_the_weights(mo
 
 def test_weights_have_the_arguments_that_they_were_trained_with():
     model = timm.create_model('linformer_vit_pico_patch1_32.cifar10', pretrained=True)
-    assert model.blocks[0].attn.local.grid == (16, 16)  # its name alone would say 32
+    assert model.blocks[0].attn.local.grid == (16, 16)  # its size alone would say 32
     other = timm.create_model('linformer_vit_pico_patch1_32.cifar10', local_grid=8)
     assert other.blocks[0].attn.local.grid == (8, 8)
+    model = timm.create_model('linformer_vit_pico_patch1_32.fashion_mnist', pretrained=True)
+    assert model.blocks[0].attn.local.grid == (32, 32)
 
 
 @pytest.mark.parametrize('name', NAMES)

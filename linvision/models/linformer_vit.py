@@ -208,9 +208,12 @@ class LinformerVisionTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth; the projection and the positions belong to the stem."""
+        """Parameter groups by depth: a layer's own E belongs to its block, a shared E and the positions to the stem."""
         groups = super().group_matcher(coarse=coarse)
-        return dict(groups, stem=groups['stem'] + '|^projection|^position|^rope')
+        own = [[] if self.projection is None else self.projection.indices(i) for i in range(len(self.blocks))]
+        layers = [(rf'^projection\.weights\.(?:{"|".join(map(str, n))})$', (i,)) for i, n in enumerate(own) if n]
+        stem = groups['stem'] + '|^position|^rope' + ('' if layers else '|^projection')
+        return dict(groups, stem=stem, blocks=[*groups['blocks'], *layers])
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None

@@ -119,6 +119,11 @@ class Projection(nn.Module):
         """K of every set of matrices."""
         return [k_h * k_w for k_h, k_w in self.row_grids]
 
+    def indices(self, layer: int) -> range:
+        """Which of `weights` are those of one layer alone; none of them, where all layers share."""
+        own = 0 if self.sharing == 'layerwise' else self.matrices * self.num_weights
+        return range(layer * own, (layer + 1) * own)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """From a normal distribution, as wide as the kind says."""

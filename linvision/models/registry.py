@@ -62,8 +62,8 @@ SHAPE = ('in_chans', 'num_classes', 'img_size', 'global_pool')  # what timm's co
 TRAINED = {  # what was exported with each of them, by name; the first of a model is its default
     name: json.loads((WEIGHTS / name / 'config.json').read_text())
     for name in (
-        'linformer_vit_pico_patch1_32.fashion_mnist',
         'linformer_vit_pico_patch1_32.cifar10',
+        'linformer_vit_pico_patch1_32.fashion_mnist',
         'linformer_vit_pico_patch2_64.tiny_imagenet',
     )
 }

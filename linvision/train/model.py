@@ -179,12 +179,15 @@ def freeze(model: VisionTransformer, blocks: int) -> None:
     if not blocks:
         return
     model.requires_grad_(False)
-    learning = [model.get_classifier()]
+    learning: list[nn.Module | nn.Parameter] = [model.get_classifier()]
     if blocks > 0:
         after = ('norm', 'fc_norm', 'attn_pool')
         learning += [*model.blocks[blocks:], *(m for m in (getattr(model, name, None) for name in after) if m)]
-    for module in learning:
-        module.requires_grad_(True)
+        if isinstance(model, LinformerVisionTransformer) and model.projection is not None:
+            layers = range(blocks, len(model.blocks))
+            learning += [model.projection.weights[i] for layer in layers for i in model.projection.indices(layer)]
+    for part in learning:
+        part.requires_grad_(True)
 
 
 def side_of(model: VisionTransformer) -> int:
