@@ -206,8 +206,9 @@ def is_part(module: nn.Module) -> bool:
 def refuse_type(module: nn.Module, wanted: type[nn.Module], what: str) -> None:
     """Raise ValueError for a module that is not of this very type: a subclass computes something else."""
     if type(module) is not wanted:
+        own, others = type(module), f'{wanted.__module__}.{wanted.__qualname__}'
         raise ValueError(
-            f"Only plain ViTs can be converted: {what} must be timm's {wanted.__name__}, got {type(module).__name__}."
+            f'Only plain ViTs can be converted: {what} must be {others}, got {own.__module__}.{own.__qualname__}.'
         )
 
 

@@ -109,6 +109,15 @@ def test_compiled_blocks_compute_what_plain_ones_do(chunk_size):
     assert counters['stats']['unique_graphs'] <= 2 and not counters['graph_break']
 
 
+def test_a_training_step_as_a_cuda_graph_computes_what_a_plain_one_does():
+    plain = timm.create_model('test_linformer_vit', chunk_size=0).to(CUDA)
+    graphed = copy.deepcopy(plain)
+    images = torch.randn(4, 3, 16, 16, device=CUDA)
+    graphed = torch.cuda.make_graphed_callables(graphed, (torch.zeros_like(images),))
+    for _ in range(2):
+        torch.testing.assert_close(step(graphed, images), step(plain, images), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     'changes', [{}, {'precision': 'fp32', 'compile': 'off', 'chunk_size': 64}], ids=['auto', 'fp32']
 )

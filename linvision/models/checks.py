@@ -82,6 +82,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     'act_layer': (
         *('gelu', 'gelu_tanh', 'quick_gelu', 'relu', 'relu6', 'leaky_relu', 'elu', 'celu', 'selu', 'prelu', 'silu'),
         *('swish', 'mish', 'sigmoid', 'tanh', 'hard_sigmoid', 'hard_swish', 'hard_mish', 'identity'),
+        *('hardsigmoid', 'hardswish'),
     ),
 }
 

@@ -7,6 +7,7 @@ stem (8 × 8 pixels a token, so it sees a larger image at the same number of tok
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
@@ -30,9 +31,11 @@ OURS = {  # name -> arguments beside those of the registered model
     'linvision, compiled': {},
     'linvision, linear E': {'projection': 'linear'},
     'linvision, K = 128': {'proj_len': 128},
+    'linvision, CUDA graphs': {'chunk_size': 0},  # of a whole training step's kernels, which are then launched at once
 }
 OTHERS = ('ViT, fused', 'ViT, written out', 'linformer', 'linformer-pytorch', 'xcit')
-CONTENDERS = (*OURS, *OTHERS)
+GRAPHED = 'linvision, CUDA graphs'
+CONTENDERS = tuple(name for name in (*OURS, *OTHERS) if name != GRAPHED)  # on every device
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,15 @@ def create_step(case: Case, device: torch.device):
 
         return infer, parameters
 
+    # a graph keeps its own casts of the weights, those that autocast keeps it would not see
+    cast = partial(torch.autocast, device.type, dtype, case.precision != 'fp32', case.model != GRAPHED)
+    if case.model == GRAPHED and device.type == 'cuda':
+        with cast():
+            model = torch.cuda.make_graphed_callables(model, (x,))
+
     def train() -> Tensor:
         model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=case.precision != 'fp32'):
+        with cast():
             loss = F.cross_entropy(model(x).float(), labels)
         loss.backward()
         return loss.detach()

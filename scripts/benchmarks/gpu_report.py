@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from linvision.guard import guarded
 from linvision.models.attention import LinformerAttention, attention
 from linvision.models.projection_kinds import PROJECTIONS
-from scripts.benchmarks.contenders import Case, create_step, predicted_gib
+from scripts.benchmarks.contenders import GRAPHED, Case, create_step, predicted_gib
 from scripts.benchmarks.gpu_meter import Meter
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.tables import markdown, summarise
 
 EAGER = ('linvision', 'ViT, fused', 'linvision, K = 128', 'ViT, written out')
+FEW = 4096  # tokens: up to here launches decide (docs/gpu_count.md)
 PART_MIB = 12  # a finished run's archive is cut into files of this size
 
 
@@ -142,9 +143,13 @@ def speed(report: Report) -> None:
 
 
 def compiled(report: Report) -> None:
-    """Steps with compiled blocks, each size compiled for itself; training first, of the longest and the shortest."""
+    """Steps with compiled blocks, each size compiled for itself; training first, of the longest and the shortest.
+
+    Where tokens are few, a training step as a CUDA graph stands beside it: what a step takes without its launches.
+    """
     meter, shortest = report.meter(0.8), min(report.sizes.tokens)
     cases = report.cases(('linvision, compiled',))
+    cases += [c for c in report.cases((GRAPHED,)) if c.training and c.tokens <= FEW]
     for case in sorted(cases, key=lambda c: (not c.training, c.tokens not in (cases[0].tokens, shortest))):
         torch._dynamo.reset()  # else the second size would open the sizes of the graph
         report.row('speed', case, lambda step: meter.measured(step, report.sizes.repeats), meter.late())

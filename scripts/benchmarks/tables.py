@@ -11,6 +11,7 @@ COLOURS = {
     'linvision, whole': '#f4a261',
     'linvision, streamed': '#9d0208',
     'linvision, compiled': '#7b2cbf',
+    'linvision, CUDA graphs': '#c77dff',
     'linvision, linear E': '#e76f51',
     'linvision, K = 128': '#ffb703',
     'ViT, fused': '#1d3557',
