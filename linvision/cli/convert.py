@@ -6,14 +6,14 @@
 The first argument is a timm name with pretrained weights, `hf-hub:…`, or the folder of a model (a run's output folder
 too). Fitting takes training images of the set, without labels; agreement is that on its test images. Writes
 `config.json` and `model.safetensors`, which `timm.create_model('local-dir:FOLDER', pretrained=True)`, `linvision
-predict` and `evaluate` and a recipe's `--init` read, and `conversion.json`, which is printed as well.
+predict` and `evaluate` and a recipe's `--init` read, and `conversion.json` with what is printed.
 """
 
 import json
 import logging
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from timm.models import save_for_hf
@@ -23,6 +23,18 @@ from linvision.cli.pretrained import load_vit
 from linvision.convert import agreement, fit_projection, from_vit
 from linvision.meter import counted
 from linvision.train.parallel import choose_device
+
+
+def lines(report: dict[str, Any], folder: Path) -> list[str]:
+    """What a person reads of the report."""
+    lengths = report['proj_len'] if isinstance(report['proj_len'], int) else list(report['proj_len'])
+    found = [f'{report["original"]}: {report["tokens"]:,} tokens, projection {report["projection"]}, K = {lengths}']
+    for made in ('pooled', 'fitted'):
+        if made in report:
+            own, of = report[made], f'of {report[made]["num_samples"]:,} test images'
+            same = f'; the same class for {100 * own["same_top1"]:.1f} % {of}' if 'same_top1' in own else f' {of}'
+            found.append(f'E {made}: outputs differ by {100 * own["relative_error"]:.1f} %{same}')
+    return [*found, f'{folder}: for linvision evaluate, predict, train finetune --init, and local-dir: in timm']
 
 
 def main(
@@ -87,4 +99,4 @@ def main(
             )
         report['attention_error'] = {'first': errors[0], 'last': errors[-1], 'steps': steps}
     (output_dir / 'conversion.json').write_text(json.dumps(report, indent=2) + '\n')
-    print(json.dumps(report))
+    print('\n'.join(lines(report, output_dir)))
