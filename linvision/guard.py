@@ -6,6 +6,7 @@ Ctrl-C ends what has no handler of its own, as training has, in one sentence and
 """
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def guarded() -> Iterator[None]:
         Exception: A fault of ours, as it was raised, with a note.
     """
     escape_what_cannot_be_shown()
+    logging.basicConfig(format='%(levelname)s: %(message)s')
+    logging.getLogger('huggingface_hub').propagate = False  # it prints its lines itself
     try:
         try:
             yield

@@ -305,6 +305,15 @@ def test_the_command_refuses_unknown_models_and_other_channels(vit_folder, tmp_p
         convert.main(str(tmp_path / 'rgb'), tmp_path / 'out', dataset='fake', device='cpu')
 
 
+def test_weights_that_cannot_be_fetched_may_come_from_a_file(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError('no network here')
+
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', refuse)
+    with pytest.raises(OSError, match='vit_tiny_patch16_224 cannot be loaded: no network here.*--checkpoint FILE'):
+        convert.main('vit_tiny_patch16_224', tmp_path)
+
+
 def test_distillation_from_the_original_brings_a_conversion_back_to_it(vit_folder, tmp_path, capsys):
     convert.main(str(vit_folder), tmp_path / 'converted', proj_len=4, dataset='fake', steps=0, device='cpu')
     before = json.loads((tmp_path / 'converted/conversion.json').read_text())['pooled']

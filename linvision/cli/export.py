@@ -221,7 +221,7 @@ def main(model: tyro.conf.Positional[str], output: Path = Path('outputs/model.on
         output: The file; `.onnx` or `.pt2` says the format.
         free_size: Leave height and width open; E and positions are resized inside the file.
     """
-    original = load_vit(model, '', 0, **({'dynamic_img_size': True} if free_size else {}))
+    original = load_vit(model, None, 0, **({'dynamic_img_size': True} if free_size else {}))
     try:
         report = export(original, output, free_size)
     except RuntimeError as error:  # torch's, of a model that cannot be traced

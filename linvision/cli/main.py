@@ -8,7 +8,6 @@ error, `guard.py` says.
 """
 
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +44,6 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if words is None else words)
     with guarded():
-        logging.basicConfig(format='%(levelname)s: %(message)s')
         if words in ([], ['-h'], ['--help']):
             print(usage())
             sys.exit(0 if words else 2)

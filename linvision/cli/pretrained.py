@@ -31,15 +31,22 @@ def load_model(name: str | Path) -> Any:
     return model
 
 
-def load_vit(name: str, checkpoint: str, img_size: int, **arguments: Any) -> Any:
+def load_vit(name: str, checkpoint: str | None, img_size: int, **arguments: Any) -> Any:
     """A timm name or a folder, with its own weights or those of a file, and other arguments, in eval mode.
+
+    Args:
+        name: The name or the folder.
+        checkpoint: The file, '' for their own; None where the command has no such flag.
+        img_size: Image size, 0 for their own.
+        arguments: Of `timm.create_model`.
 
     Raises:
         ValueError: Neither is there, or the weights are not to be loaded.
+        OSError: They cannot be fetched.
     """
     if not is_source(name):
         raise ValueError(f"{name!r} is neither a folder nor a name of timm's.")
-    check_weights_file(checkpoint)
+    check_weights_file(checkpoint or '')
     arguments |= {'img_size': img_size} if img_size else {}
     named = is_model(name)
     if checkpoint and named:  # as the weights of a name: timm fits positions to the image size
@@ -47,4 +54,9 @@ def load_vit(name: str, checkpoint: str, img_size: int, **arguments: Any) -> Any
     elif checkpoint:
         arguments |= {'checkpoint_path': checkpoint}
     what = f'The weights of {checkpoint or name} cannot be loaded'
-    return load_source(name, what, weights=named or not checkpoint, **arguments).eval()
+    try:
+        return load_source(name, what, weights=named or not checkpoint, **arguments).eval()
+    except ValueError as error:
+        if named and checkpoint == '' and isinstance(error.__cause__, OSError):
+            raise OSError(f'{error} Without a network, a file of these weights does: --checkpoint FILE.') from error
+        raise

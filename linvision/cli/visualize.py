@@ -162,7 +162,7 @@ def main(
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    net = load_vit(model, '', 0)
+    net = load_vit(model, None, 0)
     if not isinstance(net, LinformerVisionTransformer):
         raise ValueError(
             f"Pictures are of linformer_vit_* models, got {type(net).__name__}: see timm's AttentionExtract."

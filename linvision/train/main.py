@@ -1,6 +1,5 @@
 """The command line of a recipe: every field of `Recipe` and of its groups is a flag."""
 
-import logging
 import os
 import signal
 import sys
@@ -98,7 +97,6 @@ def main(recipe: Recipe, description: str | None = None) -> None:
         recipe: The recipe; its values are the defaults of the flags.
         description: Text above the flags in `--help`.
     """
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     with guarded():
         recipe = read_flags(recipe, description)
         interrupt = Interrupt()
