@@ -30,6 +30,7 @@ from linvision.models.projection import SHARING
 from linvision.models.projection_kinds import PROJECTIONS
 from linvision.models.rotary import rotated
 from linvision.models.wrapped_linear import weight_and_bias
+from linvision.streaming.parts import Weights
 from linvision.streaming.rows import Halo
 
 
@@ -194,8 +195,8 @@ class LinformerAttention(nn.Module):
             valid = self.band.tokens(valid, grid, self.num_prefix_tokens)
         return valid
 
-    def split_weights(self, x: Tensor) -> list[Tensor]:
-        """Weight (and bias) of the queries, then those of keys and values together, in the dtype that x is computed in.
+    def split_weights(self, x: Tensor) -> Weights:
+        """Weight and bias of the queries, and of keys and values together, in the dtype that x is computed in.
 
         Raises:
             TypeError: `qkv` is neither an `nn.Linear` nor a wrapper that is linear.
@@ -212,13 +213,13 @@ class LinformerAttention(nn.Module):
         else:
             query, key_value = query_and_rest(weight, D)
         if bias is None:
-            return [query, key_value]
+            return Weights(query, key_value, None, None)
         query_bias, key_value_bias = in_compute_dtype(bias).split([D, 2 * D])
-        return [query, key_value, query_bias, key_value_bias]
+        return Weights(query, key_value, query_bias, key_value_bias)
 
-    def query(self, x: Tensor, weights: list[Tensor], rope: Tensor | None = None) -> Tensor:
+    def query(self, x: Tensor, weights: Weights, rope: Tensor | None = None) -> Tensor:
         """Queries by head, rotated by the sines and cosines of the last tokens: (B, n, D) -> (B, H, n, D/H)."""
-        query = F.linear(x, weights[0], weights[2] if len(weights) > 2 else None)
+        query = F.linear(x, weights.query, weights.query_bias)
         query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
         return query if rope is None else rotated(query, rope, self.rotate_half)
 
@@ -228,7 +229,7 @@ class LinformerAttention(nn.Module):
         projection: list[Tensor],
         grid: tuple[int, int],
         valid: Tensor | None,
-        weights: list[Tensor],
+        weights: Weights,
         rope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the prefix tokens and the K projected rows (of all tokens where K >= N).
@@ -255,9 +256,9 @@ class LinformerAttention(nn.Module):
             mask = valid.unsqueeze(1).unsqueeze(1)
         return self.k_norm(key) if rope is None else key, value, mask
 
-    def heads_key_value(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def heads_key_value(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         """Keys (not yet normalised) and values of every token by head: (B, n, D) -> (B, H, n, D/H) each."""
-        both = F.linear(x, weights[1], weights[3] if len(weights) > 2 else None)
+        both = F.linear(x, weights.key_value, weights.key_value_bias)
         key, value = both.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return key, value
 
@@ -268,13 +269,13 @@ class LinformerAttention(nn.Module):
         projection: list[Tensor],
         grid: tuple[int, int],
         valid: Tensor | None,
-        weights: list[Tensor],
+        weights: Weights,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values from projected rows: [E x] or [E x, F x] of (B, K, D), and the prefix tokens (B, P, D)."""
         n = len(projection) // self.matrices
         compressed, sums, mask = self.complete(rows[0], prefix, projection[:n], grid, valid)
         if self.matrices == 1:  # one product for both
-            both = self.linear(compressed, sums, weights[1], weights[3] if len(weights) > 2 else None)
+            both = self.linear(compressed, sums, weights.key_value, weights.key_value_bias)
             key, value = both.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
             return self.k_norm(key), value, mask
         D = compressed.shape[-1]
@@ -282,8 +283,8 @@ class LinformerAttention(nn.Module):
         for i in range(2):
             if i == 1:
                 compressed, sums, _ = self.complete(rows[1], prefix, projection[n:], grid, valid)
-            bias = weights[3][i * D : (i + 1) * D] if len(weights) > 2 else None
-            out = self.linear(compressed, sums, weights[1][i * D : (i + 1) * D], bias)
+            own, bias = slice(i * D, (i + 1) * D), weights.key_value_bias
+            out = self.linear(compressed, sums, weights.key_value[own], None if bias is None else bias[own])
             parts.append(out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
         return self.k_norm(parts[0]), parts[1], mask
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states
 
 from linvision.streaming.forward import Forward
-from linvision.streaming.parts import KeysValues
+from linvision.streaming.parts import KeysValues, Weights
 
 
 class Backward:
@@ -27,12 +27,13 @@ class Backward:
         self.block, self.x, self.cut = forward.block, forward.x, forward.cut
         self.projection = forward.take_rope(inputs[sum(p.requires_grad for p in self.block.parameters()) :])
         self.weights = self.block.attn.split_weights(self.x)
-        forward.weights = [w.detach().requires_grad_(w.requires_grad) for w in self.weights]
-        leaves = [*inputs, *forward.weights]
+        ends: list[Any] = [None if w is None else w.detach().requires_grad_(w.requires_grad) for w in self.weights]
+        forward.weights = Weights(*ends)
+        leaves = [*inputs, *ends]
         if self.block.token_norm:
             forward.statistics1 = forward.statistics(self.block.norm1, self.x).requires_grad_()
             leaves.append(forward.statistics1)
-        self.learning = [t for t in leaves if t.requires_grad]
+        self.learning = [t for t in leaves if t is not None and t.requires_grad]
         self.sums: dict[int, Tensor] = {}  # their gradients, by identity
         self.dx = torch.zeros_like(self.x)
         self.edges = self.x.detach().requires_grad_()
@@ -114,7 +115,7 @@ class Backward:
     def through_weights(self) -> None:
         """Back through the weights of attention, which a wrapper may have made of others."""
         pairs = zip(self.weights, self.forward.weights, strict=True)
-        used = [(w, self.sums[id(leaf)].to(w.dtype)) for w, leaf in pairs if id(leaf) in self.sums]
+        used = [(w, self.sums[id(leaf)].to(w.dtype)) for w, leaf in pairs if w is not None and id(leaf) in self.sums]
         if used:
             self.back([w for w, _ in used], [g for _, g in used], [])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from linvision.compiled import compiled, open_sizes
 from linvision.streaming import cpu_kernels
 from linvision.streaming.chunks import Chunk, TokenChunks
-from linvision.streaming.parts import BlockWith, Grid, KeysValues, StreamedBlock, draws_dropout, scaled
+from linvision.streaming.parts import BlockWith, Grid, KeysValues, StreamedBlock, Weights, draws_dropout, scaled
 from linvision.streaming.rows import Halo, Rows
 
 
@@ -18,7 +18,7 @@ def rest(
     x: Tensor,
     h: Tensor,
     local: Tensor | None,
-    weights: list[Tensor],
+    weights: Weights,
     rope: Tensor | None,
     key: Tensor,
     value: Tensor,
@@ -64,7 +64,7 @@ class Forward:
         self.cut = TokenChunks(attention, grid, self.chunk_size, valid)
         self.by_parts = attention.kind.by_parts and not attention.by_head and not attention.is_full(grid)
         self.statistics1: Tensor | None = None  # those of all tokens, where the norm needs them
-        self.weights: list[Tensor] = []  # of queries, keys and values: read once for all chunks
+        self.weights: Any = None  # of queries, keys and values: read once for all chunks
         self.rope: Tensor | None = None  # sines and cosines of all tokens
 
     def run(self, projection: list[Tensor], out: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """What streaming knows of a block: its parts by name, and no class."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -9,6 +9,15 @@ Grid = tuple[int, int]  # token grid (height, width)
 KeysValues = tuple[
     Tensor, Tensor, Tensor | None
 ]  # keys and values, (B, H, P + K, D/H), and which to attend to, or None
+
+
+class Weights(NamedTuple):
+    """What makes queries, (D, D), and keys and values together, (2 D, D), of tokens; in the dtype of the products."""
+
+    query: Tensor
+    key_value: Tensor
+    query_bias: Tensor | None
+    key_value_bias: Tensor | None
 
 
 class StreamedLocal(Protocol):
@@ -52,8 +61,8 @@ class StreamedAttention(Protocol):
     @property
     def local(self) -> StreamedLocal | None: ...
     def is_full(self, grid: Grid) -> bool: ...
-    def split_weights(self, x: Tensor) -> list[Tensor]: ...
-    def query(self, x: Tensor, weights: list[Tensor], rope: Tensor | None = None) -> Tensor: ...
+    def split_weights(self, x: Tensor) -> Weights: ...
+    def query(self, x: Tensor, weights: Weights, rope: Tensor | None = None) -> Tensor: ...
     def opening(self, x: Tensor) -> Tensor | None: ...
     def key_value(
         self,
@@ -61,7 +70,7 @@ class StreamedAttention(Protocol):
         projection: list[Tensor],
         grid: Grid,
         valid: Tensor | None,
-        weights: list[Tensor],
+        weights: Weights,
         rope: Tensor | None = None,
     ) -> KeysValues: ...
     def key_value_of_rows(
@@ -71,7 +80,7 @@ class StreamedAttention(Protocol):
         projection: list[Tensor],
         grid: Grid,
         valid: Tensor | None,
-        weights: list[Tensor],
+        weights: Weights,
     ) -> KeysValues: ...
     def output(
         self,
