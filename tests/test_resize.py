@@ -1,5 +1,6 @@
 """Projections and models between grids: areas against cells cut to a common size, functions against scaled images."""
 
+import copy
 import math
 
 import pytest
@@ -253,6 +254,21 @@ def test_saved_models_that_are_not_square_load_at_another_size(kind, new_size, t
     model.set_input_size(new_size)
     images = torch.randn(2, 3, *new_size)
     assert torch.equal(loaded.pos_embed, model.pos_embed) and torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize('tokens', [{}, {'class_token': True, 'no_embed_class': True}, {'class_token': True}])
+def test_positions_of_another_grid_of_as_many_tokens_are_resized(tokens):
+    P = 1 if tokens and 'no_embed_class' not in tokens else 0
+    model = create(img_size=(4, 16), pos_embed='learn', proj_len=4, **tokens).float()
+    image = model.pos_embed[:, P:].unflatten(1, (4, 16)).permute(0, 3, 1, 2)
+    expected = F.interpolate(image, (8, 8), mode='bicubic', antialias=True).flatten(2).transpose(1, 2)
+    loaded = create(img_size=8, pos_embed='learn', proj_len=4, **tokens).float()
+    loaded.load_state_dict(model.state_dict())
+    changed = copy.deepcopy(model)
+    changed.set_input_size(img_size=8)
+    for other in (loaded, changed):
+        torch.testing.assert_close(other.pos_embed[:, P:], expected)
+        assert torch.equal(other.pos_embed[:, :P], model.pos_embed[:, :P])
 
 
 def test_a_grid_that_a_checkpoint_does_not_tell_is_a_square_or_refused():

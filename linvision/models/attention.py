@@ -283,8 +283,10 @@ class LinformerAttention(nn.Module):
         for i in range(2):
             if i == 1:
                 compressed, sums, _ = self.complete(rows[1], prefix, projection[n:], grid, valid)
-            own, bias = slice(i * D, (i + 1) * D), weights.key_value_bias
-            out = self.linear(compressed, sums, weights.key_value[own], None if bias is None else bias[own])
+            bias = weights.key_value_bias
+            if bias is not None:
+                bias = bias[i * D : (i + 1) * D]
+            out = self.linear(compressed, sums, weights.key_value[i * D : (i + 1) * D], bias)
             parts.append(out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
         return self.k_norm(parts[0]), parts[1], mask
 

@@ -43,7 +43,7 @@ from linvision.models.norms import LayerNorm
 from linvision.models.padding import check_padding, check_pool, masked_pool, padded_pixels
 from linvision.models.position import POSITIONS
 from linvision.models.projection import Projection, projected_rows
-from linvision.models.resize import resized_state
+from linvision.models.resize import resized_state, resized_table
 from linvision.models.rotary import create_rope, rope_tensors
 from linvision.rules import is_whole
 from linvision.streaming.chunk_size import choose_chunk_sizes
@@ -229,9 +229,12 @@ class LinformerVisionTransformer(VisionTransformer):
             self.patch_embed.img_size if img_size is None else img_size,
             self.patch_embed.patch_size if patch_size is None else patch_size,
         )
+        table, grid = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(
             img_size=img_size and to_2tuple(img_size), patch_size=patch_size and to_2tuple(patch_size)
         )
+        if table is not None and grid != self.patch_embed.grid_size:  # of as many tokens timm leaves it
+            self.pos_embed = nn.Parameter(resized_table(table.detach(), self, grid), requires_grad=table.requires_grad)
         if self.band is not None:
             check_shared(self, self.band.count)
         if self.position is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor
@@ -129,7 +129,12 @@ def resized_table(table: Tensor, model: VisionTransformer, grid: tuple[int, ...]
             f'The checkpoint has {N} positions, which are no square, on a token grid that it does not tell; the model '
             f"has {new}. Load it into a model made with the checkpoint's img_size, and call set_input_size."
         )
-    return resample_abs_pos_embed(table, new_size=new, old_size=grid or (side, side), num_prefix_tokens=prefix)
+    old = tuple(grid or (side, side))
+    if old == new:
+        return table
+    # the form that does not take two grids for one because they have as many tokens
+    image = resample_abs_pos_embed_nhwc(table[:, prefix:].unflatten(1, old), list(new))
+    return torch.cat([table[:, :prefix], image.flatten(1, 2)], dim=1)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
