@@ -26,6 +26,7 @@ MODULES = {
     'pretraining': 'pretraining',
     'transfer': 'transfer',
     'few_labels': 'few_labels',
+    'clipart': 'clipart',
     'conversion': 'conversion',
     'rotary': 'rotary',
     'segmentation': 'segmentation',
