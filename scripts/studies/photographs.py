@@ -59,6 +59,7 @@ def photographs(settings: Settings) -> None:
         'top-1': None,
         'points above full attention': points_above(FULL),
         'parameters': None,
+        'training, min': None,
         'seeds': None,
     }
     length = {'epochs': settings.epochs, 'search': settings.search, 'val_top1': scores}
