@@ -8,9 +8,9 @@
 `--init` is the name of a model with weights (here the package's backbone that has seen the most photographs, those of
 Tiny ImageNet at 64×64 pixels; `linvision models --pretrained` lists all in the package), `hf-hub:OWNER/MODEL`, or the
 folder of a run or of any ViT. Channels, classes and image size may differ: the first layer is summed or repeated,
-positions and projection are resized. The head is kept where the classes are the same, else new; the log says which. `--freeze 2` leaves the first
-two blocks and what stands before them as they are, `--freeze -1` trains the head alone. `--layer-decay` slows the
-layers the more, the nearer they are to the image.
+positions and projection are resized. The head is kept where the classes are the same, else new; the log says which.
+`--freeze 2` leaves the first two blocks and what stands before them as they are, `--freeze -1` trains the head alone.
+`--layer-decay` slows the layers the more, the nearer they are to the image.
 
 Result: 1,442 handwritten digits at 16×16 pixels, 98.5 ± 0.4 % of 355 test images after five epochs, the same model from
 scratch 59.7 ± 11.6 % (from the grey backbone, `--lr 0.01`, five seeds; in a clone `python -m scripts.studies.run

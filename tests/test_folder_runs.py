@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,15 @@ def test_timm_reads_what_a_run_exported_and_gives_its_score(recipe, capsys):
     found = json.loads(capsys.readouterr().out)
     for name in ('top1', 'loss', 'num_samples', 'num_left_out'):
         assert found[name] == metrics[name], name
+
+
+def test_a_run_says_where_images_are_read_at_half_their_size_or_less(recipe, capsys):
+    for path in recipe.data.data_dir.rglob('*.png'):
+        Image.new('L', (50, 32), 128).save(path)
+    for size, words in ((16, 'images of 32 pixels .* are read at 16×16: .*--img-size 32'), (24, '')):
+        train(recipe.replace(stages=(), img_size=size, output_dir=recipe.run.output_dir / str(size), max_steps=1))
+        said = re.search('images of .* are read at .*', capsys.readouterr().out)
+        assert (said is not None and re.match(words, said.group())) if words else said is None
 
 
 @pytest.mark.parametrize('crop_mode', ['center', 'border', 'squash'])
