@@ -19,6 +19,7 @@ RECIPE = 'cifar10_pixels_pico'
 RATES = (0.007, 0.014)  # and on either side, while the outermost is chosen
 VALIDATION = 2500  # images: 5 % of the training set
 LENGTHS = (64, 16)  # K: a quarter and a sixteenth of the tokens
+RECORD = 'photographs_runs.json'
 
 
 @dataclass
@@ -47,7 +48,7 @@ def variants_of(epochs: float) -> Changes:
 
 def photographs(settings: Settings) -> None:
     """Full attention against E that are fixed, or made from the image, on CIFAR-10 at 256 tokens."""
-    trials = Trials('photographs', settings, record='photographs_runs.json', val_fraction=0.05)
+    trials = Trials('photographs', settings, record=RECORD, val_fraction=0.05)
     short = variants_of(settings.epochs * settings.search)
     best = partial(smallest_of_the_best, images=VALIDATION)
     rates, scores = trials.choose_rates(RECIPE, short, dict.fromkeys(short, RATES), lambda lr: (lr / 2, 2 * lr), best)

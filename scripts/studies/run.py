@@ -23,6 +23,7 @@ MODULES = {
     'parity': 'attention',
     'sharing': 'attention',
     'photographs': 'photographs',
+    'other_rows': 'other_rows',
     'pretraining': 'pretraining',
     'transfer': 'transfer',
     'few_labels': 'few_labels',
